@@ -1,0 +1,126 @@
+"""Files that are either whole or absent, and that never run code when they are read.
+
+Two kinds: a `.safetensors` file of weights with JSON metadata, and a *record file*: one line of JSON (the header)
+followed by raw blocks, each with its length and CRC-32 in front. Both are written beside their final name, flushed to
+the disk and renamed, so that a crash at any moment leaves the previous file or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK_HEADER = struct.Struct("<QI")  # bytes, CRC-32
+_LONGEST_HEADER = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Yield a binary file that takes the place of `path` only when the block ends without an exception."""
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+class RecordWriter:
+    """Writes one record file: a header, then blocks."""
+
+    def __init__(self, file: IO[bytes], header: dict[str, Any]) -> None:
+        self._file = file
+        file.write(json.dumps(header).encode() + b"\n")
+
+    def block(self, data: memoryview) -> None:
+        """Append one block of contiguous bytes."""
+        flat = data.cast("B")
+        self._file.write(_BLOCK_HEADER.pack(flat.nbytes, zlib.crc32(flat)))
+        self._file.write(flat)
+
+
+class RecordReader:
+    """Reads what `RecordWriter` wrote; raises ValueError that names the file on anything else."""
+
+    def __init__(self, file: IO[bytes], name: str, kind: str) -> None:
+        self._file = file
+        self._name = name
+        line = file.readline(_LONGEST_HEADER)
+        try:
+            header = json.loads(line)
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict) or header.get("kind") != kind:
+            raise ValueError(f"{name}: expected a {kind} file, got something else")
+        self.header: dict[str, Any] = header
+
+    def block(self, nbytes: int) -> bytes:
+        """Return the next block, which must hold exactly `nbytes` bytes and match its checksum."""
+        head = self._file.read(_BLOCK_HEADER.size)
+        if len(head) < _BLOCK_HEADER.size:
+            raise ValueError(f"{self._name}: the file is cut short")
+        stated, checksum = _BLOCK_HEADER.unpack(head)
+        if stated != nbytes:
+            raise ValueError(f"{self._name}: expected a block of {nbytes} bytes, got {stated}")
+        data = self._file.read(nbytes)
+        if len(data) < nbytes:
+            raise ValueError(f"{self._name}: the file is cut short")
+        if zlib.crc32(data) != checksum:
+            raise ValueError(f"{self._name}: the file is damaged (a checksum does not match)")
+        return data
+
+    def end(self) -> None:
+        """Check that nothing follows the last block."""
+        if self._file.read(1):
+            raise ValueError(f"{self._name}: the file goes on after its last block")
+
+
+def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """Write named tensors and JSON metadata to a `.safetensors` file, atomically."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"pydqn": json.dumps(metadata)}))
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote.
+
+    Returns the tensors (on the CPU) and the metadata. Raises FileNotFoundError, or ValueError naming the file when it
+    is not a safetensors file of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            metadata = json.loads((file.metadata() or {}).get("pydqn", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: expected weights saved by pydqn, got a file without its metadata")
+    return tensors, metadata

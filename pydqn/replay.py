@@ -1,0 +1,292 @@
+"""The replay memory: every frame stored once, any number of lanes, exact transitions (see `FrameReplay`)."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from pydqn import _core
+from pydqn.checkpoint import RecordReader, RecordWriter, atomic_write
+
+_FILE_KIND = "pydqn-replay"
+_FILE_VERSION = 1
+_BYTES_PER_RUN = 16 << 20  # saving and loading hold this much at a time, however large the ring
+
+
+class Batch(NamedTuple):
+    """B sampled transitions.
+
+    `obs` and `next_obs` may be two views of the same memory; treat them as read-only.
+    """
+
+    obs: NDArray[Any]  # (B, stack, *frame_shape), the replay's dtype
+    action: NDArray[np.int64]  # (B,)
+    reward: NDArray[np.float32]  # (B,): sum of gamma^j r_j over the window, j < k
+    discount: NDArray[np.float32]  # (B,): gamma^k, or 0 after termination
+    next_obs: NDArray[Any]  # (B, stack, *frame_shape): k steps later
+    index: NDArray[np.int64]  # (B,): names the transition; never used again for another one
+    weight: NDArray[np.float32]  # (B,): importance weights; 1 when sampling uniformly
+
+
+class FrameReplay:
+    """A ring of single frames per environment, from which stacked n-step transitions are sampled uniformly.
+
+    `append` takes what the environments *returned*: the newest frame, and the action, reward and flags that led to it.
+    A transition can be sampled when its frame's successor exists in the same episode and neither its stack nor its
+    n-step window has been overwritten or is still open. A window ends early at termination or truncation, with its
+    true length. `first` alone decides stacking, `terminated` alone decides bootstrapping: a lost life may be
+    `terminated` while its episode and its stack go on.
+
+    Memory is taken from the system only as frames arrive. Safe to use from several threads: every method takes the
+    memory's own lock and copies outside the GIL. (The one exception is stated at `next_slot`.)
+
+    Args:
+        capacity: frames held over all lanes; each lane gets `capacity // num_envs`.
+        frame_shape: shape of one frame: an image `(84, 84)`, a vector `(4,)`, anything of one axis or more.
+        stack: frames in an observation.
+        n_step: steps in a return (Sutton 1988); 1 is the ordinary DQN target.
+        gamma: discount per step, in [0, 1].
+        num_envs: lanes; the leading axis of everything appended.
+        dtype: of the frames: bool, integer or real.
+        padding: what stands before an episode's first frame: "zero" or "first" (copies of it).
+        seed: of the sampler's own generator.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        frame_shape: tuple[int, ...] = (84, 84),
+        *,
+        stack: int = 4,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        num_envs: int = 1,
+        dtype: DTypeLike = "uint8",
+        padding: str = "zero",
+        seed: int = 0,
+    ) -> None:
+        self.num_envs = _integer("num_envs", num_envs, 1)
+        self.capacity = _integer("capacity", capacity, self.num_envs)
+        if not isinstance(frame_shape, (tuple, list)) or not frame_shape:
+            raise ValueError(f"frame_shape: expected a tuple of at least one positive integer, got {frame_shape!r}")
+        self.frame_shape = tuple(_integer("frame_shape", axis, 1) for axis in frame_shape)
+        self.stack = _integer("stack", stack, 1)
+        self.n_step = _integer("n_step", n_step, 1)
+        if not isinstance(gamma, (int, float, np.floating)) or not 0 <= gamma <= 1:
+            raise ValueError(f"gamma: expected a number from 0 to 1, got {gamma!r}")
+        self.gamma = float(gamma)
+        try:
+            self.dtype = np.dtype(dtype)
+        except TypeError:
+            raise ValueError(f"dtype: expected a NumPy dtype, got {dtype!r}") from None
+        if self.dtype.kind not in "biuf" or not self.dtype.isnative:
+            raise ValueError(f"dtype: expected a native bool, integer or real dtype, got {self.dtype}")
+        if padding not in ("zero", "first"):
+            raise ValueError(f"padding: expected 'zero' or 'first', got {padding!r}")
+        self.padding = padding
+        try:
+            self._core = _core.FrameReplay(
+                capacity=self.capacity,
+                frame_shape=self.frame_shape,
+                stack=self.stack,
+                n_step=self.n_step,
+                gamma=self.gamma,
+                num_envs=self.num_envs,
+                dtype=self.dtype,
+                pad_with_first=padding == "first",
+                seed=_integer("seed", seed, 0) % (1 << 64),
+            )
+        except MemoryError:
+            raise MemoryError(
+                f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} do not fit in the address space"
+            ) from None
+
+    def __len__(self) -> int:
+        """Return how many transitions can be sampled now."""
+        return len(self._core)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held when full (address space now; memory as frames arrive)."""
+        return self._core.nbytes
+
+    def append(
+        self,
+        frame: NDArray[Any],
+        action: ArrayLike,
+        reward: ArrayLike,
+        terminated: ArrayLike,
+        truncated: ArrayLike,
+        first: ArrayLike,
+    ) -> None:
+        """Store what every lane's environment returned.
+
+        Args:
+            frame: (num_envs, *frame_shape), the replay's dtype: the newest frame only. When it is the array that
+                `next_slot` gave, nothing is copied.
+            action: (num_envs,) integers: the actions that led to the frames.
+            reward: (num_envs,) finite real numbers: what they earned.
+            terminated: (num_envs,) bool: no value lies beyond this frame.
+            truncated: (num_envs,) bool: the episode was cut off here; value goes on.
+            first: (num_envs,) bool: the frame opens an episode; the lane's action, reward and flags are ignored.
+
+        Raises:
+            ValueError: an argument has the wrong shape, dtype or range. Nothing is stored then.
+        """
+        self._core.append(frame, action, reward, terminated, truncated, first)
+
+    def next_slot(self) -> NDArray[Any]:
+        """Return the memory of the next frames, (num_envs, *frame_shape), to be written and then appended.
+
+        Lets a preprocessing kernel write into the ring itself. The view is good until the next `append`; write to it
+        from one thread only. Other threads may sample meanwhile.
+        """
+        return self._core.next_slot()
+
+    def empty_batch(self, batch_size: int) -> Batch:
+        """Allocate a batch that `sample` can fill again and again (its `out`)."""
+        size = _integer("batch_size", batch_size, 1)
+        # One-step observations overlap in all but one frame, so that one block holds both. Longer windows may end
+        # early, and then the two do not lie n frames apart.
+        depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack
+        block = np.empty((size, depth, *self.frame_shape), self.dtype)
+        return Batch(
+            obs=block[:, : self.stack],
+            action=np.empty(size, np.int64),
+            reward=np.empty(size, np.float32),
+            discount=np.empty(size, np.float32),
+            next_obs=block[:, depth - self.stack :],
+            index=np.empty(size, np.int64),
+            weight=np.empty(size, np.float32),
+        )
+
+    def sample(self, batch_size: int, out: Batch | None = None) -> Batch:
+        """Draw transitions uniformly, with replacement, from exactly those that are valid now.
+
+        Args:
+            batch_size: B.
+            out: a batch from `empty_batch(batch_size)` to fill instead of a new one.
+
+        Raises:
+            ValueError: `batch_size` is not positive, or `out` does not fit it.
+            RuntimeError: nothing can be sampled yet (`len(replay) == 0`).
+        """
+        batch = self.empty_batch(batch_size) if out is None else out
+        self._core.sample(_integer("batch_size", batch_size, 1), *_columns(batch))
+        return batch
+
+    def gather(self, index: ArrayLike) -> Batch:
+        """Return the named transitions, as `sample` would (`index` as in `Batch.index` or `valid_indices`).
+
+        Raises:
+            ValueError: an index names no transition that is held now.
+        """
+        wanted = np.asarray(index)
+        if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or not wanted.size:
+            raise ValueError(f"index: expected a list of at least one integer, got {index!r}")
+        batch = self.empty_batch(wanted.size)
+        self._core.gather(wanted.astype(np.int64), *_columns(batch))
+        return batch
+
+    def valid_indices(self) -> NDArray[np.int64]:
+        """Return the indices of all transitions that can be sampled now, oldest first."""
+        return self._core.valid_indices()
+
+    def latest(self, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return (num_envs, stack, *frame_shape): what a policy sees now, stacked as sampled observations are."""
+        if out is None:
+            out = np.empty((self.num_envs, self.stack, *self.frame_shape), self.dtype)
+        self._core.latest(out)
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole memory, its generator included, to one file: atomically, with checksums, without pickle.
+
+        Raises:
+            RuntimeError: another thread appended meanwhile; the previous file, if any, is still there.
+        """
+        core, ticks, stored = self._core, self._core.ticks, self._core.stored
+        header = {
+            "kind": _FILE_KIND,
+            "version": _FILE_VERSION,
+            "capacity": self.capacity,
+            "frame_shape": self.frame_shape,
+            "stack": self.stack,
+            "n_step": self.n_step,
+            "gamma": self.gamma,
+            "num_envs": self.num_envs,
+            "dtype": self.dtype.name,
+            "padding": self.padding,
+            "ticks": ticks,
+            "generator": core.generator_state,
+        }
+        with atomic_write(path) as file:
+            writer = RecordWriter(file, header)
+            for lane in range(self.num_envs):
+                for position, count in self._runs(stored):
+                    for column in core.export_run(lane, position, count, ticks):
+                        writer.block(memoryview(column))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FrameReplay:
+        """Read what `save` wrote; the loaded memory samples the very batches that the saved one would have.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a replay memory, is damaged, or is of another version.
+        """
+        name = str(path)
+        with open(path, "rb") as file:
+            reader = RecordReader(file, name, _FILE_KIND)
+            header = dict(reader.header)
+            if header.pop("version", None) != _FILE_VERSION:
+                raise ValueError(f"{name}: expected format version {_FILE_VERSION}")
+            del header["kind"]
+            try:
+                ticks, generator = header.pop("ticks"), header.pop("generator")
+                replay = cls(**header)
+                replay._core.generator_state = generator
+                stored = min(_integer("ticks", ticks, 0), replay.capacity // replay.num_envs)
+                frame_bytes = math.prod(replay.frame_shape) * replay.dtype.itemsize
+                # A header may claim anything: the file must be large enough for it before memory is touched.
+                if stored * replay.num_envs * frame_bytes > Path(path).stat().st_size:
+                    raise ValueError(f"ticks: {ticks} frames per lane are not in the file")
+                replay._core.set_ticks(ticks)
+            except (KeyError, TypeError, ValueError, MemoryError) as error:
+                raise ValueError(f"{name}: the header is not that of a replay memory ({error})") from None
+            shapes = [(replay.frame_shape, replay.dtype), ((), np.float32), ((), np.int32), ((), np.uint8)]
+            for lane in range(replay.num_envs):
+                for position, count in replay._runs(stored):
+                    columns = []
+                    for shape, dtype in shapes:
+                        data = reader.block(count * math.prod(shape) * np.dtype(dtype).itemsize)
+                        columns.append(np.frombuffer(data, dtype).reshape(count, *shape))
+                    replay._core.import_run(lane, position, *columns)
+            reader.end()
+        replay._core.end_import()
+        return replay
+
+    def _runs(self, stored: int) -> list[tuple[int, int]]:
+        """Cut the stored ticks of a lane into (position, count) runs of bounded size."""
+        frame_bytes = math.prod(self.frame_shape) * self.dtype.itemsize
+        length = max(1, _BYTES_PER_RUN // frame_bytes)
+        return [(start, min(length, stored - start)) for start in range(0, stored, length)]
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _columns(batch: Batch) -> tuple[NDArray[Any], ...]:
+    """The batch's arrays in the core's order."""
+    return (batch.obs, batch.next_obs, batch.action, batch.reward, batch.discount, batch.index, batch.weight)
