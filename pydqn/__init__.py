@@ -1,0 +1,46 @@
+"""pydqn: the fastest, leanest and most trustworthy DQN that you can pip install."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydqn import preprocess as preprocess
+    from pydqn.config import Config as Config
+    from pydqn.evaluation import evaluate as evaluate
+    from pydqn.learner import Learner as Learner
+    from pydqn.presets import preset as preset
+    from pydqn.replay import Batch as Batch
+    from pydqn.replay import FrameReplay as FrameReplay
+    from pydqn.training import Result as Result
+    from pydqn.training import train as train
+
+__version__ = "0.1.0"
+
+# Imported when first used: whoever wants the replay memory alone does not wait for torch.
+_HOMES = {
+    "Batch": "replay",
+    "Config": "config",
+    "FrameReplay": "replay",
+    "Learner": "learner",
+    "Result": "training",
+    "evaluate": "evaluation",
+    "preset": "presets",
+    "train": "training",
+}
+_MODULES = ("preprocess",)
+
+__all__ = ["Batch", "Config", "FrameReplay", "Learner", "Result", "evaluate", "preprocess", "preset", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"pydqn.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"pydqn.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pydqn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

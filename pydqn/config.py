@@ -1,0 +1,164 @@
+"""`Config`: everything that defines a run, in one frozen and validated dataclass.
+
+Field names carry their units: `_frames` are emulator frames, `_steps` are agent decisions over all lanes, `_updates`
+are gradient steps, `_episodes` whole games.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _field(default: T, help: str, *, choices: tuple[str, ...] = (), least: float = -math.inf) -> T:
+    """Declare a field with its help text and the values that it may take."""
+    value: T = dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})  # type: ignore[assignment]
+    return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one run. Every field is also an option of `pydqn train`.
+
+    Raises:
+        ValueError: a field has the wrong type or is out of range; the message names it.
+    """
+
+    # The task
+    env_id: str = _field("ALE/Pong-v5", "an Atari game (a ROM name or an ALE/ id) or any Gymnasium id")
+    num_envs: int = _field(8, "environments that step together (lanes)", least=1)
+    seed: int = _field(0, "seed of everything random in the run", least=0)
+    total_steps: int = _field(1_000_000, "agent decisions, over all lanes, after which the run ends", least=1)
+    stop_return: float = _field(math.inf, "end the run when the mean return reaches this")
+    mean_episodes: int = _field(30, "episodes in the reported mean return", least=1)
+
+    # Atari only
+    frame_skip: int = _field(4, "emulator frames per decision", least=1)
+    sticky_actions: float = _field(0.0, "probability that the emulator repeats the previous action", least=0)
+    noop_max_frames: int = _field(30, "up to this many no-ops at the start of a game", least=0)
+    fire_reset: bool = _field(False, "press FIRE at the start of a game, where the game has it")
+    life_loss: bool = _field(False, "a lost life is terminal for the learner (the game goes on)")
+    clip_rewards: bool = _field(True, "the learner sees only the sign of a reward")
+    full_action_set: bool = _field(False, "all 18 actions instead of the game's own")
+    max_episode_frames: int = _field(108_000, "a game is truncated after this many frames", least=1)
+    preprocess: str = _field(
+        "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area")
+    )
+
+    # Observations and the replay memory
+    stack: int = _field(4, "successive frames in an observation", least=1)
+    padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
+    replay_capacity_frames: int = _field(100_000, "frames held by the replay memory, over all lanes", least=1)
+
+    # The network
+    network: str = _field("nature", "convolutional torso (or none: mlp)", choices=("nature", "small", "mlp"))
+    hidden_units: tuple[int, ...] = _field((512,), "units of the fully connected hidden layers", least=1)
+    dueling: bool = _field(False, "separate value and advantage streams (Wang et al. 2016)")
+    pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled to 0..1")
+
+    # The loss
+    gamma: float = _field(0.99, "discount per decision", least=0)
+    n_step: int = _field(1, "steps in a return", least=1)
+    double: bool = _field(False, "the online network chooses, the target network values (van Hasselt et al. 2016)")
+    loss: str = _field("huber", "of the TD error", choices=("huber", "mse"))
+
+    # The optimizer
+    optimizer: str = _field("adam", "Adam or RMSProp", choices=("adam", "rmsprop"))
+    learning_rate: float = _field(1e-4, "step size of the optimizer", least=0)
+    optimizer_epsilon: float = _field(1.5e-4, "added to the denominator of the optimizer", least=0)
+    rmsprop_decay: float = _field(0.95, "of the squared gradient's running mean (RMSProp)", least=0)
+    rmsprop_momentum: float = _field(0.0, "of RMSProp", least=0)
+    max_grad_norm: float = _field(10.0, "gradients are scaled down to this norm; 0 leaves them", least=0)
+
+    # The loop
+    batch_size: int = _field(32, "transitions per update", least=1)
+    learning_starts_steps: int = _field(5_000, "decisions before the first update", least=1)
+    steps_per_update: float = _field(4.0, "decisions per update (replay ratio = batch_size / steps_per_update)")
+    target_sync_updates: int = _field(500, "updates between copies of the online network to the target", least=1)
+    epsilon_start: float = _field(1.0, "probability of a random action at the start", least=0)
+    epsilon_end: float = _field(0.01, "the same at the end of its linear decay", least=0)
+    epsilon_decay_steps: int = _field(60_000, "decisions over which epsilon falls", least=1)
+    evaluation_every_steps: int = _field(0, "decisions between evaluations; 0 for none while training", least=0)
+    evaluation_episodes: int = _field(10, "whole games per evaluation", least=1)
+    evaluation_epsilon: float = _field(0.001, "probability of a random action in evaluation", least=0)
+    log_every_steps: int = _field(5_000, "decisions between rows of progress.csv", least=1)
+
+    # The machine
+    device: str = _field("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = _field(
+        "auto", "of the network's arithmetic; weights stay float32", choices=("auto", "float32", "bfloat16")
+    )
+    torch_threads: int = _field(0, "threads of PyTorch on the CPU; 0 for its own choice", least=0)
+    emulator_threads: int = _field(0, "threads of the emulators; 0 for one per core", least=0)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        for name in ("sticky_actions", "gamma", "epsilon_start", "epsilon_end", "evaluation_epsilon", "rmsprop_decay"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "steps_per_update"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        # Every lane needs room for one whole transition, or nothing could ever be sampled.
+        least = self.num_envs * (self.stack + self.n_step)
+        if self.replay_capacity_frames < least:
+            raise ValueError(
+                f"replay_capacity_frames: expected at least num_envs * (stack + n_step) = {least}, "
+                f"got {self.replay_capacity_frames}"
+            )
+        if self.replay_capacity_frames < self.batch_size:
+            raise ValueError(
+                f"replay_capacity_frames: expected at least batch_size = {self.batch_size}, "
+                f"got {self.replay_capacity_frames}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON can hold them (infinity as a string)."""
+        plain = dataclasses.asdict(self)
+        return {name: "inf" if value == math.inf else value for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Config:
+        """Build a Config from what `to_dict` gave.
+
+        Raises:
+            ValueError: an unknown field, or a value that does not fit one.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(plain) - known)
+        if unknown:
+            raise ValueError(f"config: unknown field {unknown[0]!r}")
+        return cls(**{name: math.inf if value == "inf" else value for name, value in plain.items()})
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return `value` as the field's own type, or raise a ValueError that names the field."""
+    kind = type(field.default)
+    least, choices = field.metadata["least"], field.metadata["choices"]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number:
+        value = float(value)
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    elif kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not kind:
+        raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
+    if choices and value not in choices:
+        raise ValueError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
+    for part in value if kind is tuple else (value,) if kind in (int, float) else ():
+        if kind is tuple and type(part) is not int:
+            raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
+        if not part >= least:  # also catches NaN
+            raise ValueError(f"{field.name}: expected at least {least:g}, got {value!r}")
+    if kind is tuple and not value:
+        raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got none")
+    return value
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "positive integers"}

@@ -1,0 +1,241 @@
+"""The learner: one update function over fixed tensors, run eagerly or captured in a CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pydqn.config import Config
+from pydqn.losses import LOSSES, td_error
+from pydqn.replay import Batch
+
+_WARMUP_UPDATES = 3  # before a capture: lets libraries choose kernels and the optimizer make its state
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: {name!r} is not there; PyTorch sees {count} CUDA devices")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
+
+    "auto" takes bfloat16 on processors with instructions for it, where an update costs about half, and float32
+    elsewhere.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cpu" and _has_native_bfloat16() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _has_native_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively; without that, its emulation is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+class Policy:
+    """Action values of a network, for acting: no gradients, the learner's own precision."""
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = device
+        self._dtype = resolve_precision(precision, device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the network runs."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._dtype)
+
+    @torch.no_grad()
+    def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
+        """Return (B, A) action values of (B, stack, *frame_shape) observations."""
+        with self.autocast():
+            values: Tensor = self.network(torch.from_numpy(obs).to(self.device))
+        return values.cpu().numpy()
+
+    def act(self, obs: NDArray[Any], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return (B,) epsilon-greedy actions; every lane tosses its own coin."""
+        values = self.values(obs)
+        explore = generator.random(len(values)) < epsilon
+        anything = generator.integers(values.shape[1], size=len(values))
+        return np.where(explore, anything, values.argmax(axis=1))
+
+
+class Metrics(NamedTuple):
+    """What the latest update saw, as plain numbers."""
+
+    loss: float  # weighted mean of the per-sample losses
+    mean_q: float  # mean over the batch of the values of the actions taken
+    grad_norm: float  # before clipping
+
+
+class Learner:
+    """Owns the online and the target network and the optimizer.
+
+    `update` runs one gradient step. On a CUDA device the whole step is captured once and replayed: buffers, learning
+    rate and step counter live on the device, and nothing waits for the host. On a CPU the same function runs eagerly.
+
+    Args:
+        network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do.
+        config: the fields of the loss and the optimizer.
+        device: where to learn, as `resolve_device` gives it.
+        example: a batch of the replay memory, for shapes and dtypes (`replay.empty_batch(batch_size)`).
+        capture: whether to use a CUDA graph; None for wherever there is CUDA.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Config,
+        device: torch.device,
+        example: Batch,
+        capture: bool | None = None,
+    ) -> None:
+        self.device = device
+        self.updates = 0
+        self._config = config
+        self._capture = device.type == "cuda" if capture is None else capture
+        if self._capture and device.type != "cuda":
+            raise ValueError(f"capture: a CUDA graph needs a CUDA device, got {device}")
+        self.policy = Policy(network, device, config.precision)
+        self.online = self.policy.network
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self._parameters = list(self.online.parameters())
+        self._learning_rate = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)
+        self._optimizer = self._make_optimizer()
+        self._loss = LOSSES[config.loss]
+        self._metrics = torch.zeros(3, device=device)
+        self._batch = [torch.from_numpy(part) for part in example]
+        self._host: list[Tensor] = []
+        self._uploaded: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._batch = [torch.empty(part.shape, dtype=part.dtype, device=device) for part in self._batch]
+            self._host = [torch.empty_like(part, device="cpu", pin_memory=True) for part in self._batch]
+            self._uploaded = torch.cuda.Event()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._step: Callable[[], None] = self._update
+
+    def update(self, batch: Batch) -> None:
+        """Run one gradient step on `batch`, and copy the online network to the target when that is due."""
+        if self.device.type == "cpu":
+            self._batch = [torch.from_numpy(part) for part in batch]
+        else:
+            self._upload(batch)
+        if self._capture and self._graph is None:
+            self._record()
+        self._step()
+        self.updates += 1
+        if self.updates % self._config.target_sync_updates == 0:
+            self.sync_target()
+
+    @torch.no_grad()
+    def sync_target(self) -> None:
+        """Copy the online network to the target network."""
+        torch._foreach_copy_(list(self.target.parameters()), self._parameters)
+
+    def metrics(self) -> Metrics:
+        """Return what the latest update saw (waits for the device)."""
+        return Metrics(*self._metrics.tolist())
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's step size; may be set at any time, also after a capture."""
+        return float(self._learning_rate)
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self._learning_rate.fill_(value)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config, on_gpu = self._config, self.device.type == "cuda"
+        if config.optimizer == "adam":
+            return torch.optim.Adam(
+                self._parameters,
+                lr=self._learning_rate,
+                eps=config.optimizer_epsilon,
+                fused=True,
+                capturable=on_gpu,
+            )
+        return torch.optim.RMSprop(
+            self._parameters,
+            lr=self._learning_rate,
+            alpha=config.rmsprop_decay,
+            eps=config.optimizer_epsilon,
+            momentum=config.rmsprop_momentum,
+            foreach=on_gpu,
+            capturable=on_gpu,
+        )
+
+    def _update(self) -> None:
+        """One gradient step on the static batch. No branch on data, no host synchronisation."""
+        obs, action, reward, discount, next_obs, _, weight = self._batch
+        with self.policy.autocast():
+            with torch.no_grad():
+                q_t = self.target(next_obs)
+                selector_t = self.online(next_obs) if self._config.double else None
+            q_tm1 = self.online(obs)
+        error = td_error(q_tm1, action, reward, discount, q_t, selector_t)
+        loss = (weight * self._loss(error)).mean()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm or torch.inf, foreach=True)
+        self._optimizer.step()
+        with torch.no_grad():
+            mean_q = q_tm1.gather(1, action.unsqueeze(1)).mean()
+            self._metrics.copy_(torch.stack([loss, mean_q, norm]))
+
+    # --- the CUDA graph ---
+
+    def _upload(self, batch: Batch) -> None:
+        """Copy a batch to the static tensors through pinned memory, without waiting for the device."""
+        assert self._uploaded is not None
+        self._uploaded.synchronize()  # the previous upload may still be reading the pinned memory
+        for part, host, device in zip(batch, self._host, self._batch, strict=True):
+            host.copy_(torch.from_numpy(part))
+            device.copy_(host, non_blocking=True)
+        self._uploaded.record()
+
+    def _record(self) -> None:
+        """Capture `_update`. The warm-up updates are undone, so that capturing changes nothing."""
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP_UPDATES):
+                self._update()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, before)
+            for state in self._optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._update()
+        self._step = self._graph.replay

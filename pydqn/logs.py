@@ -1,0 +1,129 @@
+"""What a run leaves behind and shows while it goes: CSV always, TensorBoard, one progress bar."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PROGRESS = "progress.csv"
+EPISODES = "episodes.csv"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a run at one moment. Fields that have no value yet are NaN."""
+
+    seconds: float  # since the first step
+    steps: int  # agent decisions, over all lanes
+    frames: int  # emulator frames: steps times frame-skip
+    updates: int
+    episodes: int
+    epsilon: float
+    mean_return: float  # of the last `mean_episodes` whole games
+    last_return: float
+    mean_length_steps: float
+    loss: float
+    mean_q: float
+    grad_norm: float
+    frames_per_second: float  # since the report before
+    updates_per_second: float
+    evaluation_return: float  # mean of the latest evaluation
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """All fields by name."""
+        return asdict(self)
+
+
+class RunLog:
+    """Writes a run's `progress.csv`, `episodes.csv` and TensorBoard events; a context manager that closes them."""
+
+    def __init__(self, logdir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._progress_file = open(logdir / PROGRESS, "w", newline="")
+        self._progress = csv.DictWriter(self._progress_file, list(Report.__annotations__))
+        self._progress.writeheader()
+        self._episodes_file = open(logdir / EPISODES, "w", newline="")
+        self._episodes = csv.writer(self._episodes_file)
+        self._episodes.writerow(["episode", "steps", "lane", "return", "length_steps"])
+        self._board = SummaryWriter(str(logdir))
+
+    def report(self, report: Report) -> None:
+        """Add one row, visible to readers at once."""
+        self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
+        self._progress_file.flush()
+        for name, value in report.scalars.items():
+            if not math.isnan(value) and name != "steps":
+                self._board.add_scalar(name, value, report.steps)
+
+    def episode(self, episode: int, steps: int, lane: int, total: float, length: int) -> None:
+        """Add one whole game, which ended when the run had made `steps` decisions."""
+        self._episodes.writerow([episode, steps, lane, _text(total), length])
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress_file.close()
+        self._episodes_file.close()
+        self._board.close()
+
+
+def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
+    """Read a run's CSV as one list of numbers per column (empty fields are NaN).
+
+    Raises:
+        ValueError: the file is not such a CSV.
+    """
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: not a CSV of numbers") from None
+
+
+class ProgressBar:
+    """One line: steps, time left, frames/s, updates/s, epsilon, mean return, loss."""
+
+    def __init__(self, total_steps: int) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(
+            total=total_steps,
+            unit="step",
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
+        )
+
+    def show(self, report: Report) -> None:
+        """Redraw the line."""
+        parts = [
+            f"{report.frames_per_second:,.0f} frames/s",
+            f"{report.updates_per_second:,.0f} updates/s",
+            f"eps {report.epsilon:.2f}",
+            f"return {report.mean_return:.1f}",
+            f"loss {report.loss:.4f}",
+        ]
+        self._bar.set_postfix_str(" ".join(parts), refresh=False)
+        self._bar.update(report.steps - self._bar.n)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the line as it stands."""
+        self._bar.close()
+
+
+def _text(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.6g}"

@@ -1,0 +1,50 @@
+"""Losses: pure, batched, one value per sample; the learner weights and averages them.
+
+Arguments follow time: `q_tm1` and `a_tm1` before the step, `r_t`, `discount_t` and `q_t` after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def td_error(
+    q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, q_t: Tensor, selector_t: Tensor | None = None
+) -> Tensor:
+    """Return the temporal-difference error of Q-learning, or of double Q-learning.
+
+    Args:
+        q_tm1: (B, A) values of the online network before the step.
+        a_tm1: (B,) int64 actions taken.
+        r_t: (B,) rewards (n-step: discounted sums).
+        discount_t: (B,) what multiplies the next value: gamma^k, or 0 after termination.
+        q_t: (B, A) values of the target network after the step.
+        selector_t: (B, A) values that choose the next action: the online network's for double Q-learning
+            (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461); None lets `q_t` choose (Mnih et al. 2015).
+
+    Returns:
+        (B,) float32: target minus estimate. No gradient flows through the target.
+    """
+    chooser = q_t if selector_t is None else selector_t
+    a_t = chooser.argmax(dim=1, keepdim=True)
+    target = r_t + discount_t * q_t.gather(1, a_t).squeeze(1)
+    return target.detach() - q_tm1.gather(1, a_tm1.unsqueeze(1)).squeeze(1)
+
+
+def huber(error: Tensor, delta: float = 1.0) -> Tensor:
+    """Return the Huber loss per sample: quadratic up to `delta`, linear beyond (Huber 1964).
+
+    Its gradient is the TD error clipped to [-delta, delta], as in Mnih et al. 2015.
+    """
+    size = error.abs()
+    inner = size.clamp(max=delta)
+    return inner * (size - 0.5 * inner)
+
+
+def mse(error: Tensor) -> Tensor:
+    """Return the squared error per sample."""
+    return torch.square(error)
+
+
+LOSSES = {"huber": huber, "mse": mse}

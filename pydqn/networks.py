@@ -1,0 +1,148 @@
+"""Q-networks: a torso that turns observations into features, and a head that turns features into action values.
+
+Every network takes the observations as the replay memory holds them (pixels as uint8) and scales inside.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _Conv(NamedTuple):
+    channels: int
+    kernel: int
+    stride: int
+
+
+_TORSOS = {
+    # Mnih et al. 2015, extended data table 1.
+    "nature": (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1)),
+    # The same shape with half the channels: a quarter of the arithmetic.
+    "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
+}
+
+
+class PixelTorso(nn.Module):
+    """Convolutions over a stack of uint8 frames: (B, stack, H, W) to (B, features).
+
+    Computes conv(x / 255 - pixel_mean). The scaling is folded into the first layer's weights, which spares a pass over
+    the input and feeds the convolution integers, which even bfloat16 holds exactly.
+    """
+
+    def __init__(self, name: str, stack: int, frame_shape: tuple[int, int], pixel_mean: float = 0.0) -> None:
+        super().__init__()
+        layers = []
+        channels = stack
+        height, width = frame_shape
+        for conv in _TORSOS[name]:
+            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride))
+            channels = conv.channels
+            height, width = ((side - conv.kernel) // conv.stride + 1 for side in (height, width))
+            if min(height, width) < 1:
+                raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
+        self.convs = nn.ModuleList(layers)
+        self.features = channels * height * width
+        self.pixel_mean = pixel_mean
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return the features of `obs`, in the dtype of the surrounding autocast."""
+        first = self.convs[0]
+        assert isinstance(first, nn.Conv2d)
+        weight = first.weight * (1 / 255)
+        bias = first.bias
+        if self.pixel_mean and bias is not None:
+            bias = bias - self.pixel_mean * first.weight.sum(dim=(1, 2, 3))
+        dtype = torch.get_autocast_dtype(obs.device.type) if torch.is_autocast_enabled(obs.device.type) else weight.dtype
+        x = F.relu(F.conv2d(obs.to(dtype, memory_format=torch.channels_last), weight, bias, first.stride))
+        for conv in self.convs[1:]:
+            x = F.relu(conv(x))
+        return x.flatten(1)
+
+
+class VectorTorso(nn.Module):
+    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features); the hidden layers do the rest."""
+
+    def __init__(self, stack: int, frame_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features = stack * math.prod(frame_shape)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return `obs` as one float32 row per sample."""
+        return obs.flatten(1).to(torch.float32)
+
+
+def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in units:
+        layers += [nn.Linear(features, width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, out))
+
+
+class QNetwork(nn.Module):
+    """A torso, hidden layers, and linear action values.
+
+    With `dueling`, two streams of hidden layers give a value and advantages: Q = V + A - mean A
+    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581).
+    """
+
+    def __init__(
+        self, torso: PixelTorso | VectorTorso, num_actions: int, hidden_units: tuple[int, ...], dueling: bool
+    ) -> None:
+        super().__init__()
+        self.torso = torso
+        self.advantage = _hidden(torso.features, hidden_units, num_actions)
+        self.value = _hidden(torso.features, hidden_units, 1) if dueling else None
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return (B, num_actions) float32 action values of (B, stack, *frame_shape) observations."""
+        features = self.torso(obs)
+        values = self.advantage(features).float()
+        if self.value is not None:
+            values = self.value(features).float() + values - values.mean(dim=1, keepdim=True)
+        return values
+
+
+def make_network(
+    name: str,
+    stack: int,
+    frame_shape: tuple[int, ...],
+    num_actions: int,
+    *,
+    hidden_units: tuple[int, ...] = (512,),
+    dueling: bool = False,
+    pixel_mean: float = 0.0,
+    seed: int = 0,
+) -> QNetwork:
+    """Build a network with weights drawn from `seed` alone (PyTorch's default initialisation).
+
+    Args:
+        name: "nature" or "small" for image frames (H, W), "mlp" for anything.
+        stack: frames per observation.
+        frame_shape: shape of one frame.
+        num_actions: A.
+        hidden_units: widths of the fully connected hidden layers (of each stream when dueling).
+        dueling: see `QNetwork`.
+        pixel_mean: see `PixelTorso`.
+        seed: of the initial weights; PyTorch's global generator is left as it was.
+
+    Raises:
+        ValueError: the frames do not fit the network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torso: PixelTorso | VectorTorso
+        if name == "mlp":
+            torso = VectorTorso(stack, frame_shape)
+        elif name not in _TORSOS:
+            raise ValueError(f"network: expected one of {', '.join(_TORSOS)}, mlp, got {name!r}")
+        elif len(frame_shape) != 2:
+            raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
+        else:
+            torso = PixelTorso(name, stack, (frame_shape[0], frame_shape[1]), pixel_mean)
+        return QNetwork(torso, num_actions, hidden_units, dueling)

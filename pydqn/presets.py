@@ -1,0 +1,47 @@
+"""The published and tuned settings: one entry each, with its source. A preset is data, never code."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, NamedTuple
+
+from pydqn.config import Config
+
+
+class Preset(NamedTuple):
+    """A named `Config` and where its settings come from."""
+
+    config: Config
+    summary: str
+    source: str
+
+
+PRESETS: dict[str, Preset] = {
+    "pong": Preset(
+        Config(),
+        "Atari Pong from pixels",
+        "tuned by us for wall-clock on two CPU cores",
+    ),
+}
+
+
+def preset(name: str, **overrides: Any) -> Config:
+    """Return the named preset's `Config`, with fields replaced by `overrides`.
+
+    Raises:
+        ValueError: there is no such preset or field (near matches are named), or a value is out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: {_unknown(name, PRESETS)}")
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for field in overrides:
+        if field not in fields:
+            raise ValueError(f"{field}: {_unknown(field, fields)}")
+    return dataclasses.replace(PRESETS[name].config, **overrides)
+
+
+def _unknown(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    return f"{name!r} is not known; {hint}"
