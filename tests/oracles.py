@@ -1,0 +1,110 @@
+"""Slow twins of the fast paths: plain, and obviously right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Entry(NamedTuple):
+    """What one lane returned at one tick."""
+
+    frame: np.ndarray
+    action: int
+    reward: float
+    terminated: bool
+    truncated: bool
+    first: bool
+
+
+class Transition(NamedTuple):
+    obs: np.ndarray
+    action: int
+    reward: float
+    discount: float
+    next_obs: np.ndarray
+
+
+@dataclass
+class EpisodeReplay:
+    """A replay memory as a list per lane of everything that ever happened, read by the words of the contract."""
+
+    capacity: int  # frames per lane
+    lanes: int
+    stack: int
+    n_step: int
+    gamma: float
+    padding: str
+    history: list[list[Entry]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.history = [[] for _ in range(self.lanes)]
+
+    def append(self, entries: list[Entry]) -> None:
+        for lane, entry in enumerate(entries):
+            self.history[lane].append(entry)
+
+    def transitions(self) -> dict[int, Transition]:
+        """Every transition that may be sampled now, by index (tick * lanes + lane)."""
+        found = {}
+        for lane, entries in enumerate(self.history):
+            for tick in range(len(entries)):
+                transition = self._transition(entries, tick)
+                if transition is not None:
+                    found[tick * self.lanes + lane] = transition
+        return found
+
+    def latest(self) -> list[np.ndarray]:
+        return [self._stack(entries, len(entries) - 1)[1] for entries in self.history]
+
+    def _is_held(self, entries: list[Entry], tick: int) -> bool:
+        return len(entries) - self.capacity <= tick < len(entries)
+
+    def _stack(self, entries: list[Entry], tick: int) -> tuple[bool, np.ndarray]:
+        """The observation that ends at `tick`, and whether all its frames are still held."""
+        opening = tick
+        while not entries[opening].first:
+            opening -= 1
+        ticks = [t for t in range(tick - self.stack + 1, tick + 1) if t >= opening]
+        held = all(self._is_held(entries, t) for t in ticks)
+        if not held:
+            ticks = [t for t in ticks if self._is_held(entries, t)]
+        frames = [entries[t].frame for t in ticks]
+        pad = np.zeros_like(frames[0]) if self.padding == "zero" else frames[0]
+        return held, np.stack([pad] * (self.stack - len(frames)) + frames)
+
+    def _transition(self, entries: list[Entry], tick: int) -> Transition | None:
+        if not self._is_held(entries, tick):
+            return None
+        reward, discount, last = 0.0, 1.0, tick
+        for k in range(1, self.n_step + 1):
+            if tick + k >= len(entries):
+                return None  # the window is still open
+            entry = entries[tick + k]
+            if entry.first:
+                break  # the episode was cut off without a flag
+            reward += discount * np.float64(np.float32(entry.reward))
+            discount *= self.gamma
+            last = tick + k
+            if entry.terminated or entry.truncated:
+                break
+        if last == tick:
+            return None  # no successor in the same episode
+        if entries[last].terminated:
+            discount = 0.0
+        held, obs = self._stack(entries, tick)
+        if not held:
+            return None
+        return Transition(obs, entries[tick + 1].action, reward, discount, self._stack(entries, last)[1])
+
+
+def double_q_update(q_tm1, a_tm1, r_t, discount_t, q_t, selector_t, delta):
+    """The Huber loss of double Q-learning, sample by sample, in Python floats."""
+    losses = []
+    for row in range(len(r_t)):
+        best = max(range(len(selector_t[row])), key=lambda a: selector_t[row][a])
+        error = r_t[row] + discount_t[row] * q_t[row][best] - q_tm1[row][a_tm1[row]]
+        losses.append(0.5 * error**2 if abs(error) <= delta else delta * (abs(error) - 0.5 * delta))
+    return losses
