@@ -59,6 +59,7 @@ class Config:
     hidden_units: tuple[int, ...] = _field((512,), "units of the fully connected hidden layers", least=1)
     dueling: bool = _field(False, "separate value and advantage streams (Wang et al. 2016)")
     pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled to 0..1")
+    pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0)
 
     # The loss
     gamma: float = _field(0.99, "discount per decision", least=0)
@@ -101,7 +102,7 @@ class Config:
         for name in ("sticky_actions", "gamma", "epsilon_start", "epsilon_end", "evaluation_epsilon", "rmsprop_decay"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "steps_per_update"):
+        for name in ("learning_rate", "steps_per_update", "pixel_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         # Every lane needs room for one whole transition, or nothing could ever be sampled.

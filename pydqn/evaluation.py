@@ -36,6 +36,7 @@ def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork:
         hidden_units=config.hidden_units,
         dueling=config.dueling,
         pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
         seed=seed,
     )
 

@@ -30,11 +30,13 @@ _TORSOS = {
 class PixelTorso(nn.Module):
     """Convolutions over a stack of uint8 frames: (B, stack, H, W) to (B, features).
 
-    Computes conv(x / 255 - pixel_mean). The scaling is folded into the first layer's weights, which spares a pass over
-    the input and feeds the convolution integers, which even bfloat16 holds exactly.
+    Computes conv((x / 255 - pixel_mean) / pixel_std). The scaling is folded into the first layer's weights, which spares
+    a pass over the input and feeds the convolution integers, which even bfloat16 holds exactly.
     """
 
-    def __init__(self, name: str, stack: int, frame_shape: tuple[int, int], pixel_mean: float = 0.0) -> None:
+    def __init__(
+        self, name: str, stack: int, frame_shape: tuple[int, int], pixel_mean: float = 0.0, pixel_std: float = 1.0
+    ) -> None:
         super().__init__()
         layers = []
         channels = stack
@@ -48,15 +50,16 @@ class PixelTorso(nn.Module):
         self.convs = nn.ModuleList(layers)
         self.features = channels * height * width
         self.pixel_mean = pixel_mean
+        self.pixel_std = pixel_std
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the features of `obs`, in the dtype of the surrounding autocast."""
         first = self.convs[0]
         assert isinstance(first, nn.Conv2d)
-        weight = first.weight * (1 / 255)
+        weight = first.weight * (1 / (255 * self.pixel_std))
         bias = first.bias
         if self.pixel_mean and bias is not None:
-            bias = bias - self.pixel_mean * first.weight.sum(dim=(1, 2, 3))
+            bias = bias - self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
         dtype = torch.get_autocast_dtype(obs.device.type) if torch.is_autocast_enabled(obs.device.type) else weight.dtype
         x = F.relu(F.conv2d(obs.to(dtype, memory_format=torch.channels_last), weight, bias, first.stride))
         for conv in self.convs[1:]:
@@ -117,6 +120,7 @@ def make_network(
     hidden_units: tuple[int, ...] = (512,),
     dueling: bool = False,
     pixel_mean: float = 0.0,
+    pixel_std: float = 1.0,
     seed: int = 0,
 ) -> QNetwork:
     """Build a network with weights drawn from `seed` alone (PyTorch's default initialisation).
@@ -129,6 +133,7 @@ def make_network(
         hidden_units: widths of the fully connected hidden layers (of each stream when dueling).
         dueling: see `QNetwork`.
         pixel_mean: see `PixelTorso`.
+        pixel_std: see `PixelTorso`.
         seed: of the initial weights; PyTorch's global generator is left as it was.
 
     Raises:
@@ -144,5 +149,5 @@ def make_network(
         elif len(frame_shape) != 2:
             raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
         else:
-            torso = PixelTorso(name, stack, (frame_shape[0], frame_shape[1]), pixel_mean)
+            torso = PixelTorso(name, stack, (frame_shape[0], frame_shape[1]), pixel_mean, pixel_std)
         return QNetwork(torso, num_actions, hidden_units, dueling)

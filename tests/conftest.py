@@ -1,0 +1,31 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import pytest
+
+from pydqn import preset
+
+# A game is over after 400 frames, so that a run of a few hundred steps sees whole games.
+TINY = {
+    "num_envs": 2,
+    "total_steps": 400,
+    "replay_capacity_frames": 1000,
+    "learning_starts_steps": 50,
+    "network": "small",
+    "hidden_units": (32,),
+    "batch_size": 8,
+    "max_episode_frames": 400,
+    "target_sync_updates": 20,
+    "epsilon_decay_steps": 200,
+    "log_every_steps": 100,
+    "mean_episodes": 2,
+    "device": "cpu",
+    "torch_threads": 1,
+}
+
+
+@pytest.fixture
+def tiny():
+    """A pong run that takes seconds."""
+    return preset("pong", **TINY)

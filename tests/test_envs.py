@@ -1,0 +1,266 @@
+"""The lanes against plain emulators, step by step."""
+
+from __future__ import annotations
+
+import ale_py
+import gymnasium
+import numpy as np
+import pytest
+from ale_py import roms
+from gymnasium.wrappers import AtariPreprocessing
+
+from pydqn import preset
+from pydqn.envs import AtariLanes, make_lanes, rom_of
+from pydqn.preprocess import resize_area
+
+
+def open_lanes(num_envs=1, seed=0, **overrides):
+    settings = {"noop_max_frames": 0, "clip_rewards": False, **overrides}
+    lanes = make_lanes(preset("pong", **settings), num_envs, seed)
+    frames = np.zeros((num_envs, *lanes.frame_shape), lanes.dtype)
+    lanes.reset(frames)
+    return lanes, frames
+
+
+def step(lanes, frames, action):
+    lanes.send(np.asarray(action))
+    return lanes.recv(frames)
+
+
+@pytest.mark.parametrize("game", ["pong", "breakout", "space_invaders", "seaquest", "qbert"])
+@pytest.mark.parametrize("life_loss", [False, True])
+def test_lockstep_with_gymnasium(game, life_loss):
+    """The same actions give the frames, rewards and ends of gymnasium's AtariPreprocessing (without its no-ops)."""
+    gymnasium.register_envs(ale_py)
+    name = game.title().replace("_", "")
+    plain = gymnasium.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=0.0, full_action_space=False)
+    twin = AtariPreprocessing(plain, noop_max=0, frame_skip=4, terminal_on_life_loss=False)
+    lanes, frames = open_lanes(env_id=game, life_loss=life_loss)
+    expected, info = twin.reset(seed=0)
+    np.testing.assert_array_equal(frames[0], expected)
+    generator = np.random.default_rng(0)
+    lives, total, games = info["lives"], 0.0, 0
+    for _ in range(2500):
+        action = int(generator.integers(lanes.num_actions))
+        ours = step(lanes, frames, [action])
+        expected, reward, terminated, truncated, info = twin.step(action)
+        total += reward
+        assert ours.reward[0] == reward
+        assert not ours.first[0]
+        assert not truncated
+        assert not ours.truncated[0]
+        assert ours.terminated[0] == (terminated or (life_loss and info["lives"] < lives))
+        lives = info["lives"]
+        if not terminated:  # in the middle of a skip the two keep different pictures of a game that is over
+            np.testing.assert_array_equal(frames[0], expected)
+            assert not ours.episodes
+            continue
+        assert [episode.total for episode in ours.episodes] == [total]
+        games, total = games + 1, 0.0
+        opening = step(lanes, frames, [action])
+        expected, info = twin.reset()
+        lives = info["lives"]
+        assert opening.first[0]
+        assert not opening.episodes
+        assert not opening.terminated[0]
+        np.testing.assert_array_equal(frames[0], expected)
+    assert games >= 1
+    lanes.close()
+    twin.close()
+
+
+def test_a_capped_game_shows_its_true_last_frame():
+    """ALE alone returns a stale picture at the cap; the bootstrap needs the frame that followed the last action."""
+    lanes, frames = open_lanes(max_episode_frames=200)
+    free, free_frames = open_lanes()
+    generator = np.random.default_rng(0)
+    opening = frames.copy()
+    for count in range(1, 51):
+        action = generator.integers(6, size=1)
+        ours, theirs = step(lanes, frames, action), step(free, free_frames, action)
+        np.testing.assert_array_equal(frames, free_frames)
+        assert ours.reward[0] == theirs.reward[0]
+        assert ours.truncated[0] == (count == 50)
+        assert not ours.terminated[0]
+    assert ours.episodes[0].steps == 50
+    between = step(lanes, frames, action)  # the frame that ALE ran on for: an episode of one frame
+    assert between.first[0]
+    assert not between.episodes
+    again = step(lanes, frames, action)
+    assert again.first[0]
+    np.testing.assert_array_equal(frames, opening)
+    after = step(lanes, frames, action)
+    assert not after.first[0]
+
+
+@pytest.mark.parametrize("frame_skip", [1, 2, 3, 4])
+def test_frame_skip_pools_the_last_two_frames_and_no_stale_one(frame_skip):
+    lanes, frames = open_lanes(frame_skip=frame_skip)
+    ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(roms.get_rom_path("pong"))
+    ale.reset_game()
+    actions = ale.getMinimalActionSet()
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        action = int(generator.integers(6))
+        step(lanes, frames, [action])
+        screens = []
+        for _ in range(frame_skip):
+            ale.act(actions[action])
+            screens.append(ale.getScreenGrayscale())
+        np.testing.assert_array_equal(frames[0], resize_area(screens[-1], screens[-2] if frame_skip > 1 else None))
+
+
+def test_clipping_changes_what_the_learner_sees_and_not_the_return():
+    lanes, frames = open_lanes(env_id="space_invaders", clip_rewards=True, num_envs=2)
+    generator = np.random.default_rng(0)
+    seen, totals = set(), []
+    while len(totals) < 3:
+        result = step(lanes, frames, generator.integers(lanes.num_actions, size=2))
+        seen |= set(result.reward.tolist())
+        totals += [episode.total for episode in result.episodes]
+    assert seen == {0.0, 1.0}
+    assert max(totals) > 20
+    assert all(total % 5 == 0 for total in totals)
+
+
+def test_a_lost_life_does_not_end_the_game():
+    lanes, frames = open_lanes(env_id="breakout", life_loss=True)
+    generator = np.random.default_rng(0)
+    deaths = 0
+    for _ in range(3000):
+        result = step(lanes, frames, generator.integers(4, size=1))
+        deaths += int(result.terminated[0])
+        if result.episodes:
+            break
+    assert deaths == 5
+
+
+def test_sticky_actions_and_seeds():
+    def trace(**options):
+        lanes, frames = open_lanes(num_envs=3, noop_max_frames=30, **options)
+        seen = [frames.copy()]
+        for tick in range(40):
+            step(lanes, frames, np.full(3, tick // 3 % 6))
+            seen.append(frames.copy())
+        return np.stack(seen)
+
+    for sticky in (0.0, 0.25):
+        same, again = trace(seed=5, sticky_actions=sticky), trace(seed=5, sticky_actions=sticky)
+        np.testing.assert_array_equal(same, again)
+        assert not np.array_equal(same, trace(seed=6, sticky_actions=sticky))
+        assert not np.array_equal(same[:, 0], same[:, 1])
+    assert not np.array_equal(trace(seed=5, sticky_actions=0.0), trace(seed=5, sticky_actions=0.25))
+    np.testing.assert_array_equal(trace(seed=0), trace(seed=0))
+
+
+def test_noops_fire_and_action_sets():
+    starts = {open_lanes(env_id="ms_pacman", seed=seed, noop_max_frames=30)[1].tobytes() for seed in range(12)}
+    assert len(starts) > 3
+    assert open_lanes(full_action_set=True)[0].num_actions == 18
+    assert open_lanes()[0].num_actions == 6
+    fired = open_lanes(env_id="breakout", fire_reset=True)
+    plain = open_lanes(env_id="breakout")
+    for _ in range(10):  # with FIRE pressed the ball is in play: the pictures part
+        for lanes, frames in (fired, plain):
+            step(lanes, frames, [0])
+    assert not np.array_equal(fired[1], plain[1])
+
+
+@pytest.mark.parametrize("preprocess", ["crop_nearest", "crop_area"])
+def test_colour_kernels(preprocess):
+    lanes, frames = open_lanes(preprocess=preprocess)
+    step(lanes, frames, [0])
+    assert frames.any()
+    assert not np.array_equal(frames, open_lanes()[1])
+
+
+def test_tall_screens():
+    lanes, frames = open_lanes(env_id="pacman")
+    step(lanes, frames, [0])
+    assert frames.any()
+
+
+def test_the_camera_follows_the_game():
+    lanes = AtariLanes("pong", preset("pong", sticky_actions=0.25), 1, 3, render=True)
+    frames = np.zeros((1, 84, 84), np.uint8)
+    lanes.reset(frames)
+    assert lanes.picture().shape == (210, 160, 3)
+    for _ in range(50):
+        before = lanes.picture().copy()
+        step(lanes, frames, [2])
+    assert not np.array_equal(before, lanes.picture())
+
+
+@pytest.mark.parametrize(
+    ("env_id", "rom"),
+    [
+        ("pong", "pong"),
+        ("Pong", "pong"),
+        ("ALE/Pong-v5", "pong"),
+        ("ALE/SpaceInvaders-v5", "space_invaders"),
+        ("space_invaders", "space_invaders"),
+        ("CartPole-v1", None),
+        ("Blackjack-v1", None),
+        ("my/Env-v0", None),
+    ],
+)
+def test_names_of_games(env_id, rom):
+    assert rom_of(env_id) == rom
+
+
+def test_unknown_games_name_their_neighbours():
+    with pytest.raises(ValueError, match="env_id.*breakout"):
+        rom_of("brekout")
+    with pytest.raises(ValueError, match="env_id.*CartPole-v1"):
+        make_lanes(preset("pong", env_id="CartPol-v1"), 1, 0)
+    with pytest.raises(ValueError, match="env_id.*Discrete"):
+        make_lanes(preset("pong", env_id="Pendulum-v1"), 1, 0)
+
+
+# --- Gymnasium's environments ---
+
+
+def test_lockstep_with_a_plain_cartpole():
+    lanes = make_lanes(preset("pong", env_id="CartPole-v1"), 1, 11)
+    frames = np.zeros((1, 4), np.float32)
+    lanes.reset(frames)
+    plain = gymnasium.make("CartPole-v1")
+    seed = int(np.random.SeedSequence(11).generate_state(1)[0])
+    expected, _ = plain.reset(seed=seed)
+    generator = np.random.default_rng(0)
+    episodes = []
+    for _ in range(500):
+        np.testing.assert_array_equal(frames[0], expected)
+        action = int(generator.integers(2))
+        result = step(lanes, frames, [action])
+        expected, reward, terminated, truncated, _ = plain.step(action)
+        assert (result.reward[0], result.terminated[0], result.truncated[0]) == (reward, terminated, truncated)
+        if terminated or truncated:
+            np.testing.assert_array_equal(frames[0], expected)
+            episodes += result.episodes
+            assert result.episodes[0].total == result.episodes[0].steps
+            result = step(lanes, frames, [action])
+            expected, _ = plain.reset()
+            assert result.first[0]
+            assert result.reward[0] == 0
+    assert len(episodes) > 10
+
+
+def test_a_time_limit_is_a_truncation():
+    lanes = make_lanes(preset("pong", env_id="MountainCar-v0"), 2, 0)
+    frames = np.zeros((2, 2), np.float32)
+    lanes.reset(frames)
+    for count in range(1, 201):
+        result = step(lanes, frames, [1, 1])
+        assert result.truncated.all() == (count == 200)
+    assert not result.terminated.any()
+    assert [episode.total for episode in result.episodes] == [-200.0, -200.0]
+
+
+def test_discrete_observations_are_one_hot():
+    lanes = make_lanes(preset("pong", env_id="FrozenLake-v1"), 3, 0)
+    frames = np.zeros((3, 16), np.float32)
+    lanes.reset(frames)
+    np.testing.assert_array_equal(frames, np.eye(16)[[0, 0, 0]])

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pydqn.networks import make_network
+
+
+def pixels(size=3, seed=0):
+    return torch.randint(0, 256, (size, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 0.34])
+def test_nature_against_a_plain_sequential(dueling, mean):
+    network = make_network("nature", 4, (84, 84), 6, dueling=dueling, pixel_mean=mean, pixel_std=0.5, seed=1)
+    first, second, third = network.torso.convs
+    plain = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten())
+    features = plain((pixels().float() / 255 - mean) / 0.5)
+    expected = network.advantage(features)
+    if dueling:
+        expected = network.value(features) + expected - expected.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(network(pixels()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nature_has_the_published_shape():
+    network = make_network("nature", 4, (84, 84), 18)
+    shapes = [tuple(parameter.shape) for name, parameter in network.named_parameters() if "weight" in name]
+    assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
+
+
+def test_dueling_advantages_have_no_mean():
+    network = make_network("mlp", 1, (5,), 4, hidden_units=(16,), dueling=True)
+    obs = torch.randn(7, 1, 5)
+    values = network(obs)
+    torch.testing.assert_close(values.mean(dim=1, keepdim=True), network.value(obs.flatten(1)))
+
+
+def test_mlp():
+    network = make_network("mlp", 2, (3,), 2, hidden_units=(16, 8))
+    obs = torch.randn(5, 2, 3)
+    layers = [layer for layer in network.advantage if isinstance(layer, nn.Linear)]
+    x = obs.flatten(1)
+    for layer in layers[:-1]:
+        x = F.relu(layer(x))
+    torch.testing.assert_close(network(obs), layers[-1](x))
+    assert [layer.out_features for layer in layers] == [16, 8, 2]
+
+
+def test_weights_come_from_the_seed_and_leave_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one = make_network("small", 4, (84, 84), 6, seed=1)
+    np.testing.assert_array_equal(torch.rand(3), expected)
+    two, three = make_network("small", 4, (84, 84), 6, seed=1), make_network("small", 4, (84, 84), 6, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.torso.convs[0].weight, three.torso.convs[0].weight)
+
+
+def test_bfloat16_stays_close():
+    network = make_network("nature", 4, (84, 84), 6)
+    exact = network(pixels())
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = network(pixels())
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("nature", (4,)), ("nature", (20, 20)), ("small", (84, 84, 3)), ("resnet", (84, 84))]
+)
+def test_frames_that_do_not_fit(name, shape):
+    with pytest.raises(ValueError, match="network"):
+        make_network(name, 4, shape, 6)
