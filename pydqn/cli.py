@@ -88,7 +88,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Config):
-        kind = type(field.default)
+        kind: type = type(field.default)
         options: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS, "dest": field.name}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
 
 def _field(default: T, help: str, *, choices: tuple[str, ...] = (), least: float = -math.inf) -> T:
     """Declare a field with its help text and the values that it may take."""
-    value: T = dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})  # type: ignore[assignment]
-    return value
+    value: Any = dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return cast(T, value)
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,13 @@ class Config:
         unknown = sorted(set(plain) - known)
         if unknown:
             raise ValueError(f"config: unknown field {unknown[0]!r}")
-        return cls(**{name: math.inf if value == "inf" else value for name, value in plain.items()})
+        fields: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in plain.items()}
+        return cls(**fields)
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return `value` as the field's own type, or raise a ValueError that names the field."""
-    kind = type(field.default)
+    kind: type = type(field.default)
     least, choices = field.metadata["least"], field.metadata["choices"]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:
@@ -152,13 +153,10 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
     if choices and value not in choices:
         raise ValueError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
-    for part in value if kind is tuple else (value,) if kind in (int, float) else ():
-        if kind is tuple and type(part) is not int:
-            raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
-        if not part >= least:  # also catches NaN
-            raise ValueError(f"{field.name}: expected at least {least:g}, got {value!r}")
-    if kind is tuple and not value:
-        raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got none")
+    if kind is tuple and not (value and all(type(part) is int for part in value)):
+        raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
+    if kind in (int, float, tuple) and not (min(value) if kind is tuple else value) >= least:  # also catches NaN
+        raise ValueError(f"{field.name}: expected at least {least:g}, got {value!r}")
     return value
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
-from pydqn.preprocess import KERNELS, SIZE, resize_area
+from pydqn.preprocess import KERNELS, SIZE
 
 
 class Episode(NamedTuple):
@@ -121,11 +121,11 @@ class AtariLanes:
         console.loadROM(roms.get_rom_path(rom))
         self._height, self._width = console.getScreenDims()
         self.num_envs = num_envs
-        self.frame_shape = (SIZE, SIZE)
+        self.frame_shape: tuple[int, ...] = (SIZE, SIZE)
         self.dtype = np.dtype(np.uint8)
         self.frames_per_step = config.frame_skip
         self._kernel = KERNELS[config.preprocess]
-        self._gray = self._kernel is resize_area
+        self._gray = config.preprocess == "resize_area"
         self._life_loss = config.life_loss
         self._clip = config.clip_rewards
         skip = config.frame_skip
@@ -221,7 +221,7 @@ class GymLanes:
         import gymnasium
         from gymnasium import spaces
 
-        options = {"render_mode": "rgb_array"} if render else {}
+        options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
         try:
             self._env = gymnasium.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
         except gymnasium.error.Error as error:
@@ -246,14 +246,13 @@ class GymLanes:
         self.num_envs = num_envs
         self.num_actions = int(action.n)
         self.frames_per_step = 1
-        self._seed = seed
+        self._seeds: Any = [int(seed) for seed in np.random.SeedSequence(seed).generate_state(num_envs)]
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, np.bool_)
         self._returns = _Returns(num_envs)
 
     def reset(self, out: NDArray[Any]) -> None:
-        seeds = np.random.SeedSequence(self._seed).generate_state(self.num_envs)
-        observation, _ = self._env.reset(seed=[int(seed) for seed in seeds])
+        observation, _ = self._env.reset(seed=self._seeds)
         self._write(observation, out)
 
     def send(self, action: NDArray[np.int64]) -> None:
@@ -279,4 +278,3 @@ class GymLanes:
 
     def close(self) -> None:
         self._env.close()
-

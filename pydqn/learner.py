@@ -202,7 +202,7 @@ class Learner:
         error = td_error(q_tm1, action, reward, discount, q_t, selector_t)
         loss = (weight * self._loss(error)).mean()
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm or torch.inf, foreach=True)
         self._optimizer.step()
         with torch.no_grad():

@@ -46,10 +46,10 @@ class RunLog:
     def __init__(self, logdir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._progress_file = open(logdir / PROGRESS, "w", newline="")
+        self._progress_file = (logdir / PROGRESS).open("w", newline="")
         self._progress = csv.DictWriter(self._progress_file, list(Report.__annotations__))
         self._progress.writeheader()
-        self._episodes_file = open(logdir / EPISODES, "w", newline="")
+        self._episodes_file = (logdir / EPISODES).open("w", newline="")
         self._episodes = csv.writer(self._episodes_file)
         self._episodes.writerow(["episode", "steps", "lane", "return", "length_steps"])
         self._board = SummaryWriter(str(logdir))

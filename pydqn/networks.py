@@ -30,8 +30,8 @@ _TORSOS = {
 class PixelTorso(nn.Module):
     """Convolutions over a stack of uint8 frames: (B, stack, H, W) to (B, features).
 
-    Computes conv((x / 255 - pixel_mean) / pixel_std). The scaling is folded into the first layer's weights, which spares
-    a pass over the input and feeds the convolution integers, which even bfloat16 holds exactly.
+    Computes conv((x / 255 - pixel_mean) / pixel_std). The scaling is folded into the first layer's weights, which
+    spares a pass over the input and feeds the convolution integers, which even bfloat16 holds exactly.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class PixelTorso(nn.Module):
         bias = first.bias
         if self.pixel_mean and bias is not None:
             bias = bias - self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
-        dtype = torch.get_autocast_dtype(obs.device.type) if torch.is_autocast_enabled(obs.device.type) else weight.dtype
+        kind = obs.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         x = F.relu(F.conv2d(obs.to(dtype, memory_format=torch.channels_last), weight, bias, first.stride))
         for conv in self.convs[1:]:
             x = F.relu(conv(x))
@@ -105,7 +106,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Return (B, num_actions) float32 action values of (B, stack, *frame_shape) observations."""
         features = self.torso(obs)
-        values = self.advantage(features).float()
+        values: Tensor = self.advantage(features).float()
         if self.value is not None:
             values = self.value(features).float() + values - values.mean(dim=1, keepdim=True)
         return values

@@ -7,7 +7,7 @@ definition's language and judges the kernels in the tests; it is not needed to r
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -90,7 +90,11 @@ def crop_area(rgb: Frames, out: Frames | None = None) -> Frames:
     return result
 
 
-KERNELS = {"resize_area": resize_area, "crop_nearest": crop_nearest, "crop_area": crop_area}
+KERNELS: dict[str, Callable[..., Frames]] = {
+    "resize_area": resize_area,
+    "crop_nearest": crop_nearest,
+    "crop_area": crop_area,
+}
 
 
 def _require(name: str, frames: Any, axes: int, least: tuple[int, int]) -> None:
@@ -166,7 +170,7 @@ def _plan(height: int, width: int) -> tuple[Any, ...]:
     """
     tables = (*_area_table(height, SIZE), *_area_table(width, SIZE))
     shares = []
-    for source, (_, count, weight) in ((height, tables[:3]), (width, tables[3:])):
+    for source, weight in ((height, tables[2]), (width, tables[5])):
         unit = source // math.gcd(source, SIZE)
         share = np.rint(weight * unit).astype(np.int32)
         assert (share.sum(axis=1) == unit).all(), "area weights are not the rationals they should be"
@@ -280,9 +284,9 @@ def _crop_area(frames, out, rows, row_count, row_weight, columns, column_count, 
             for i in range(row_count[row]):
                 pixels = frames[lane, rows[row] + i]
                 for x in range(width):
-                    gray[x] = (
-                        np.float32(pixels[x, 0]) * red + np.float32(pixels[x, 1]) * green
-                    ) + np.float32(pixels[x, 2]) * blue
+                    gray[x] = (np.float32(pixels[x, 0]) * red + np.float32(pixels[x, 1]) * green) + np.float32(
+                        pixels[x, 2]
+                    ) * blue
                 weight = row_weight[row, i]
                 for column in range(SIZE):
                     x = columns[column]

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     reward: NDArray[np.float32]  # (B,): sum of gamma^j r_j over the window, j < k
     discount: NDArray[np.float32]  # (B,): gamma^k, or 0 after termination
     next_obs: NDArray[Any]  # (B, stack, *frame_shape): k steps later
-    index: NDArray[np.int64]  # (B,): names the transition; never used again for another one
+    index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): names the transition; never used again for another one
     weight: NDArray[np.float32]  # (B,): importance weights; 1 when sampling uniformly
 
 
@@ -233,7 +233,7 @@ class FrameReplay:
             for lane in range(self.num_envs):
                 for position, count in self._runs(stored):
                     for column in core.export_run(lane, position, count, ticks):
-                        writer.block(memoryview(column))
+                        writer.block(column.data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FrameReplay:

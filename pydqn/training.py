@@ -98,9 +98,7 @@ class Run:
             self._step()
             if self.steps >= next_evaluation:
                 next_evaluation += config.evaluation_every_steps
-                played = evaluate_policy(
-                    config, self.learner.policy, config.evaluation_episodes, self._evaluation_seed
-                )
+                played = evaluate_policy(config, self.learner.policy, config.evaluation_episodes, self._evaluation_seed)
                 self._evaluation = float(np.mean(played))
             if self.steps >= next_log:
                 next_log += config.log_every_steps

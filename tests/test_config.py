@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from pydqn import Config, preset
+from pydqn.presets import PRESETS
+from pydqn.schedules import linear
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("num_envs", 0),
+        ("num_envs", -3),
+        ("num_envs", 2.5),
+        ("num_envs", "8"),
+        ("num_envs", True),
+        ("seed", -1),
+        ("batch_size", 0),
+        ("replay_capacity_frames", 10),
+        ("replay_capacity_frames", -5),
+        ("gamma", 1.1),
+        ("gamma", float("nan")),
+        ("sticky_actions", -0.1),
+        ("sticky_actions", 2),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("steps_per_update", -1.0),
+        ("steps_per_update", 0.0),
+        ("pixel_std", 0.0),
+        ("epsilon_end", 1.5),
+        ("loss", "hinge"),
+        ("optimizer", "sgd"),
+        ("network", "transformer"),
+        ("preprocess", "blur"),
+        ("padding", "edge"),
+        ("hidden_units", ()),
+        ("hidden_units", (0,)),
+        ("hidden_units", (1.5,)),
+        ("hidden_units", 512),
+        ("double", 1),
+        ("env_id", None),
+        ("precision", "float64"),
+    ],
+)
+def test_nonsense_names_the_field(name, bad):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        Config(**{name: bad})
+
+
+def test_every_field_has_help_and_a_unit_where_it_counts():
+    for field in dataclasses.fields(Config):
+        assert field.metadata["help"], field.name
+
+
+def test_configs_are_frozen_and_survive_json():
+    config = Config(hidden_units=(64, 32))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="unknown field 'lr'"):
+        Config.from_dict({"lr": 1})
+
+
+def test_presets():
+    assert preset("pong", seed=3).seed == 3
+    assert dataclasses.replace(preset("pong", seed=3), seed=0) == PRESETS["pong"].config
+    with pytest.raises(ValueError, match="preset: 'pnog'.*pong"):
+        preset("pnog")
+    with pytest.raises(ValueError, match="learning_rat: .*learning_rate"):
+        preset("pong", learning_rat=1)
+    for entry in PRESETS.values():
+        assert entry.summary
+        assert entry.source
+
+
+def test_linear_schedule():
+    assert [linear(step, 1.0, 0.1, 9) for step in (0, 3, 9, 100)] == pytest.approx([1.0, 0.7, 0.1, 0.1])

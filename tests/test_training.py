@@ -1,0 +1,175 @@
+"""Whole runs, small: that updates happened, that numbers are right, that the same seed is the same run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from pydqn import preset, train
+from pydqn.checkpoint import load_weights
+from pydqn.config import Config
+from pydqn.evaluation import evaluate, load_run
+from pydqn.logs import read_csv
+from pydqn.training import Run
+
+CARTPOLE = {
+    "env_id": "CartPole-v1",
+    "network": "mlp",
+    "hidden_units": (32, 32),
+    "stack": 1,
+    "clip_rewards": False,
+    "device": "cpu",
+    "precision": "float32",
+    "torch_threads": 1,
+    "mean_episodes": 20,
+}
+
+
+def digest(logdir):
+    """What must be equal for two runs to be the same run."""
+    weights, _ = load_weights(logdir / "weights" / "last.safetensors")
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        total.update(weights[name].numpy().tobytes())
+    total.update((logdir / "episodes.csv").read_bytes())
+    return total.hexdigest()
+
+
+def test_a_run_from_end_to_end(tiny, tmp_path):
+    with Run(tiny, tmp_path) as run:
+        start = {name: tensor.clone() for name, tensor in run.learner.online.state_dict().items()}
+        reports = list(run.reports())
+    result = run.result()
+
+    # Steps, frames and updates are counted exactly.
+    assert tiny.total_steps <= result.steps < tiny.total_steps + tiny.num_envs
+    assert result.frames == 4 * result.steps
+    # The updates due are those of the steps before the last one, while which the learner ran.
+    due = [(result.steps - back - tiny.learning_starts_steps) // tiny.steps_per_update for back in (1, 2)]
+    assert result.updates in due
+    assert run.learner.updates == result.updates > 70
+    assert reports[-1].updates == result.updates
+
+    # Parameters moved, all of them, and are in the file.
+    weights, metadata = load_weights(tmp_path / "weights" / "last.safetensors")
+    assert metadata["updates"] == result.updates
+    for name, before in start.items():
+        assert (weights[name] != before).any(), name
+
+    # The table of returns: 100 steps to a game, two lanes, every game in it.
+    with open(tmp_path / "episodes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["return"]) for row in rows] == result.returns
+    assert len(rows) == len(result.returns) in (2, 3, 4)
+    assert {row["length_steps"] for row in rows} == {"100"}
+    assert all(total == int(total) and -21 <= total <= 0 for total in result.returns)
+
+    progress = read_csv(tmp_path / "progress.csv")
+    assert progress["steps"] == [report.steps for report in reports]
+    assert progress["mean_return"][-1] == np.mean(result.returns[-2:])
+    assert np.isfinite(progress["loss"][1:]).all()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert load_run(tmp_path) == tiny
+
+
+def test_the_replay_ratio_does_not_drift(tiny, tmp_path):
+    config = dataclasses.replace(tiny, steps_per_update=0.7, total_steps=150, learning_starts_steps=37)
+    with Run(config, tmp_path) as run:
+        steps = 0
+        for _ in range(60):
+            run._open_episodes() if steps == 0 else None
+            before = run.steps
+            run._step()
+            steps = run.steps
+            assert run.learner.updates == max(0, int((before - 37) / 0.7))
+
+
+def test_openings_are_not_counted_as_steps(tmp_path):
+    """A lane whose game is over takes one step of the emulator to open the next: no decision, no transition."""
+    config = preset("pong", **CARTPOLE, num_envs=3, total_steps=200, learning_starts_steps=1000)
+    with Run(config, tmp_path) as run:
+        list(run.reports())
+        finished = len(run.returns)
+        assert finished >= 6
+        # Every decision became a transition, but those whose n-step window is still open: at most one per lane.
+        assert run.steps - 3 <= len(run.replay) <= run.steps
+    with open(tmp_path / "episodes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["return"]) == int(row["length_steps"]) for row in rows)
+
+
+def test_the_same_seed_is_the_same_run(tiny, tmp_path):
+    digests = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(dataclasses.replace(tiny, seed=seed), tmp_path / name)
+        digests.append(digest(tmp_path / name))
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
+def test_cartpole_is_learned(tmp_path):
+    """The whole machine on a task that takes seconds: from about 20 steps upright to 150."""
+    config = preset(
+        "pong",
+        **CARTPOLE,
+        num_envs=4,
+        total_steps=40_000,
+        replay_capacity_frames=20_000,
+        learning_starts_steps=1000,
+        learning_rate=1e-3,
+        optimizer_epsilon=1e-8,
+        steps_per_update=2.0,
+        n_step=3,
+        double=True,
+        dueling=False,
+        target_sync_updates=200,
+        epsilon_decay_steps=10_000,
+        stop_return=150.0,
+        seed=1,
+    )
+    result = train(config, tmp_path)
+    assert np.mean(result.returns[:20]) < 60
+    assert np.mean(result.returns[-20:]) >= 150
+    assert np.mean(evaluate(tmp_path, 10)) >= 120
+
+
+def test_best_weights_are_those_of_the_best_mean(tiny, tmp_path):
+    train(tiny, tmp_path)
+    _, best = load_weights(tmp_path / "weights" / "best.safetensors")
+    totals = [float(row["return"]) for row in csv.DictReader((tmp_path / "episodes.csv").read_text().splitlines())]
+    means = [np.mean(pair) for pair in itertools.pairwise(totals)]
+    assert best["mean_return"] == max(means)
+
+
+def test_an_interrupted_run_leaves_usable_weights_and_closed_files(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(tiny, tmp_path) as run:
+        for count, _ in enumerate(run.reports()):
+            if count == 2:
+                raise KeyboardInterrupt
+    assert evaluate(tmp_path, 2)
+    assert len(read_csv(tmp_path / "progress.csv")["steps"]) == 3
+
+
+def test_evaluation_is_apart_from_training(tiny, tmp_path):
+    """Evaluating in between changes nothing but the column that reports it."""
+    with_evaluation = dataclasses.replace(tiny, evaluation_every_steps=150, evaluation_episodes=2)
+    train(tiny, tmp_path / "without")
+    train(with_evaluation, tmp_path / "with")
+    assert digest(tmp_path / "without") == digest(tmp_path / "with")
+    assert np.isfinite(read_csv(tmp_path / "with" / "progress.csv")["evaluation_return"][-1])
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny, tmp_path):
+    train(dataclasses.replace(tiny, total_steps=20), tmp_path)
+    with pytest.raises(ValueError, match="logdir"):
+        train(tiny, tmp_path)
+
+
+def test_a_config_survives_its_file(tiny):
+    assert Config.from_dict(tiny.to_dict()) == tiny
+    assert Config.from_dict(preset("pong", stop_return=float("inf")).to_dict()).stop_return == float("inf")
