@@ -140,7 +140,7 @@ class Config:
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return `value` as the field's own type, or raise a ValueError that names the field."""
-    kind: type = type(field.default)
+    kind: Any = type(field.default)
     least, choices = field.metadata["least"], field.metadata["choices"]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:

@@ -101,7 +101,8 @@ class Learner:
     rate and step counter live on the device, and nothing waits for the host. On a CPU the same function runs eagerly.
 
     Args:
-        network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do.
+        network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
+            has a method `prepare`, observations go through that once for all the networks that see them.
         config: the fields of the loss and the optimizer.
         device: where to learn, as `resolve_device` gives it.
         example: a batch of the replay memory, for shapes and dtypes (`replay.empty_batch(batch_size)`).
@@ -125,6 +126,7 @@ class Learner:
         self.policy = Policy(network, device, config.precision)
         self.online = self.policy.network
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self._prepare: Callable[[Tensor], Tensor] = getattr(network, "prepare", lambda obs: obs)
         self._parameters = list(self.online.parameters())
         self._learning_rate = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)
         self._optimizer = self._make_optimizer()
@@ -196,6 +198,7 @@ class Learner:
         obs, action, reward, discount, next_obs, _, weight = self._batch
         with self.policy.autocast():
             with torch.no_grad():
+                obs, next_obs = self._prepare(obs), self._prepare(next_obs)
                 q_t = self.target(next_obs)
                 selector_t = self.online(next_obs) if self._config.double else None
             q_tm1 = self.online(obs)

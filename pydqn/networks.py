@@ -52,6 +52,15 @@ class PixelTorso(nn.Module):
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
 
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Convert (B, stack, H, W) pixels to the arithmetic's dtype and memory layout, values unchanged.
+
+        `forward` does it where it has not been done; a learner does it once for all the networks that see a batch.
+        """
+        kind = obs.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return obs.to(dtype).contiguous(memory_format=torch.channels_last)  # in one call it takes twice as long
+
     def forward(self, obs: Tensor) -> Tensor:
         """Return the features of `obs`, in the dtype of the surrounding autocast."""
         first = self.convs[0]
@@ -60,9 +69,7 @@ class PixelTorso(nn.Module):
         bias = first.bias
         if self.pixel_mean and bias is not None:
             bias = bias - self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
-        kind = obs.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        x = F.relu(F.conv2d(obs.to(dtype, memory_format=torch.channels_last), weight, bias, first.stride))
+        x = F.relu(F.conv2d(self.prepare(obs), weight, bias, first.stride))
         for conv in self.convs[1:]:
             x = F.relu(conv(x))
         return x.flatten(1)
@@ -75,9 +82,13 @@ class VectorTorso(nn.Module):
         super().__init__()
         self.features = stack * math.prod(frame_shape)
 
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Convert `obs` to float32."""
+        return obs.to(torch.float32)
+
     def forward(self, obs: Tensor) -> Tensor:
         """Return `obs` as one float32 row per sample."""
-        return obs.flatten(1).to(torch.float32)
+        return self.prepare(obs).flatten(1)
 
 
 def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
@@ -102,6 +113,10 @@ class QNetwork(nn.Module):
         self.torso = torso
         self.advantage = _hidden(torso.features, hidden_units, num_actions)
         self.value = _hidden(torso.features, hidden_units, 1) if dueling else None
+
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Convert observations to what the torso computes with; `forward` takes them either way."""
+        return self.torso.prepare(obs)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return (B, num_actions) float32 action values of (B, stack, *frame_shape) observations."""

@@ -19,8 +19,26 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     "pong": Preset(
-        Config(),
-        "Atari Pong from pixels",
+        Config(
+            env_id="ALE/Pong-v5",
+            num_envs=16,
+            total_steps=1_000_000,
+            stop_return=18.0,
+            replay_capacity_frames=100_000,
+            network="small",
+            hidden_units=(256,),
+            dueling=True,
+            pixel_mean=0.34,  # the grey of Pong's background: the torso sees zeros but for ball, paddles and score
+            pixel_std=0.15,
+            n_step=5,
+            double=True,
+            learning_rate=5e-4,
+            learning_starts_steps=3_000,
+            steps_per_update=6.0,
+            target_sync_updates=250,
+            epsilon_decay_steps=30_000,
+        ),
+        "Atari Pong from pixels, to a mean return of 18",
         "tuned by us for wall-clock on two CPU cores",
     ),
 }
