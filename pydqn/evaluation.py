@@ -148,8 +148,8 @@ def evaluate(run: str | os.PathLike[str], episodes: int, *, seed: int = 0, **ove
     Raises:
         ValueError: `run` is not the folder of a run with weights, or `episodes` is not positive.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    _require("episodes", episodes, 1)
+    _require("seed", seed, 0)
     config = load_run(run, **overrides)
     lanes = make_lanes(config, 1, seed)
     try:
@@ -157,6 +157,11 @@ def evaluate(run: str | os.PathLike[str], episodes: int, *, seed: int = 0, **ove
     finally:
         lanes.close()
     return evaluate_policy(config, policy, episodes, seed)
+
+
+def _require(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 class Game(NamedTuple):
@@ -171,6 +176,8 @@ def watch(
     run: str | os.PathLike[str], *, seed: int = 0, most_steps: float = math.inf, **overrides: Any
 ) -> Iterator[NDArray[np.uint8] | Game]:
     """Play one game with a run's best weights; yields a picture (H, W, 3) per step, and at the end the `Game`."""
+    _require("seed", seed, 0)
+    _require("most_steps", most_steps, 1)
     config = load_run(run, **overrides)
     lanes = make_lanes(config, 1, seed, render=True)
     try:

@@ -115,7 +115,7 @@ class ProgressBar:
             f"loss {report.loss:.4f}",
         ]
         self._bar.set_postfix_str(" ".join(parts), refresh=False)
-        self._bar.update(report.steps - self._bar.n)
+        self._bar.n = min(report.steps, self._bar.total)
         self._bar.refresh()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ PRESETS: dict[str, Preset] = {
         Config(
             env_id="ALE/Pong-v5",
             num_envs=16,
-            total_steps=1_000_000,
+            total_steps=500_000,
             stop_return=18.0,
             replay_capacity_frames=100_000,
             network="small",

@@ -59,7 +59,7 @@ def test_play_records_without_a_display(run, tmp_path, capsys, monkeypatch, suff
     assert main(["play", str(run), "--record", str(video)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"total reward -\d+ in 100 steps; actions 0:\d+ 1:\d+", out)
-    pictures = imageio.imread(video)
+    pictures = imageio.imread(video, plugin="pillow" if suffix == ".gif" else "FFMPEG")
     assert pictures.shape[0] >= 90  # GIF drops repeated pictures
     assert pictures.shape[1:] == (420, 320, 3)
     assert pictures[50].std() > 10
@@ -130,6 +130,7 @@ def test_every_setting_is_an_option_with_help(capsys):
         ("evaluate RUN --episodes 0", "episodes: expected at least 1, got 0"),
         ("evaluate RUN --epsilon 2", "evaluation_epsilon: expected a number from 0 to 1"),
         ("evaluate RUN --seed -1", "seed: expected at least 0, got -1"),
+        ("play RUN --most-steps 0", "most_steps: expected at least 1, got 0"),
         ("plot nowhere -o a.png", "run: 'nowhere' is not the folder of a run"),
         ("plot RUN -o a.txt", "output: expected a name that ends in .png"),
         ("fly", "invalid choice: 'fly'"),
