@@ -70,6 +70,8 @@ class Config:
     # The optimizer
     optimizer: str = _field("adam", "Adam or RMSProp", choices=("adam", "rmsprop"))
     learning_rate: float = _field(1e-4, "step size of the optimizer", least=0)
+    learning_rate_end: float = _field(0.0, "the same at the end of its linear decay", least=0)
+    learning_rate_decay_steps: int = _field(0, "decisions over which it falls; 0 for a constant rate", least=0)
     optimizer_epsilon: float = _field(1.5e-4, "added to the denominator of the optimizer", least=0)
     rmsprop_decay: float = _field(0.95, "of the squared gradient's running mean (RMSProp)", least=0)
     rmsprop_momentum: float = _field(0.0, "of RMSProp", least=0)

@@ -58,6 +58,7 @@ class RunLog:
         """Add one row, visible to readers at once."""
         self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
         self._progress_file.flush()
+        self._episodes_file.flush()
         for name, value in report.scalars.items():
             if not math.isnan(value) and name != "steps":
                 self._board.add_scalar(name, value, report.steps)

@@ -123,6 +123,13 @@ class Run:
         config = self.config
         return linear(self.steps, config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps)
 
+    def learning_rate(self) -> float:
+        """The optimizer's step size now."""
+        config = self.config
+        if not config.learning_rate_decay_steps:
+            return config.learning_rate
+        return linear(self.steps, config.learning_rate, config.learning_rate_end, config.learning_rate_decay_steps)
+
     def updates_due(self) -> int:
         """How many updates the steps so far call for: counted, so that no rounding adds up."""
         learned = self.steps - self.config.learning_starts_steps
@@ -138,6 +145,7 @@ class Run:
         """One step of every lane, and the updates that are due, while the emulators run."""
         action = self.learner.policy.act(self.replay.latest(), self.epsilon(), self._generator)
         self.lanes.send(action)
+        self.learner.learning_rate = self.learning_rate()
         while self.learner.updates < self.updates_due() and len(self.replay):
             self.learner.update(self.replay.sample(self.config.batch_size, self._batch))
         slot = self.replay.next_slot()

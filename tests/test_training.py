@@ -173,3 +173,14 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny, tmp_path):
 def test_a_config_survives_its_file(tiny):
     assert Config.from_dict(tiny.to_dict()) == tiny
     assert Config.from_dict(preset("pong", stop_return=float("inf")).to_dict()).stop_return == float("inf")
+
+
+def test_the_learning_rate_decays(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, learning_rate=1e-3, learning_rate_end=1e-4, learning_rate_decay_steps=300, total_steps=320
+    )
+    with Run(config, tmp_path) as run:
+        assert run.learning_rate() == 1e-3
+        list(run.reports())
+        assert run.learning_rate() == 1e-4
+        assert run.learner.learning_rate == pytest.approx(1e-4)
