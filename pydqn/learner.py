@@ -69,7 +69,8 @@ class Policy:
         """Return the context in which the network runs."""
         if self._dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self._dtype)
+        # A graph must cast the weights each time that it is replayed, so a cast may not be remembered.
+        return torch.autocast(self.device.type, self._dtype, cache_enabled=self.device.type == "cpu")
 
     @torch.no_grad()
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import os
+import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,6 +79,22 @@ class RunLog:
         self._progress_file.close()
         self._episodes_file.close()
         self._board.close()
+
+
+def environment() -> dict[str, str]:
+    """Return what a result depends on beside its config: versions and the machine."""
+    packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
+    found = {name: metadata.version(name) for name in packages}
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        **found,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{processor}, {os.cpu_count()} cores",
+    }
 
 
 def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ from pydqn.config import Config
 from pydqn.envs import Episode, Lanes, make_lanes
 from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, evaluate_policy, memory_for, network_for
 from pydqn.learner import Learner, resolve_device
-from pydqn.logs import PROGRESS, Report, RunLog
+from pydqn.logs import PROGRESS, Report, RunLog, environment
 from pydqn.replay import FrameReplay
 from pydqn.schedules import linear
 
@@ -49,8 +49,8 @@ def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
 class Run:
     """One training run.
 
-    `logdir` gets config.json, progress.csv, episodes.csv, TensorBoard events and weights/: best.safetensors, whenever
-    the mean return improves, and last.safetensors, however the run ends.
+    `logdir` gets config.json, environment.json (versions and machine), progress.csv, episodes.csv, TensorBoard events
+    and weights/: best.safetensors, whenever the mean return improves, and last.safetensors, however the run ends.
     """
 
     def __init__(self, config: Config, logdir: str | os.PathLike[str]) -> None:
@@ -77,6 +77,7 @@ class Run:
         self._started = self._seconds = 0.0
         (self.logdir / BEST_WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.logdir / CONFIG, config.to_dict())
+        write_json(self.logdir / "environment.json", {**environment(), "device": str(device)})
         self._log = RunLog(self.logdir)
 
     def __enter__(self) -> Run:

@@ -159,14 +159,16 @@ def test_precision():
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
-def test_bfloat16_learns_about_the_same():
-    exact, replay, _ = make()
-    rough, _, _ = make(precision="bfloat16")
+def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
+    exact, replay, _ = make(double=True, dueling=True)
+    rough, _, _ = make(double=True, dueling=True, precision="bfloat16")
+    before = parameters(rough.online)
     for _ in range(10):
         batch = replay.sample(32)
         exact.update(batch)
         rough.update(batch)
     np.testing.assert_allclose(rough.metrics().loss, exact.metrics().loss, rtol=0.1)
+    assert not any(map(torch.equal, before, parameters(rough.online)))
 
 
 @needs_cuda

@@ -1,0 +1,59 @@
+"""What the README says is so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pydqn import preset
+from pydqn.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_replay_example_works_as_printed():
+    program = re.search(r"<!-- replay example -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(program.splitlines()) <= 15
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("1992 (32, 4, 84, 84) ")
+
+
+def test_the_presets_are_those_that_exist():
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE)) == set(PRESETS)
+
+
+def test_ci_runs_the_test_command():
+    command = re.search(r"<!-- test command -->\n```\n(.*?)\n```", README).group(1)
+    assert command.startswith("pip install")
+    assert "grep -A 3 '<!-- test command -->' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_local_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+RUNS = sorted((ROOT / "results" / "pong").glob("seed-*"))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_results_are_runs_of_the_preset(run):
+    plain = json.loads((run / "config.json").read_text())
+    assert plain == preset("pong", seed=int(run.name.removeprefix("seed-"))).to_dict()
+    with open(run / "progress.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    with open(run / "episodes.csv") as file:
+        returns = [float(row["return"]) for row in csv.DictReader(file)]
+    assert abs(sum(returns[-30:]) / 30 - float(last["mean_return"])) < 1e-3
+
+
+def test_there_are_results():
+    assert len(RUNS) >= 3
