@@ -21,7 +21,7 @@ PRESETS: dict[str, Preset] = {
     "pong": Preset(
         Config(
             env_id="ALE/Pong-v5",
-            num_envs=16,
+            num_envs=8,
             total_steps=500_000,
             stop_return=18.0,
             replay_capacity_frames=100_000,
@@ -32,11 +32,9 @@ PRESETS: dict[str, Preset] = {
             pixel_std=0.15,
             n_step=5,
             double=True,
-            learning_rate=5e-4,
-            learning_rate_end=1e-4,
-            learning_rate_decay_steps=200_000,
+            learning_rate=3e-4,
             learning_starts_steps=3_000,
-            steps_per_update=6.0,
+            steps_per_update=4.0,
             target_sync_updates=250,
             epsilon_decay_steps=30_000,
         ),
