@@ -198,11 +198,13 @@ class Learner:
         """One gradient step on the static batch. No branch on data, no host synchronisation."""
         obs, action, reward, discount, next_obs, _, weight = self._batch
         with self.policy.autocast():
+            obs, next_obs = self._prepare(obs), self._prepare(next_obs)
+            # With gradients first: autocast remembers its casts of the weights, and those made without gradients
+            # would cut the graph (PyTorch before 2.10).
+            q_tm1 = self.online(obs)
             with torch.no_grad():
-                obs, next_obs = self._prepare(obs), self._prepare(next_obs)
                 q_t = self.target(next_obs)
                 selector_t = self.online(next_obs) if self._config.double else None
-            q_tm1 = self.online(obs)
         error = td_error(q_tm1, action, reward, discount, q_t, selector_t)
         loss = (weight * self._loss(error)).mean()
         self._optimizer.zero_grad(set_to_none=True)

@@ -75,6 +75,7 @@ class Run:
         self._best = -math.inf
         self._evaluation = math.nan
         self._started = self._seconds = 0.0
+        self._last: Report | None = None
         (self.logdir / BEST_WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.logdir / CONFIG, config.to_dict())
         write_json(self.logdir / "environment.json", {**environment(), "device": str(device)})
@@ -84,16 +85,20 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.lanes.close()
-        self._log.__exit__(kind, None, None)
-        self._save(LAST_WEIGHTS)
+        try:
+            self._save(LAST_WEIGHTS)
+            if self._last is not None and self._last.steps < self.steps:
+                self._report()  # the row that an interruption would have cost
+        finally:
+            self._log.__exit__(kind, None, None)
+            self.lanes.close()
 
     def reports(self) -> Iterator[Report]:
         """Run to the end, yielding a report every `log_every_steps` and at the end."""
         config = self.config
         self._started = time.perf_counter()
         self._open_episodes()
-        last = self._report(None)
+        self._report()
         next_log, next_evaluation = config.log_every_steps, config.evaluation_every_steps or math.inf
         while self.steps < config.total_steps and self.mean_return() < config.stop_return:
             self._step()
@@ -103,10 +108,9 @@ class Run:
                 self._evaluation = float(np.mean(played))
             if self.steps >= next_log:
                 next_log += config.log_every_steps
-                last = self._report(last)
-                yield last
-        if last.steps < self.steps:
-            yield self._report(last)
+                yield self._report()
+        if self._last is not None and self._last.steps < self.steps:
+            yield self._report()
 
     def result(self) -> Result:
         """Return what the run has come to so far."""
@@ -168,7 +172,8 @@ class Run:
     def _mean_of_recent(self) -> float | None:
         return float(np.mean([episode.total for episode in self._recent])) if self._recent else None
 
-    def _report(self, before: Report | None) -> Report:
+    def _report(self) -> Report:
+        before = self._last
         self._seconds = time.perf_counter() - self._started
         metrics = self.learner.metrics() if self.learner.updates else (math.nan,) * 3
         mean = self._mean_of_recent()
@@ -193,4 +198,5 @@ class Run:
         )
         if before is not None:
             self._log.report(report)
+        self._last = report
         return report

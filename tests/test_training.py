@@ -27,6 +27,8 @@ CARTPOLE = {
     "precision": "float32",
     "torch_threads": 1,
     "mean_episodes": 20,
+    "n_step": 1,
+    "stop_return": float("inf"),
 }
 
 
@@ -116,7 +118,7 @@ def test_cartpole_is_learned(tmp_path):
     """The whole machine on a task that takes seconds: from about 20 steps upright to 150."""
     config = preset(
         "pong",
-        **CARTPOLE,
+        **{**CARTPOLE, "n_step": 3, "stop_return": 150.0},
         num_envs=4,
         total_steps=40_000,
         replay_capacity_frames=20_000,
@@ -124,12 +126,10 @@ def test_cartpole_is_learned(tmp_path):
         learning_rate=1e-3,
         optimizer_epsilon=1e-8,
         steps_per_update=2.0,
-        n_step=3,
         double=True,
         dueling=False,
         target_sync_updates=200,
         epsilon_decay_steps=10_000,
-        stop_return=150.0,
         seed=1,
     )
     result = train(config, tmp_path)
@@ -152,7 +152,19 @@ def test_an_interrupted_run_leaves_usable_weights_and_closed_files(tiny, tmp_pat
             if count == 2:
                 raise KeyboardInterrupt
     assert evaluate(tmp_path, 2)
-    assert len(read_csv(tmp_path / "progress.csv")["steps"]) == 3
+    steps = read_csv(tmp_path / "progress.csv")["steps"]
+    assert len(steps) == 3
+    assert steps[-1] == run.steps == run.result().steps
+
+
+def test_an_interruption_between_reports_loses_no_row(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(tiny, tmp_path) as run:
+        next(run.reports())
+        run._step()
+        raise KeyboardInterrupt
+    steps = read_csv(tmp_path / "progress.csv")["steps"]
+    assert steps[-1] == run.steps > steps[-2]
+    assert run.result().seconds > 0
 
 
 def test_evaluation_is_apart_from_training(tiny, tmp_path):
