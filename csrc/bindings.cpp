@@ -1,10 +1,12 @@
 // The only file that knows both Python and the core: shapes, dtypes, errors, and the GIL, which is released around
-// everything that copies frames. (The core's mutex is taken only after the GIL is given up, so they cannot deadlock.)
+// everything that copies frames. The core's mutex is taken only after the GIL is given up, so the two cannot deadlock and
+// no thread stops the others while it waits for the memory.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <cstdlib>
 
 #include "frame_replay.hpp"
 
@@ -70,9 +72,18 @@ class Binding {
                pad_with_first ? pydqn::Padding::kFirst : pydqn::Padding::kZero},
               seed) {}
 
-  std::int64_t size() const { return core_.size(); }
-  std::int64_t ticks() const { return core_.ticks(); }
-  std::int64_t stored() const { return core_.stored(); }
+  std::int64_t size() const {
+    py::gil_scoped_release release;
+    return core_.size();
+  }
+  std::int64_t ticks() const {
+    py::gil_scoped_release release;
+    return core_.ticks();
+  }
+  std::int64_t stored() const {
+    py::gil_scoped_release release;
+    return core_.stored();
+  }
   std::size_t bytes() const { return core_.bytes(); }
 
   static py::array next_slot(const py::object& self) {
@@ -85,7 +96,12 @@ class Binding {
       stride *= shape[axis];
     }
     strides[0] = binding.core_.lane_bytes();
-    return py::array(binding.dtype_, shape, strides, binding.core_.next_slot(), self);
+    const std::uint8_t* slot = nullptr;
+    {
+      py::gil_scoped_release release;
+      slot = binding.core_.next_slot();
+    }
+    return py::array(binding.dtype_, shape, strides, slot, self);
   }
 
   void append(const py::object& frame, const py::object& action, const py::object& reward,
@@ -192,13 +208,22 @@ class Binding {
     core_.import_run(lane, position, count, in);
   }
 
-  void set_ticks(std::int64_t ticks) { core_.set_ticks(ticks); }
+  void set_ticks(std::int64_t ticks) {
+    py::gil_scoped_release release;
+    core_.set_ticks(ticks);
+  }
   void end_import() {
     py::gil_scoped_release release;
     core_.end_import();
   }
-  std::string generator_state() const { return core_.generator_state(); }
-  void set_generator_state(const std::string& state) { core_.set_generator_state(state); }
+  std::string generator_state() const {
+    py::gil_scoped_release release;
+    return core_.generator_state();
+  }
+  void set_generator_state(const std::string& state) {
+    py::gil_scoped_release release;
+    core_.set_generator_state(state);
+  }
 
  private:
   std::int64_t frame_bytes() const {
@@ -235,9 +260,14 @@ class Binding {
       require_dtype(name, *array, dtype_);
       if (!rows_are_contiguous(*array)) reject(name, "contiguous stacks", "another layout");
     }
-    return {static_cast<std::uint8_t*>(obs.mutable_data()),
+    auto* obs_data = static_cast<std::uint8_t*>(obs.mutable_data());
+    auto* next_obs_data = static_cast<std::uint8_t*>(next_obs.mutable_data());
+    const std::int64_t stack_bytes = core_.shape().stack * core_.shape().frame_bytes;
+    if (!core_.shares_block() && std::abs(next_obs_data - obs_data) < stack_bytes)
+      reject("next_obs", "memory apart from obs, since n_step > 1", "memory that overlaps it");
+    return {obs_data,
             obs.strides(0),
-            static_cast<std::uint8_t*>(next_obs.mutable_data()),
+            next_obs_data,
             next_obs.strides(0),
             batch_column<std::int64_t>("action", action, count),
             batch_column<float>("reward", reward, count),

@@ -202,7 +202,12 @@ class FrameReplay {
     std::istringstream text(state);
     std::mt19937_64 generator;
     text >> generator;
-    if (text.fail()) throw std::invalid_argument("generator: expected the state of a 64-bit Mersenne twister");
+    // A state of zeros would give zeros for ever, and drawing below a bound would never end.
+    std::mt19937_64 ahead = generator;
+    bool alive = false;
+    for (std::size_t i = 0; i < std::mt19937_64::state_size; ++i) alive |= ahead() != 0;
+    if (text.fail() || !alive)
+      throw std::invalid_argument("generator: expected the state of a 64-bit Mersenne twister");
     Lock lock(mutex_);
     generator_ = generator;
   }

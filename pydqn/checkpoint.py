@@ -1,8 +1,8 @@
 """Files that are either whole or absent, and that never run code when they are read.
 
-Two kinds: a `.safetensors` file of weights with JSON metadata, and a *record file*: one line of JSON (the header)
-followed by raw blocks, each with its length and CRC-32 in front. Both are written beside their final name, flushed to
-the disk and renamed, so that a crash at any moment leaves the previous file or the new one, never half of either.
+Two kinds: a `.safetensors` file of weights with JSON metadata, and a *record file*: one line (CRC-32 and JSON, the
+header) followed by raw blocks, each with its length and CRC-32 in front. Both are written beside their final name,
+flushed to the disk and renamed, so that a crash at any moment leaves the file before or the new one, never half of one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class RecordWriter:
 
     def __init__(self, file: IO[bytes], header: dict[str, Any]) -> None:
         self._file = file
-        file.write(json.dumps(header).encode() + b"\n")
+        text = json.dumps(header).encode()
+        file.write(f"{zlib.crc32(text):08x} ".encode() + text + b"\n")
 
     def block(self, data: memoryview) -> None:
         """Append one block of contiguous bytes."""
@@ -66,13 +67,13 @@ class RecordReader:
     def __init__(self, file: IO[bytes], name: str, kind: str) -> None:
         self._file = file
         self._name = name
-        line = file.readline(_LONGEST_HEADER)
+        checksum, _, text = file.readline(_LONGEST_HEADER).rstrip(b"\n").partition(b" ")
         try:
-            header = json.loads(line)
+            header = json.loads(text) if checksum == f"{zlib.crc32(text):08x}".encode() else None
         except (ValueError, RecursionError):
             header = None
         if not isinstance(header, dict) or header.get("kind") != kind:
-            raise ValueError(f"{name}: expected a {kind} file, got something else")
+            raise ValueError(f"{name}: expected a {kind} file, got something else or a damaged one")
         self.header: dict[str, Any] = header
 
     def block(self, nbytes: int) -> bytes:

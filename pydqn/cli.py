@@ -55,16 +55,23 @@ def _parser() -> argparse.ArgumentParser:
         "(pydqn presets PRESET prints them). Ctrl-C stops the run and keeps its weights.",
     )
     command.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
-    command.add_argument("--logdir", help="folder of the run (default: runs/PRESET-SEED, or the next free name)")
+    command.add_argument("--logdir", help="folder of the run (default: runs/NAME-SEED, or the next free one)")
     _add_config_options(command)
     command.set_defaults(run=_train)
 
     command = commands.add_parser("play", help="watch a trained agent play one game, and record it")
     _add_run_options(command)
     command.add_argument("--record", metavar="FILE", help="write a video: .mp4 or .gif")
-    command.add_argument("--fps", type=int, default=30, help="pictures per second (default: 30)")
+    command.add_argument(
+        "--fps",
+        type=int,
+        default=30,
+        help="pictures per second (default: 30; a game of Atari makes 60 / frame-skip decisions a second)",
+    )
     command.add_argument("--most-steps", type=int, metavar="N", help="stop after N decisions")
-    command.add_argument("--show", action="store_true", help="draw the game in the terminal")
+    command.add_argument(
+        "--show", action="store_true", help="draw the game in the terminal (as it does anyway when not recording)"
+    )
     command.set_defaults(run=_play)
 
     command = commands.add_parser("evaluate", help="play whole games with a run's best weights")
@@ -93,13 +100,27 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = int if kind is tuple else kind
+            options["type"] = {float: float, str: str}.get(kind, _integer)
             options["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "N"}[kind]
             if kind is tuple:
                 options["nargs"] = "+"
             if field.metadata["choices"]:
                 options["metavar"] = "|".join(field.metadata["choices"])
         command.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _integer(text: str) -> int:
+    """Read an integer as people write it: 1000000 or 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+_integer.__name__ = "integer"  # argparse names the type in its message
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -121,7 +142,8 @@ def _presets(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    logdir = Path(arguments.logdir) if arguments.logdir else _free_logdir(f"{arguments.preset}-{config.seed}")
+    task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
+    logdir = Path(arguments.logdir) if arguments.logdir else _free_logdir(f"{task}-{config.seed}")
 
     from pydqn.logs import ProgressBar
     from pydqn.training import Run
@@ -137,11 +159,12 @@ def _train(arguments: argparse.Namespace) -> int:
         finally:
             bar.close()
     result = run.result()
-    mean = sum(result.returns[-config.mean_episodes :]) / max(1, len(result.returns[-config.mean_episodes :]))
+    recent = result.returns[-config.mean_episodes :]
+    mean = f"mean return of the last {len(recent)}: {sum(recent) / len(recent):.2f}" if recent else "no game finished"
     state = "interrupted" if code else "done"
     print(
         f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} games "
-        f"in {result.seconds / 60:.1f} min; mean return of the last {config.mean_episodes}: {mean:.2f}"
+        f"in {result.seconds / 60:.1f} min; {mean}"
     )
     print(f"run: {logdir}   (pydqn play {logdir} --record game.mp4, pydqn plot {logdir} -o curve.png)")
     return code
@@ -180,7 +203,7 @@ def _play(arguments: argparse.Namespace) -> None:
                 break
             if recorder is not None:
                 recorder.add(moment)
-            if arguments.show:
+            if arguments.show or (recorder is None and sys.stdout.isatty()):
                 _draw(moment)
                 due = max(due + 1 / arguments.fps, time.perf_counter())
                 time.sleep(due - time.perf_counter() if due > time.perf_counter() else 0)

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
 
-def _field(default: T, help: str, *, choices: tuple[str, ...] = (), least: float = -math.inf) -> T:
-    """Declare a field with its help text and the values that it may take."""
-    value: Any = dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+_MOST = 2**53  # beyond it, JSON readers and floats lose count
+_MOST_ATARI = 2**30  # ALE counts in 32 bits
+
+
+def _field(default: T, help: str, *, choices: tuple[str, ...] = (), least: float = -math.inf, most: int = _MOST) -> T:
+    """Declare a field with its help text and the values that it may take (`most` binds integers)."""
+    limits = {"help": help, "choices": choices, "least": least, "most": most}
+    value: Any = dataclasses.field(default=default, metadata=limits)
     return cast(T, value)
 
 
@@ -30,27 +36,30 @@ class Config:
 
     # The task
     env_id: str = _field("ALE/Pong-v5", "an Atari game (a ROM name or an ALE/ id) or any Gymnasium id")
-    num_envs: int = _field(8, "environments that step together (lanes)", least=1)
+    num_envs: int = _field(8, "environments that step together (lanes)", least=1, most=2**16)
     seed: int = _field(0, "seed of everything random in the run", least=0)
     total_steps: int = _field(1_000_000, "agent decisions, over all lanes, after which the run ends", least=1)
     stop_return: float = _field(math.inf, "end the run when the mean return reaches this")
     mean_episodes: int = _field(30, "episodes in the reported mean return", least=1)
 
-    # Atari only
-    frame_skip: int = _field(4, "emulator frames per decision", least=1)
-    sticky_actions: float = _field(0.0, "probability that the emulator repeats the previous action", least=0)
-    noop_max_frames: int = _field(30, "up to this many no-ops at the start of a game", least=0)
-    fire_reset: bool = _field(False, "press FIRE at the start of a game, where the game has it")
-    life_loss: bool = _field(False, "a lost life is terminal for the learner (the game goes on)")
     clip_rewards: bool = _field(True, "the learner sees only the sign of a reward")
-    full_action_set: bool = _field(False, "all 18 actions instead of the game's own")
-    max_episode_frames: int = _field(108_000, "a game is truncated after this many frames", least=1)
+
+    # Atari only
+    frame_skip: int = _field(4, "Atari: emulator frames per decision", least=1, most=_MOST_ATARI)
+    sticky_actions: float = _field(0.0, "Atari: probability that the emulator repeats the previous action", least=0)
+    noop_max_frames: int = _field(30, "Atari: up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI)
+    fire_reset: bool = _field(False, "Atari: press FIRE at the start of a game, where the game has it")
+    life_loss: bool = _field(False, "Atari: a lost life is terminal for the learner (the game goes on)")
+    full_action_set: bool = _field(False, "Atari: all 18 actions instead of the game's own")
+    max_episode_frames: int = _field(
+        108_000, "Atari: a game is truncated after this many frames", least=1, most=_MOST_ATARI
+    )
     preprocess: str = _field(
-        "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area")
+        "resize_area", "Atari: how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area")
     )
 
     # Observations and the replay memory
-    stack: int = _field(4, "successive frames in an observation", least=1)
+    stack: int = _field(4, "successive frames in an observation", least=1, most=2**16)
     padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
     replay_capacity_frames: int = _field(100_000, "frames held by the replay memory, over all lanes", least=1)
 
@@ -63,7 +72,7 @@ class Config:
 
     # The loss
     gamma: float = _field(0.99, "discount per decision", least=0)
-    n_step: int = _field(1, "steps in a return", least=1)
+    n_step: int = _field(1, "steps in a return", least=1, most=2**16)
     double: bool = _field(False, "the online network chooses, the target network values (van Hasselt et al. 2016)")
     loss: str = _field("huber", "of the TD error", choices=("huber", "mse"))
 
@@ -95,8 +104,8 @@ class Config:
     precision: str = _field(
         "auto", "of the network's arithmetic; weights stay float32", choices=("auto", "float32", "bfloat16")
     )
-    torch_threads: int = _field(0, "threads of PyTorch on the CPU; 0 for its own choice", least=0)
-    emulator_threads: int = _field(0, "threads of the emulators; 0 for one per core", least=0)
+    torch_threads: int = _field(0, "threads of PyTorch on the CPU; 0 for its own choice", least=0, most=2**10)
+    emulator_threads: int = _field(0, "Atari: threads of the emulators; 0 for one per core", least=0, most=2**10)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -145,7 +154,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     kind: Any = type(field.default)
     least, choices = field.metadata["least"], field.metadata["choices"]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number:
+    if kind is float and number and (abs(value) <= sys.float_info.max or abs(value) == math.inf):
         value = float(value)
     elif kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -159,6 +168,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
     if kind in (int, float, tuple) and not (min(value) if kind is tuple else value) >= least:  # also catches NaN
         raise ValueError(f"{field.name}: expected at least {least:g}, got {value!r}")
+    if kind in (int, tuple) and (max(value) if kind is tuple else value) > field.metadata["most"]:
+        raise ValueError(f"{field.name}: expected at most {field.metadata['most']}, got {value!r}")
     return value
 
 

@@ -6,6 +6,7 @@ The only room that knows gymnasium and ale_py.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -67,27 +68,32 @@ def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False
     rom = rom_of(config.env_id)
     if rom is not None:
         return AtariLanes(rom, config, num_envs, seed, render=render)
-    return GymLanes(config.env_id, num_envs, seed, render=render)
+    return GymLanes(config, num_envs, seed, render=render)
 
 
 def rom_of(env_id: str) -> str | None:
-    """Return the ROM name of an Atari id ("pong", "Pong", "ALE/Pong-v5"), or None for any other Gymnasium id.
+    """Return the ROM name of an Atari id, or None for any other Gymnasium id.
+
+    Atari ids are "pong", "Pong", "ALE/Pong-v5", and Gym's old "Pong-v4" and "PongNoFrameskip-v4", whose differences are
+    fields of `Config`.
 
     Raises:
         ValueError: the id has an Atari game's form, but ALE has no such game.
     """
     from ale_py import roms
 
+    known = {name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))}
+    old = re.fullmatch(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]", env_id)
+    if old and old[1] in known:
+        return known[old[1]]
     if not env_id.startswith("ALE/") and ("/" in env_id or "-" in env_id):
         return None
-    known = roms.get_all_rom_ids()
     name = env_id.removeprefix("ALE/").split("-v")[0]
-    snake = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
-    if snake not in known:
-        near = difflib.get_close_matches(snake, known, n=3, cutoff=0.5)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see ale_py.roms.get_all_rom_ids()"
         raise ValueError(f"env_id: there is no Atari game {env_id!r}; {hint}")
-    return snake
+    return known[name]
 
 
 class _Returns:
@@ -217,14 +223,16 @@ class GymLanes:
     Steps run inside `recv`: such environments hold the GIL, so there is nothing to overlap.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, *, render: bool = False) -> None:
+    def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
         import gymnasium
         from gymnasium import spaces
 
+        env_id = config.env_id
+        self._clip = config.clip_rewards
         options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
         try:
             self._env = gymnasium.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
-        except gymnasium.error.Error as error:
+        except (gymnasium.error.Error, ImportError) as error:
             near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]}){hint}") from None
@@ -263,7 +271,8 @@ class GymLanes:
         first, self._done = self._done, terminated | truncated
         self._write(observation, out)
         reward = np.where(first, 0.0, reward)
-        return Step(reward, terminated, truncated, first, self._returns.add(reward, first, self._done))
+        episodes = self._returns.add(reward, first, self._done)
+        return Step(np.sign(reward) if self._clip else reward, terminated, truncated, first, episodes)
 
     def _write(self, observation: NDArray[Any], out: NDArray[Any]) -> None:
         if self._one_hot:
@@ -272,7 +281,12 @@ class GymLanes:
             out[...] = observation
 
     def picture(self) -> NDArray[np.uint8]:
-        pictures = self._env.render()
+        from gymnasium.error import DependencyNotInstalled
+
+        try:
+            pictures = self._env.render()
+        except DependencyNotInstalled as error:
+            raise RuntimeError(f"render: {error}") from None  # names the pip command
         assert pictures is not None
         return np.asarray(pictures[0], np.uint8)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pydqn.checkpoint import load_weights
@@ -75,7 +76,7 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
 
 
 def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> Policy:
-    """Build the policy of a run from its best weights, or from its last ones when no game was finished.
+    """Build the policy of a run from its best weights, or from its last ones when it was too short to have a best.
 
     Raises:
         ValueError: there are no weights, or they do not fit `config`.
@@ -88,7 +89,9 @@ def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> Po
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"run: {paths[0]} does not fit its config ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"run: {paths[0]} does not fit its config ({str(error).splitlines()[1].strip()})") from None
+    if config.torch_threads:
+        torch.set_num_threads(config.torch_threads)
     return Policy(network, resolve_device(config.device), config.precision)
 
 

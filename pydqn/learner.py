@@ -43,8 +43,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
-    "auto" takes bfloat16 on processors with instructions for it, where an update costs about half, and float32
-    elsewhere.
+    "auto" takes bfloat16 on processors that have AVX-512 or AMX instructions for it, where an update costs two thirds,
+    and float32 elsewhere.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cpu" and _has_native_bfloat16() else torch.float32
@@ -53,7 +53,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def _has_native_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 natively; without that, its emulation is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -98,8 +100,9 @@ class Metrics(NamedTuple):
 class Learner:
     """Owns the online and the target network and the optimizer.
 
-    `update` runs one gradient step. On a CUDA device the whole step is captured once and replayed: buffers, learning
-    rate and step counter live on the device, and nothing waits for the host. On a CPU the same function runs eagerly.
+    `update` runs one gradient step. On a CUDA device the whole step is captured once and replayed: batch, learning rate
+    and step counter live on the device. The host runs ahead by one update: it waits only until the batch before has
+    left the pinned memory. On a CPU the same function runs eagerly.
 
     Args:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
@@ -145,21 +148,22 @@ class Learner:
 
     def update(self, batch: Batch) -> None:
         """Run one gradient step on `batch`, and copy the online network to the target when that is due."""
-        if self.device.type == "cpu":
-            self._batch = [torch.from_numpy(part) for part in batch]
-        else:
-            self._upload(batch)
-        if self._capture and self._graph is None:
-            self._record()
-        self._step()
-        self.updates += 1
-        if self.updates % self._config.target_sync_updates == 0:
-            self.sync_target()
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            if self.device.type == "cuda":
+                self._upload(batch)
+            else:
+                self._batch = [torch.from_numpy(part) for part in batch]
+            if self._capture and self._graph is None:
+                self._record()
+            self._step()
+            self.updates += 1
+            if self.updates % self._config.target_sync_updates == 0:
+                self.sync_target()
 
     @torch.no_grad()
     def sync_target(self) -> None:
         """Copy the online network to the target network."""
-        torch._foreach_copy_(list(self.target.parameters()), self._parameters)
+        torch._foreach_copy_(_state(self.target), _state(self.online))
 
     def metrics(self) -> Metrics:
         """Return what the latest update saw (waits for the device)."""
@@ -218,9 +222,9 @@ class Learner:
     # --- the CUDA graph ---
 
     def _upload(self, batch: Batch) -> None:
-        """Copy a batch to the static tensors through pinned memory, without waiting for the device."""
+        """Copy a batch to the static tensors through pinned memory."""
         assert self._uploaded is not None
-        self._uploaded.synchronize()  # the previous upload may still be reading the pinned memory
+        self._uploaded.synchronize()  # the upload before may still be reading the pinned memory
         for part, host, device in zip(batch, self._host, self._batch, strict=True):
             host.copy_(torch.from_numpy(part))
             device.copy_(host, non_blocking=True)
@@ -228,7 +232,7 @@ class Learner:
 
     def _record(self) -> None:
         """Capture `_update`. The warm-up updates are undone, so that capturing changes nothing."""
-        before = [parameter.detach().clone() for parameter in self._parameters]
+        before = [tensor.detach().clone() for tensor in _state(self.online)]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -236,12 +240,17 @@ class Learner:
                 self._update()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         with torch.no_grad():
-            torch._foreach_copy_(self._parameters, before)
+            torch._foreach_copy_(_state(self.online), before)
             for state in self._optimizer.state.values():
                 for value in state.values():
                     if isinstance(value, Tensor):
                         value.zero_()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):
             self._update()
         self._step = self._graph.replay
+
+
+def _state(network: nn.Module) -> list[Tensor]:
+    """Everything of a network that a copy of it must have."""
+    return [*network.parameters(), *network.buffers()]

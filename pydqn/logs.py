@@ -104,9 +104,10 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
         ValueError: the file is not such a CSV.
     """
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows = list(reader)
     try:
-        return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
+        return {name: [float(row[name] or "nan") for row in rows] for name in reader.fieldnames or ()}
     except (TypeError, ValueError):
         raise ValueError(f"{path}: not a CSV of numbers") from None
 

@@ -23,7 +23,10 @@ def plot_runs(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     for run in runs:
         if not (Path(run) / PROGRESS).is_file():
             raise ValueError(f"run: {os.fspath(run)!r} is not the folder of a run (it has no {PROGRESS})")
-        tables.append(read_csv(Path(run) / PROGRESS))
+        table = read_csv(Path(run) / PROGRESS)
+        if not all(table.get(name) for name in ("frames", "seconds", "mean_return")):
+            raise ValueError(f"run: {os.fspath(run)!r} has no rows to draw yet")
+        tables.append(table)
 
     from matplotlib.figure import Figure
 

@@ -122,11 +122,9 @@ def _output(out: Frames | None, leading: tuple[int, ...]) -> tuple[Frames, Frame
     elif not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.uint8:
         got = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
         raise ValueError(f"out: expected uint8 {shape}, got {got}")
-    view = out.view()
-    try:
-        view.shape = (math.prod(leading), SIZE, SIZE)  # raises where reshape would copy
-    except AttributeError:
-        raise ValueError(f"out: its leading axes {leading} cannot be seen as one; pass a simpler array") from None
+    view = out.reshape(math.prod(leading), SIZE, SIZE)
+    if out.size and not np.may_share_memory(view, out):  # reshape had to copy
+        raise ValueError(f"out: its leading axes {leading} cannot be seen as one; pass a simpler array")
     return out, view
 
 

@@ -15,6 +15,9 @@ from pydqn.checkpoint import RecordReader, RecordWriter, atomic_write
 
 _FILE_KIND = "pydqn-replay"
 _FILE_VERSION = 1
+_MOST_LANES = 1 << 20
+_MOST_WINDOW = 1 << 20
+_MOST_BYTES = 1 << 60
 _BYTES_PER_RUN = 16 << 20  # saving and loading hold this much at a time, however large the ring
 
 
@@ -73,13 +76,13 @@ class FrameReplay:
         padding: str = "zero",
         seed: int = 0,
     ) -> None:
-        self.num_envs = _integer("num_envs", num_envs, 1)
+        self.num_envs = _integer("num_envs", num_envs, 1, _MOST_LANES)
         self.capacity = _integer("capacity", capacity, self.num_envs)
         if not isinstance(frame_shape, (tuple, list)) or not frame_shape:
             raise ValueError(f"frame_shape: expected a tuple of at least one positive integer, got {frame_shape!r}")
         self.frame_shape = tuple(_integer("frame_shape", axis, 1) for axis in frame_shape)
-        self.stack = _integer("stack", stack, 1)
-        self.n_step = _integer("n_step", n_step, 1)
+        self.stack = _integer("stack", stack, 1, _MOST_WINDOW)
+        self.n_step = _integer("n_step", n_step, 1, _MOST_WINDOW)
         if not isinstance(gamma, (int, float, np.floating)) or not 0 <= gamma <= 1:
             raise ValueError(f"gamma: expected a number from 0 to 1, got {gamma!r}")
         self.gamma = float(gamma)
@@ -92,6 +95,9 @@ class FrameReplay:
         if padding not in ("zero", "first"):
             raise ValueError(f"padding: expected 'zero' or 'first', got {padding!r}")
         self.padding = padding
+        frames = (self.capacity + self.num_envs) * math.prod(self.frame_shape) * self.dtype.itemsize
+        if frames > _MOST_BYTES:
+            raise MemoryError(f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} are too many")
         try:
             self._core = _core.FrameReplay(
                 capacity=self.capacity,
@@ -281,9 +287,11 @@ class FrameReplay:
         return [(start, min(length, stored - start)) for start in range(0, stored, length)]
 
 
-def _integer(name: str, value: object, least: int) -> int:
+def _integer(name: str, value: object, least: int, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected an integer of at most {most}, got {value!r}")
     return int(value)
 
 

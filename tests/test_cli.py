@@ -74,6 +74,12 @@ def test_play_shows_the_game_in_the_terminal(run, capsys):
     assert "unfinished in 5 steps" in out
 
 
+def test_a_run_without_rows_cannot_be_drawn(run, tmp_path, capsys):
+    (tmp_path / "progress.csv").write_text((run / "progress.csv").read_text().splitlines()[0] + "\n")
+    assert main(["plot", str(tmp_path), "-o", str(tmp_path / "a.png")]) == 2
+    assert "has no rows to draw yet" in capsys.readouterr().err
+
+
 def test_plot(run, tmp_path, capsys):
     picture = tmp_path / "curve.png"
     assert main(["plot", str(run), str(run), "-o", str(picture)]) == 0
@@ -111,7 +117,10 @@ def test_every_setting_is_an_option_with_help(capsys):
         ("train pong --num-envs -3", "num_envs: expected at least 1, got -3"),
         ("train pong --num-envs 0", "num_envs: expected at least 1, got 0"),
         ("train pong --replay-capacity-frames -1", "replay_capacity_frames: expected"),
-        ("train pong --batch-size many", "argument --batch-size: invalid int value: 'many'"),
+        ("train pong --batch-size many", "argument --batch-size: invalid integer value: 'many'"),
+        ("train pong --batch-size 1.5", "argument --batch-size: invalid integer value: '1.5'"),
+        ("train pong --max-episode-frames 1e12", "max_episode_frames: expected at most"),
+        ("train pong --env-id nosuchmodule:Env-v0", "env_id: Gymnasium cannot make"),
         ("train pong --gamma nan", "gamma: expected"),
         ("train pong --loss hinge", "loss: expected one of huber, mse, got 'hinge'"),
         ("train pong --nonsense 3", "unrecognized arguments: --nonsense 3"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -156,7 +157,11 @@ def test_capture_needs_cuda():
 def test_precision():
     assert resolve_precision("float32", CPU) == torch.float32
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
-    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+    with mock.patch("pydqn.learner._has_native_bfloat16", return_value=True):
+        assert resolve_precision("auto", CPU) == torch.bfloat16
+        assert resolve_precision("auto", torch.device("cuda")) == torch.float32
+    with mock.patch("pydqn.learner._has_native_bfloat16", return_value=False):
+        assert resolve_precision("auto", CPU) == torch.float32
 
 
 def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
@@ -174,9 +179,8 @@ def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
 @needs_cuda
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 def test_captured_equals_eager(optimizer):
-    """1,000 updates, the learning rate changing: parameters and optimizer state agree."""
+    """1,000 updates, the learning rate changing: parameters and the optimizer's state agree."""
     device = torch.device("cuda")
-    torch.backends.cudnn.deterministic = True
     (eager, replay, _), (captured, _, _) = (
         make(device, capture, optimizer=optimizer, double=True, dueling=True, n_step=3) for capture in (False, True)
     )
@@ -189,6 +193,24 @@ def test_captured_equals_eager(optimizer):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(captured.target.parameters(), eager.target.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    states = zip(captured._optimizer.state.values(), eager._optimizer.state.values(), strict=True)
+    for ours, theirs in states:
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-4)
+
+
+def test_buffers_reach_the_target_too():
+    _, replay, config = make(target_sync_updates=2)
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.BatchNorm1d(4 * 84 * 84), torch.nn.Linear(4 * 84 * 84, 6)
+    )
+    network.prepare = lambda obs: obs.float()
+    learner = Learner(network, config, CPU, replay.empty_batch(32))
+    for _ in range(2):
+        learner.update(replay.sample(32))
+    for ours, theirs in zip(learner.target.buffers(), learner.online.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @needs_cuda
@@ -203,14 +225,14 @@ def test_capturing_changes_nothing():
 
 
 @needs_cuda
-def test_the_steady_state_never_waits_for_the_host():
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_steady_state_never_synchronizes():
     learner, replay, _ = make(torch.device("cuda"), True)
     learner.update(replay.sample(32))
-    batch = replay.sample(32)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        learner.update(batch)
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(20):
+            learner.update(replay.sample(32))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

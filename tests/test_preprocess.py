@@ -110,12 +110,12 @@ def test_random_colours(height):
         np.testing.assert_array_equal(crop_area(flat), cv2_crop_area(flat))
 
 
-def test_every_gray_of_every_colour():
-    """All 2^24 colours, in pictures of one colour per row and column that the crop keeps."""
+def test_gray_of_a_lattice_of_colours():
+    """52 reds by 84 greens by 84 blues."""
     for red in range(0, 256, 5):
         rgb = np.zeros((194, 84, 3), np.uint8)
         rgb[..., 0] = red
-        rgb[..., 1] = np.arange(194)[:, None]
+        rgb[34:, :, 1] = (np.arange(160) * 255 // 159)[:, None]
         rgb[..., 2] = np.arange(84) * 3
         np.testing.assert_array_equal(crop_nearest(rgb), cv2_crop_nearest(rgb))
 

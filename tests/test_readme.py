@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pydqn import preset
+from pydqn import cli, preset
 from pydqn.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,15 @@ def test_ci_runs_the_test_command():
     command = re.search(r"<!-- test command -->\n```\n(.*?)\n```", README).group(1)
     assert command.startswith("pip install")
     assert "grep -A 3 '<!-- test command -->' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_commands_can_be_typed():
+    commands = re.findall(r"^pydqn train (.*)$", README, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        config = cli._config(cli._parser().parse_args(["train", *command.split()]))
+        # A run that is to end at a mean return must not end before it has learned.
+        assert config.env_id == "ALE/Pong-v5" or config.stop_return > 100
 
 
 def test_local_links_lead_somewhere():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import itertools
+import json
 
 import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pydqn import preset, train
 from pydqn.checkpoint import load_weights
@@ -75,7 +77,10 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert progress["steps"] == [report.steps for report in reports]
     assert progress["mean_return"][-1] == np.mean(result.returns[-2:])
     assert np.isfinite(progress["loss"][1:]).all()
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert {"mean_return", "loss", "epsilon", "frames_per_second"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("updates")] == progress["steps"]
+    assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
     assert load_run(tmp_path) == tiny
 
 
@@ -139,11 +144,15 @@ def test_cartpole_is_learned(tmp_path):
 
 
 def test_best_weights_are_those_of_the_best_mean(tiny, tmp_path):
-    train(tiny, tmp_path)
-    _, best = load_weights(tmp_path / "weights" / "best.safetensors")
-    totals = [float(row["return"]) for row in csv.DictReader((tmp_path / "episodes.csv").read_text().splitlines())]
-    means = [np.mean(pair) for pair in itertools.pairwise(totals)]
-    assert best["mean_return"] == max(means)
+    best, expected = -np.inf, {}
+    with Run(dataclasses.replace(tiny, log_every_steps=1, total_steps=1200), tmp_path) as run:
+        for _ in run.reports():
+            if run.mean_return() > best:
+                best = run.mean_return()
+                expected = {name: tensor.clone() for name, tensor in run.learner.online.state_dict().items()}
+    weights, metadata = load_weights(tmp_path / "weights" / "best.safetensors")
+    assert metadata["mean_return"] == best
+    assert all((weights[name] == expected[name]).all() for name in expected)
 
 
 def test_an_interrupted_run_leaves_usable_weights_and_closed_files(tiny, tmp_path):
