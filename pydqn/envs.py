@@ -82,7 +82,9 @@ def rom_of(env_id: str) -> str | None:
     """
     from ale_py import roms
 
-    known = {name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))}
+    known: dict[str, str] = {
+        name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))
+    }
     old = re.fullmatch(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]", env_id)
     if old and old[1] in known:
         return known[old[1]]

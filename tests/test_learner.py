@@ -16,7 +16,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def make(device=CPU, capture=None, **overrides):
-    settings = {"precision": "float32", "network": "small", "hidden_units": (32,), "target_sync_updates": 7}
+    settings = {
+        "precision": "float32",
+        "network": "small",
+        "hidden_units": (32,),
+        "target_sync_updates": 7,
+        "learning_rate": 1e-4,
+    }
     config = preset("pong", **{**settings, **overrides})
     replay = FrameReplay(400, n_step=config.n_step, gamma=config.gamma, seed=1)
     generator = np.random.default_rng(0)
@@ -77,7 +83,7 @@ def test_updates_equal_a_plain_training_step(variant):
         np.testing.assert_allclose(metrics.mean_q, q.mean().item(), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(metrics.grad_norm, norm.item(), rtol=1e-2, atol=1e-5)
     for ours, theirs in zip(learner.online.parameters(), online.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)  # 20 updates moved them by up to 2e-3
     for ours, theirs in zip(learner.target.parameters(), target.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
