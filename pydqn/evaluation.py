@@ -57,6 +57,14 @@ def memory_for(config: Config, lanes: Lanes, capacity: int, seed: int = 0) -> Fr
     )
 
 
+def open_episodes(lanes: Lanes, memory: FrameReplay) -> None:
+    """Open an episode in every lane and put the first frames into the memory."""
+    slot = memory.next_slot()
+    lanes.reset(slot)
+    nothing, everything = np.zeros(lanes.num_envs, np.int64), np.ones(lanes.num_envs, np.bool_)
+    memory.append(slot, nothing, nothing, ~everything, ~everything, everything)
+
+
 def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     """Read the `Config` of a run's folder, with fields replaced by `overrides`.
 
@@ -109,10 +117,7 @@ def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed:
     """Play on and on, yielding every step. The first frames are there when the first step is asked for."""
     memory = memory_for(config, lanes, lanes.num_envs * (config.stack + config.n_step))
     generator = np.random.default_rng(seed)
-    nothing, everything = np.zeros(lanes.num_envs, np.int64), np.ones(lanes.num_envs, np.bool_)
-    slot = memory.next_slot()
-    lanes.reset(slot)
-    memory.append(slot, nothing, nothing, ~everything, ~everything, everything)
+    open_episodes(lanes, memory)
     while True:
         observation = memory.latest()
         action = policy.act(observation, epsilon, generator)

@@ -16,7 +16,15 @@ import torch
 from pydqn.checkpoint import save_weights, write_json
 from pydqn.config import Config
 from pydqn.envs import Episode, Lanes, make_lanes
-from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, evaluate_policy, memory_for, network_for
+from pydqn.evaluation import (
+    BEST_WEIGHTS,
+    CONFIG,
+    LAST_WEIGHTS,
+    evaluate_policy,
+    memory_for,
+    network_for,
+    open_episodes,
+)
 from pydqn.learner import Learner, resolve_device
 from pydqn.logs import PROGRESS, Report, RunLog, environment
 from pydqn.replay import FrameReplay
@@ -97,7 +105,7 @@ class Run:
         """Run to the end, yielding a report every `log_every_steps` and at the end."""
         config = self.config
         self._started = time.perf_counter()
-        self._open_episodes()
+        open_episodes(self.lanes, self.replay)
         self._report()
         next_log, next_evaluation = config.log_every_steps, config.evaluation_every_steps or math.inf
         while self.steps < config.total_steps and self.mean_return() < config.stop_return:
@@ -139,12 +147,6 @@ class Run:
         """How many updates the steps so far call for: counted, so that no rounding adds up."""
         learned = self.steps - self.config.learning_starts_steps
         return max(0, math.floor(learned / self.config.steps_per_update))
-
-    def _open_episodes(self) -> None:
-        slot = self.replay.next_slot()
-        self.lanes.reset(slot)
-        nothing, everything = np.zeros(self.lanes.num_envs, np.int64), np.ones(self.lanes.num_envs, np.bool_)
-        self.replay.append(slot, nothing, nothing, ~everything, ~everything, everything)
 
     def _step(self) -> None:
         """One step of every lane, and the updates that are due, while the emulators run."""
