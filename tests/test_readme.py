@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pydqn import cli, preset
+from pydqn.evaluation import load_run
 from pydqn.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +55,7 @@ RUNS = sorted((ROOT / "results" / "pong").glob("seed-*"))
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_results_are_runs_of_the_preset(run):
-    plain = json.loads((run / "config.json").read_text())
-    assert plain == preset("pong", seed=int(run.name.removeprefix("seed-"))).to_dict()
+    assert load_run(run) == preset("pong", seed=int(run.name.removeprefix("seed-")))
     with open(run / "progress.csv") as file:
         last = list(csv.DictReader(file))[-1]
     with open(run / "episodes.csv") as file:
