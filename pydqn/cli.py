@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "train",
+        usage="pydqn train [options] PRESET",  # there are too many to list twice
         help="train a preset",
         description="Train a preset. Every setting of its Config is an option; defaults are the preset's "
         "(pydqn presets PRESET prints them). Ctrl-C stops the run and keeps its weights.",
