@@ -43,8 +43,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
-    "auto" takes bfloat16 on processors that have AVX-512 or AMX instructions for it, where an update costs two thirds,
-    and float32 elsewhere.
+    "auto" takes bfloat16 on processors that have AVX-512 or AMX instructions for it, and float32 elsewhere.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cpu" and _has_native_bfloat16() else torch.float32
