@@ -36,7 +36,7 @@ def test_ci_runs_the_test_command():
 
 
 def test_the_commands_can_be_typed():
-    commands = re.findall(r"^pydqn train (.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^pydqn train (.*)$", README.replace("\\\n", " "), re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
         config = cli._config(cli._parser().parse_args(["train", *command.split()]))

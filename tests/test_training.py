@@ -138,7 +138,7 @@ def test_cartpole_is_learned(tmp_path):
     result = train(config, tmp_path)
     assert np.mean(result.returns[:20]) < 60
     assert np.mean(result.returns[-20:]) >= 150
-    assert np.mean(evaluate(tmp_path, 10)) >= 120
+    assert np.mean(evaluate(tmp_path, 10)) >= 100
 
 
 def test_best_weights_are_those_of_the_best_mean(tiny, tmp_path):
