@@ -196,6 +196,9 @@ def _play(arguments: argparse.Namespace) -> None:
     most_steps = math.inf if arguments.most_steps is None else arguments.most_steps
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(arguments.record, arguments.fps)) if arguments.record else None
+        show = arguments.show or (recorder is None and sys.stdout.isatty())
+        if show:
+            sys.stdout.write("\x1b[2J")  # each picture is drawn over the one before
         game = None
         due = time.perf_counter()
         for moment in watch(arguments.folder, seed=arguments.seed, most_steps=most_steps, **_overrides(arguments)):
@@ -204,7 +207,7 @@ def _play(arguments: argparse.Namespace) -> None:
                 break
             if recorder is not None:
                 recorder.add(moment)
-            if arguments.show or (recorder is None and sys.stdout.isatty()):
+            if show:
                 _draw(moment)
                 due = max(due + 1 / arguments.fps, time.perf_counter())
                 time.sleep(due - time.perf_counter() if due > time.perf_counter() else 0)
