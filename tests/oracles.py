@@ -1,4 +1,4 @@
-"""Slow twins of the fast paths: plain, and obviously right."""
+"""Slow twins of the fast paths: plain, and obviously right; and what fills a replay memory."""
 
 from __future__ import annotations
 
@@ -108,3 +108,19 @@ def double_q_update(q_tm1, a_tm1, r_t, discount_t, q_t, selector_t, delta):
         error = r_t[row] + discount_t[row] * q_t[row][best] - q_tm1[row][a_tm1[row]]
         losses.append(0.5 * error**2 if abs(error) <= delta else delta * (abs(error) - 0.5 * delta))
     return losses
+
+
+def lanes_of(value, count):
+    return np.full(count, value)
+
+
+def fill(replay, ticks, ends=(), seed=0):
+    """Append `ticks` random frames per lane; `ends` are ticks at which every lane's episode terminates."""
+    generator = np.random.default_rng(seed)
+    lanes, first = replay.num_envs, np.ones(replay.num_envs, bool)
+    for tick in range(ticks):
+        frame = generator.integers(0, 255, (lanes, *replay.frame_shape)).astype(replay.dtype)
+        end = np.full(lanes, tick in ends)
+        replay.append(frame, lanes_of(0, lanes), lanes_of(1.0, lanes), end, ~lanes_of(True, lanes), first)
+        first = end
+    return replay
