@@ -41,7 +41,6 @@ class Config:
     total_steps: int = _field(1_000_000, "agent decisions, over all lanes, after which the run ends", least=1)
     stop_return: float = _field(math.inf, "end the run when the mean return reaches this")
     mean_episodes: int = _field(30, "episodes in the reported mean return", least=1)
-
     clip_rewards: bool = _field(True, "the learner sees only the sign of a reward")
 
     # Atari only

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pydqn.checkpoint import load_weights
 from pydqn.config import Config
-from pydqn.envs import Lanes, make_lanes
+from pydqn.envs import Episode, Lanes, make_lanes
 from pydqn.learner import Policy, resolve_device
 from pydqn.networks import QNetwork, make_network
 from pydqn.replay import FrameReplay
@@ -106,11 +106,8 @@ def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> Po
 class Moment(NamedTuple):
     """One step of `steps_of`."""
 
-    observation: NDArray[Any]  # (num_envs, stack, *frame_shape) that the policy saw
-    action: NDArray[np.int64]  # what it did
-    first: NDArray[np.bool_]  # lanes that opened an episode instead
-    reward: NDArray[np.float64]
-    episodes: list[Any]  # games that ended
+    action: NDArray[np.int64]  # (num_envs,): what the policy did
+    episodes: list[Episode]  # games that ended
 
 
 def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed: int) -> Iterator[Moment]:
@@ -119,13 +116,12 @@ def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed:
     generator = np.random.default_rng(seed)
     open_episodes(lanes, memory)
     while True:
-        observation = memory.latest()
-        action = policy.act(observation, epsilon, generator)
+        action = policy.act(memory.latest(), epsilon, generator)
         lanes.send(action)
         slot = memory.next_slot()
         step = lanes.recv(slot)
         memory.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
-        yield Moment(observation, action, step.first, step.reward, step.episodes)
+        yield Moment(action, step.episodes)
 
 
 def evaluate_policy(config: Config, policy: Policy, episodes: int, seed: int) -> list[float]:
@@ -143,7 +139,7 @@ def evaluate_policy(config: Config, policy: Policy, episodes: int, seed: int) ->
                 if left[episode.lane] > 0:
                     left[episode.lane] -= 1
                     returns.append(episode.total)
-            if len(returns) == episodes:
+            if not (left > 0).any():
                 return returns
     finally:
         lanes.close()

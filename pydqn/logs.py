@@ -135,7 +135,7 @@ class ProgressBar:
             f"return {report.mean_return:.1f}",
             f"loss {report.loss:.4f}",
         ]
-        self._bar.set_postfix_str(" ".join(parts), refresh=False)
+        self._bar.set_postfix_str(" ".join(parts).replace("nan", "-"), refresh=False)
         self._bar.n = min(report.steps, self._bar.total)
         self._bar.refresh()
 

@@ -22,7 +22,7 @@ class _Conv(NamedTuple):
 _TORSOS = {
     # Mnih et al. 2015, extended data table 1.
     "nature": (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1)),
-    # The same shape with half the channels: a quarter of the arithmetic.
+    # The same shape with half the channels: about a third of the arithmetic.
     "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -15,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pydqn import preset, train
 from pydqn.checkpoint import load_weights
 from pydqn.config import Config
-from pydqn.evaluation import evaluate, load_run, open_episodes
+from pydqn.envs import Episode
+from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
 from pydqn.logs import read_csv
 from pydqn.training import Run
 
@@ -172,6 +174,20 @@ def test_an_interruption_between_reports_loses_no_row(tiny, tmp_path):
     steps = read_csv(tmp_path / "progress.csv")["steps"]
     assert steps[-1] == run.steps > steps[-2]
     assert run.result().seconds > 0
+
+
+def test_every_lane_plays_its_share_of_an_evaluation(tiny, monkeypatch):
+    """Lane 0's games last one step, lane 1's five: half of the returns are still lane 1's."""
+
+    def steps_of(*_):
+        for tick in itertools.count(1):
+            ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (tick % 5 == 0)
+            yield Moment(np.zeros(2, np.int64), ended)
+
+    monkeypatch.setattr("pydqn.evaluation.steps_of", steps_of)
+    monkeypatch.setattr("pydqn.evaluation._MOST_LANES", 2)
+    assert evaluate_policy(tiny, None, 4, 0) == [1.0, 1.0, 5.0, 5.0]
+    assert evaluate_policy(tiny, None, 5, 0) == [1.0, 1.0, 1.0, 5.0, 5.0]
 
 
 def test_evaluation_is_apart_from_training(tiny, tmp_path):
