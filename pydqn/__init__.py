@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pydqn.presets import preset as preset
     from pydqn.replay import Batch as Batch
     from pydqn.replay import FrameReplay as FrameReplay
-    from pydqn.training import Result as Result
+    from pydqn.runs import Result as Result
+    from pydqn.training import resume as resume
     from pydqn.training import train as train
 
 __version__ = "0.1.0"
@@ -24,14 +25,15 @@ _HOMES = {
     "Config": "config",
     "FrameReplay": "replay",
     "Learner": "learner",
-    "Result": "training",
+    "Result": "runs",
     "evaluate": "evaluation",
     "preset": "presets",
+    "resume": "training",
     "train": "training",
 }
 _MODULES = ("preprocess",)
 
-__all__ = ["Batch", "Config", "FrameReplay", "Learner", "Result", "evaluate", "preprocess", "preset", "train"]
+__all__ = ["Batch", "Config", "FrameReplay", "Learner", "Result", "evaluate", "preprocess", "preset", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINTS = "checkpoints"
+_STATE = "state.safetensors"
+_REPLAY = "replay.bin"
 _BLOCK_HEADER = struct.Struct("<QI")  # bytes, CRC-32
 _LONGEST_HEADER = 1 << 20
 
@@ -125,3 +129,62 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: expected weights saved by pydqn, got a file without its metadata")
     return tensors, metadata
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    replay: Path | None  # file of the replay memory, where it was saved
+
+
+def save_checkpoint(
+    run: Path,
+    steps: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    save_replay: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint folder under `run`, named by its steps: whole or not at all. The one before goes then."""
+    folder = run / CHECKPOINTS
+    name = f"step-{steps:012d}"
+    beside = folder / f".{name}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        save_weights(beside / _STATE, tensors, state)
+        if save_replay is not None:
+            save_replay(beside / _REPLAY)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(beside, folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    for old in folder.iterdir():
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of a run's latest checkpoint, or None."""
+    return max((path.parent for path in (Path(run) / CHECKPOINTS).glob(f"step-*/{_STATE}")), default=None)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says beside its tensors."""
+    return load_weights(checkpoint / _STATE)[1]
+
+
+def load_checkpoint(run: str | os.PathLike[str]) -> Checkpoint:
+    """Read a run's latest checkpoint, but for its replay memory.
+
+    Raises:
+        ValueError: there is none, or it is not a readable one.
+    """
+    path = latest_checkpoint(run)
+    if path is None:
+        raise ValueError(f"run: {os.fspath(run)!r} has no checkpoint to go on from")
+    tensors, state = load_weights(path / _STATE)
+    replay = path / _REPLAY
+    return Checkpoint(path, tensors, state, replay if replay.is_file() else None)

@@ -7,15 +7,22 @@ import dataclasses
 import math
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydqn import __version__
 from pydqn.config import Config
 from pydqn.presets import PRESETS, preset
+from pydqn.scores import PROTOCOLS
+
+if TYPE_CHECKING:
+    from pydqn.logs import Report
+    from pydqn.runs import BaseRun
 
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 
@@ -50,19 +57,24 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "train",
-        usage="pydqn train [options] PRESET",  # there are too many to list twice
-        help="train a preset",
+        usage="pydqn train [options] PRESET | pydqn train [options] --resume RUN",  # too many to list twice
+        help="train a preset, or go on with a run",
         description="Train a preset. Every setting of its Config is an option; defaults are the preset's "
-        "(pydqn presets PRESET prints them). Ctrl-C stops the run and keeps its weights.",
+        "(pydqn presets PRESET prints them). Ctrl-C stops the run, which can be resumed.",
     )
-    command.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
+    command.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
     command.add_argument("--logdir", help="folder of the run (default: runs/NAME-SEED, or the next free one)")
+    command.add_argument("--resume", metavar="RUN", help="go on with this run from its latest checkpoint")
     _add_config_options(command)
     command.set_defaults(run=_train)
 
     command = commands.add_parser("play", help="watch a trained agent play one game, and record it")
     _add_run_options(command)
-    command.add_argument("--record", metavar="FILE", help="write a video: .mp4 or .gif")
+    command.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write a video, .mp4 or .gif, or a page that plays the game in a browser, .html",
+    )
     command.add_argument(
         "--fps",
         type=int,
@@ -70,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="pictures per second (default: 30; a game of Atari makes 60 / frame-skip decisions a second)",
     )
     command.add_argument("--most-steps", type=int, metavar="N", help="stop after N decisions")
+    command.add_argument("--q-values", action="store_true", help="draw the action values beside the picture")
     command.add_argument(
         "--show", action="store_true", help="draw the game in the terminal (as it does anyway when not recording)"
     )
@@ -77,12 +90,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", help="play whole games with a run's best weights")
     _add_run_options(command)
-    command.add_argument("--episodes", type=int, default=30, help="whole games (default: 30)")
+    command.add_argument(
+        "--protocol", choices=list(PROTOCOLS), help="published rules of evaluation (default: the run's own choice)"
+    )
+    command.add_argument("--episodes", type=int, help="whole games (default: as many as the protocol says)")
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("plot", help="draw the learning curves of one or more runs")
+    command = commands.add_parser("plot", help="draw the learning curves of one or more runs, or a value function")
     command.add_argument("runs", nargs="+", metavar="RUN")
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    command.add_argument("--values", action="store_true", help="draw the value function of a small task's run instead")
     command.set_defaults(run=_plot)
     return parser
 
@@ -104,7 +121,7 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
             options["type"] = {float: float, str: str}.get(kind, _integer)
             options["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "N"}[kind]
             if kind is tuple:
-                options["nargs"] = "+"
+                options["nargs"] = "*"
             if field.metadata["choices"]:
                 options["metavar"] = "|".join(field.metadata["choices"])
         command.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -124,9 +141,10 @@ def _integer(text: str) -> int:
 _integer.__name__ = "integer"  # argparse names the type in its message
 
 
-def _config(arguments: argparse.Namespace) -> Config:
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of Config that were given as options."""
     names = {field.name for field in dataclasses.fields(Config)}
-    return preset(arguments.preset, **{name: value for name, value in vars(arguments).items() if name in names})
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def _presets(arguments: argparse.Namespace) -> None:
@@ -134,7 +152,8 @@ def _presets(arguments: argparse.Namespace) -> None:
         for name, entry in PRESETS.items():
             print(f"{name:18} {entry.summary} ({entry.source})")
         return
-    config = preset(arguments.preset)
+    config, _, source = PRESETS[arguments.preset] if arguments.preset in PRESETS else (preset(arguments.preset), "", "")
+    print(f"# {source}")
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -142,23 +161,13 @@ def _presets(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
-    task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
-    logdir = Path(arguments.logdir) if arguments.logdir else _free_logdir(f"{task}-{config.seed}")
+    from pydqn.training import open_run
 
-    from pydqn.logs import ProgressBar
-    from pydqn.training import Run
-
-    code = 0
-    with Run(config, logdir) as run:
-        bar = ProgressBar(config.total_steps)
-        try:
-            for report in run.reports():
-                bar.show(report)
-        except KeyboardInterrupt:
-            code = _INTERRUPTED
-        finally:
-            bar.close()
+    if (arguments.preset is None) == (arguments.resume is None):
+        raise ValueError("train: expected a PRESET, or --resume RUN")
+    config, logdir, resume = _to_resume(arguments, arguments.resume) if arguments.resume else _to_start(arguments)
+    with open_run(config, logdir, resume=resume) as run:
+        code = _follow(run)
     result = run.result()
     recent = result.returns[-config.mean_episodes :]
     mean = f"mean return of the last {len(recent)}: {sum(recent) / len(recent):.2f}" if recent else "no game finished"
@@ -167,18 +176,95 @@ def _train(arguments: argparse.Namespace) -> int:
         f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} games "
         f"in {result.seconds / 60:.1f} min; {mean}"
     )
-    print(f"run: {logdir}   (pydqn play {logdir} --record game.mp4, pydqn plot {logdir} -o curve.png)")
+    more = f"pydqn train --resume {logdir}" if code else f"pydqn play {logdir} --record game.mp4"
+    print(f"run: {logdir}   ({more}, pydqn plot {logdir} -o curve.png)")
     return code
 
 
-def _free_logdir(name: str) -> Path:
+def _to_resume(arguments: argparse.Namespace, logdir: str | Path) -> tuple[Config, Path, bool]:
+    from pydqn.evaluation import load_run
+
+    if arguments.resume and arguments.logdir:
+        raise ValueError("logdir: a resumed run stays in its folder")
+    return load_run(logdir, **_given(arguments)), Path(logdir), True
+
+
+def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool]:
+    """Return what to run and where; an unfinished run that is there already may go on instead."""
+    from pydqn.checkpoint import latest_checkpoint, read_state
     from pydqn.logs import PROGRESS
 
-    for number in range(1, sys.maxsize):
-        logdir = Path("runs") / (name if number == 1 else f"{name}.{number}")
-        if not (logdir / PROGRESS).exists():
-            return logdir
-    raise AssertionError("unreachable")
+    config = preset(arguments.preset, **_given(arguments))
+    task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
+    logdir = Path(arguments.logdir or Path("runs") / f"{task}-{config.seed}")
+    checkpoint = latest_checkpoint(logdir)
+    state = {} if checkpoint is None else read_state(checkpoint)
+    if state.get("finished") is False:
+        offer = f"{logdir} can go on from step {state['steps']:,}"
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            if input(f"{offer}. Resume it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+                return _to_resume(arguments, logdir)
+        else:
+            print(f"{offer}: pydqn train --resume {logdir}", file=sys.stderr)
+    if not arguments.logdir:
+        number = 1
+        while (logdir / PROGRESS).exists():
+            number += 1
+            logdir = Path("runs") / f"{task}-{config.seed}.{number}"
+    return config, logdir, False
+
+
+def _follow(run: BaseRun) -> int:
+    """Run to the end, with a progress bar and a line for every so many games; returns the exit code."""
+    from pydqn.logs import ProgressBar
+
+    config = run.config
+    bar = ProgressBar(config.total_steps)
+    episodes, best = len(run.returns), -math.inf
+    with _terminated_like_interrupted():
+        try:
+            for report in run.reports():
+                every = config.log_every_episodes
+                if every and report.episodes // every > episodes // every:
+                    bar.line(_line(report))
+                episodes = report.episodes
+                if config.agent == "tabular" and report.evaluation_return > best:
+                    best = report.evaluation_return
+                    bar.line(f"step {report.steps:,}: best test mean so far {best:.3f}")
+                bar.show(report)
+        except KeyboardInterrupt:
+            return _INTERRUPTED
+        finally:
+            bar.close()
+    return 0
+
+
+def _line(report: Report) -> str:
+    parts = [
+        f"game {report.episodes:,}",
+        f"step {report.steps:,}",
+        f"return {report.last_return:g}",
+        f"length {report.last_length_steps:g}",
+        f"mean return {report.mean_return:.2f}",
+        f"epsilon {report.epsilon:.3f}",
+        f"loss {report.loss:.3g}",
+        f"{report.frames_per_second:,.0f} frames/s",
+    ]
+    return "  ".join(parts).replace("nan", "-")
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM, which schedulers and shutdowns send, end a run as Ctrl-C does: with everything saved."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -187,33 +273,38 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _play(arguments: argparse.Namespace) -> None:
-    from contextlib import ExitStack
-
-    from pydqn.evaluation import Game, Recorder, watch
+    from pydqn.evaluation import Game, watch
+    from pydqn.recording import Caption, Recorder, beside
 
     if arguments.fps < 1:
         raise ValueError(f"fps: expected at least 1, got {arguments.fps}")
     most_steps = math.inf if arguments.most_steps is None else arguments.most_steps
+    show = arguments.show or (not arguments.record and sys.stdout.isatty())
+    if show:
+        sys.stdout.write("\x1b[2J")  # each picture is drawn over the one before
+    recorder: Recorder | None = None
     with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(arguments.record, arguments.fps)) if arguments.record else None
-        show = arguments.show or (recorder is None and sys.stdout.isatty())
-        if show:
-            sys.stdout.write("\x1b[2J")  # each picture is drawn over the one before
-        game = None
         due = time.perf_counter()
-        for moment in watch(arguments.folder, seed=arguments.seed, most_steps=most_steps, **_overrides(arguments)):
-            if isinstance(moment, Game):
-                game = moment
+        for scene in watch(arguments.folder, seed=arguments.seed, most_steps=most_steps, **_overrides(arguments)):
+            if isinstance(scene, Game):
+                game = scene
                 break
-            if recorder is not None:
-                recorder.add(moment)
+            names, picture = scene.action_names, scene.picture
+            if arguments.q_values:
+                picture = beside(picture, names, scene.values, scene.action)
+            if arguments.record:
+                if recorder is None:
+                    title = Path(arguments.folder).name
+                    recorder = stack.enter_context(
+                        Recorder(arguments.record, arguments.fps, title=title, action_names=names)
+                    )
+                recorder.add(picture, Caption(names[scene.action], scene.reward, scene.total, scene.values))
             if show:
-                _draw(moment)
+                _draw(picture)
                 due = max(due + 1 / arguments.fps, time.perf_counter())
                 time.sleep(due - time.perf_counter() if due > time.perf_counter() else 0)
-    assert game is not None
     total = "unfinished" if math.isnan(game.total) else f"{game.total:g}"
-    counts = " ".join(f"{action}:{count}" for action, count in enumerate(game.action_counts))
+    counts = " ".join(f"{action}:{count}" for action, count in game.action_counts.items())
     print(f"total reward {total} in {game.steps} steps; actions {counts}")
     if arguments.record:
         print(f"recorded: {arguments.record}")
@@ -237,22 +328,42 @@ def _draw(picture: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    import json
     import statistics
 
-    from pydqn.evaluation import evaluate
+    from pydqn.evaluation import SCORES, score
 
-    returns = evaluate(arguments.folder, arguments.episodes, seed=arguments.seed, **_overrides(arguments))
-    spread = statistics.stdev(returns) if len(returns) > 1 else 0.0
-    print(
-        f"{len(returns)} games: mean return {statistics.fmean(returns):.2f}, standard deviation {spread:.2f}, "
-        f"from {min(returns):g} to {max(returns):g}"
+    result = score(
+        arguments.folder,
+        arguments.episodes,
+        protocol=arguments.protocol,
+        seed=arguments.seed,
+        **_overrides(arguments),
     )
+    with open(Path(arguments.folder) / SCORES, "a") as file:
+        file.write(json.dumps(result._asdict()) + "\n")
+    returns = result.returns
+    spread = statistics.stdev(returns) if len(returns) > 1 else 0.0
+    normalized = result.human_normalized_percent
+    print(
+        f"{len(returns)} games: mean return {result.mean_return:.2f}, standard deviation {spread:.2f}, "
+        f"from {min(returns):g} to {max(returns):g}" + ("" if normalized is None else f"; {normalized:.1f}% of human")
+    )
+    print(f"protocol {result.protocol}: {', '.join(f'{name} {value}' for name, value in result.settings.items())}")
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    from pydqn.plots import plot_runs
+    if arguments.values:
+        from pydqn.plots import plot_values
+        from pydqn.values import values_of
 
-    plot_runs(arguments.runs, arguments.output)
+        if len(arguments.runs) != 1:
+            raise ValueError(f"values: expected one RUN, got {len(arguments.runs)}")
+        plot_values(values_of(arguments.runs[0]), arguments.output)
+    else:
+        from pydqn.plots import plot_runs
+
+        plot_runs(arguments.runs, arguments.output, panels=arguments.panels)
     print(f"drawn: {os.fspath(arguments.output)}")
 
 

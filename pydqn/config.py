@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 
+_EPSILONS = ("epsilon_start", "epsilon_end", "epsilon_final", "evaluation_epsilon")
 _MOST = 2**53  # beyond it, JSON readers and floats lose count
 _MOST_ATARI = 2**30  # ALE counts in 32 bits
 
@@ -35,19 +36,33 @@ class Config:
     """
 
     # The task
+    agent: str = _field("dqn", "a network and a replay memory, or a table", choices=("dqn", "tabular"))
     env_id: str = _field("ALE/Pong-v5", "an Atari game (a ROM name or an ALE/ id) or any Gymnasium id")
     num_envs: int = _field(8, "environments that step together (lanes)", least=1, most=2**16)
     seed: int = _field(0, "seed of everything random in the run", least=0)
     total_steps: int = _field(1_000_000, "agent decisions, over all lanes, after which the run ends", least=1)
+    total_episodes: int = _field(0, "whole games after which the run ends; 0 for no limit", least=0)
+    max_episode_steps: int = _field(
+        0, "a game is truncated after so many decisions; 0 for the task's own limit", least=0
+    )
     stop_return: float = _field(math.inf, "end the run when the mean return reaches this")
     mean_episodes: int = _field(30, "episodes in the reported mean return", least=1)
+    stop_evaluation_return: float = _field(math.inf, "end the run when an evaluation's mean return reaches this")
+    stop_successes: int = _field(0, "end the run after so many successes in a row; 0 for never", least=0)
+    success_steps: int = _field(
+        0, "replace rewards: 1 at the end of a game of so many decisions (a success), else 0; 0 leaves them", least=0
+    )
     clip_rewards: bool = _field(True, "the learner sees only the sign of a reward")
 
     # Atari only
     frame_skip: int = _field(4, "Atari: emulator frames per decision", least=1, most=_MOST_ATARI)
+    frame_skip_max: int = _field(
+        0, "Atari: if above frame_skip, each decision lasts a random number of frames up to this", least=0, most=64
+    )
+    max_pool: bool = _field(True, "Atari: a frame is the pixel-wise maximum of the last two")
     sticky_actions: float = _field(0.0, "Atari: probability that the emulator repeats the previous action", least=0)
     noop_max_frames: int = _field(30, "Atari: up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI)
-    fire_reset: bool = _field(False, "Atari: press FIRE at the start of a game, where the game has it")
+    fire_reset: bool = _field(False, "Atari: FIRE, then action 2 open a game, where the game has FIRE")
     life_loss: bool = _field(False, "Atari: a lost life is terminal for the learner (the game goes on)")
     full_action_set: bool = _field(False, "Atari: all 18 actions instead of the game's own")
     max_episode_frames: int = _field(
@@ -62,9 +77,13 @@ class Config:
     padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
     replay_capacity_frames: int = _field(100_000, "frames held by the replay memory, over all lanes", least=1)
 
+    skip_first_steps: int = _field(0, "decisions at the start of an episode that are not stored", least=0)
+
     # The network
-    network: str = _field("nature", "convolutional torso (or none: mlp)", choices=("nature", "small", "mlp"))
-    hidden_units: tuple[int, ...] = _field((512,), "units of the fully connected hidden layers", least=1)
+    network: str = _field(
+        "nature", "convolutional torso (or none: mlp)", choices=("nature", "nature_7x7", "small", "mlp")
+    )
+    hidden_units: tuple[int, ...] = _field((512,), "units of the fully connected hidden layers, if any", least=1)
     dueling: bool = _field(False, "separate value and advantage streams (Wang et al. 2016)")
     pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled to 0..1")
     pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0)
@@ -73,10 +92,14 @@ class Config:
     gamma: float = _field(0.99, "discount per decision", least=0)
     n_step: int = _field(1, "steps in a return", least=1, most=2**16)
     double: bool = _field(False, "the online network chooses, the target network values (van Hasselt et al. 2016)")
-    loss: str = _field("huber", "of the TD error", choices=("huber", "mse"))
+    loss: str = _field("huber", "of the TD error (huber: its gradient is the clipped error)", choices=("huber", "mse"))
 
     # The optimizer
-    optimizer: str = _field("adam", "Adam or RMSProp", choices=("adam", "rmsprop"))
+    optimizer: str = _field(
+        "adam",
+        "Adam, or RMSProp as PyTorch, TensorFlow or Mnih et al. 2015 (centered) define it",
+        choices=("adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"),
+    )
     learning_rate: float = _field(1e-4, "step size of the optimizer", least=0)
     learning_rate_end: float = _field(0.0, "the same at the end of its linear decay", least=0)
     learning_rate_decay_steps: int = _field(0, "decisions over which it falls; 0 for a constant rate", least=0)
@@ -87,16 +110,37 @@ class Config:
 
     # The loop
     batch_size: int = _field(32, "transitions per update", least=1)
-    learning_starts_steps: int = _field(5_000, "decisions before the first update", least=1)
+    learning_starts_steps: int = _field(
+        5_000, "decisions before the first update (and not before a batch is stored)", least=1
+    )
     steps_per_update: float = _field(4.0, "decisions per update (replay ratio = batch_size / steps_per_update)")
-    target_sync_updates: int = _field(500, "updates between copies of the online network to the target", least=1)
+    target_sync_updates: int = _field(
+        500, "updates between copies of the online network to the target; 0 for none", least=0
+    )
+    target_sync_episodes: int = _field(0, "whole games between such copies; 0 for none", least=0)
+    epsilon_schedule: str = _field(
+        "linear",
+        "a line, two lines (the second to epsilon_final at total_steps), or end + (start - end) exp(-t / decay)",
+        choices=("linear", "piecewise", "exponential"),
+    )
+    epsilon_hold_steps: int = _field(0, "decisions before epsilon begins to fall", least=0)
     epsilon_start: float = _field(1.0, "probability of a random action at the start", least=0)
-    epsilon_end: float = _field(0.01, "the same at the end of its linear decay", least=0)
-    epsilon_decay_steps: int = _field(60_000, "decisions over which epsilon falls", least=1)
+    epsilon_end: float = _field(0.01, "the same at the end of its decay", least=0)
+    epsilon_decay_steps: int = _field(60_000, "decisions over which epsilon falls (exponential: by 1/e)", least=1)
+    epsilon_final: float = _field(0.01, "piecewise: the same at total_steps", least=0)
     evaluation_every_steps: int = _field(0, "decisions between evaluations; 0 for none while training", least=0)
     evaluation_episodes: int = _field(10, "whole games per evaluation", least=1)
     evaluation_epsilon: float = _field(0.001, "probability of a random action in evaluation", least=0)
+    evaluation_protocol: str = _field(
+        "own", "published settings that replace the run's own in evaluation", choices=("own", "nature", "machado2018")
+    )
     log_every_steps: int = _field(5_000, "decisions between rows of progress.csv", least=1)
+    log_every_episodes: int = _field(0, "whole games between further rows, printed as lines; 0 for none", least=0)
+    checkpoint_every_steps: int = _field(50_000, "decisions between checkpoints; 0 for none", least=0)
+    checkpoint_every_episodes: int = _field(0, "whole games between further checkpoints; 0 for none", least=0)
+    checkpoint_replay: bool = _field(False, "checkpoints hold the replay memory, too (large)")
+    video_every_episodes: int = _field(0, "whole games between recorded ones; 0 for no videos", least=0)
+    video_format: str = _field("mp4", "of recorded games", choices=("mp4", "gif", "html"))
 
     # The machine
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
@@ -109,12 +153,16 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        for name in ("sticky_actions", "gamma", "epsilon_start", "epsilon_end", "evaluation_epsilon", "rmsprop_decay"):
+        for name in ("sticky_actions", "gamma", "rmsprop_decay", *_EPSILONS):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
         for name in ("learning_rate", "steps_per_update", "pixel_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        if 0 < self.frame_skip_max < self.frame_skip:
+            raise ValueError(
+                f"frame_skip_max: expected 0 or at least frame_skip = {self.frame_skip}, got {self.frame_skip_max}"
+            )
         # Every lane needs room for one whole transition, or nothing could ever be sampled.
         least = self.num_envs * (self.stack + self.n_step)
         if self.replay_capacity_frames < least:
@@ -163,11 +211,12 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
     if choices and value not in choices:
         raise ValueError(f"{field.name}: expected one of {', '.join(choices)}, got {value!r}")
-    if kind is tuple and not (value and all(type(part) is int for part in value)):
+    parts = value if kind is tuple else (value,)
+    if kind is tuple and not all(type(part) is int for part in parts):
         raise ValueError(f"{field.name}: expected {_KINDS[kind]}, got {value!r}")
-    if kind in (int, float, tuple) and not (min(value) if kind is tuple else value) >= least:  # also catches NaN
+    if kind in (int, float, tuple) and not all(part >= least for part in parts):  # also catches NaN
         raise ValueError(f"{field.name}: expected at least {least:g}, got {value!r}")
-    if kind in (int, tuple) and (max(value) if kind is tuple else value) > field.metadata["most"]:
+    if kind in (int, tuple) and any(part > field.metadata["most"] for part in parts):
         raise ValueError(f"{field.name}: expected at most {field.metadata['most']}, got {value!r}")
     return value
 

@@ -1,62 +1,22 @@
 """Environments as lanes: `send` actions, work on something else, `recv` frames into the replay memory's own slot.
 
-The only room that knows gymnasium and ale_py.
+The only room that knows gymnasium.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from typing import Any, NamedTuple, Protocol
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pydqn.atari import AtariLanes, rom_of
 from pydqn.config import Config
-from pydqn.preprocess import KERNELS, SIZE
+from pydqn.lanes import Lanes, Returns, Step
 
-
-class Episode(NamedTuple):
-    """A whole game that has ended."""
-
-    lane: int
-    total: float  # the true return: unclipped, undiscounted, across lives
-    steps: int
-
-
-class Step(NamedTuple):
-    """What the lanes returned, beside their frames: arrays of num_envs, as `FrameReplay.append` takes them."""
-
-    reward: NDArray[np.float64]  # as the learner sees it (clipped, if so configured)
-    terminated: NDArray[np.bool_]  # (a lost life counts, if so configured)
-    truncated: NDArray[np.bool_]
-    first: NDArray[np.bool_]
-    episodes: list[Episode]  # games that ended with this step
-
-
-class Lanes(Protocol):
-    """Environments that step together. A lane whose episode ended opens the next one at the following step."""
-
-    num_envs: int
-    num_actions: int
-    frame_shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    frames_per_step: int
-
-    def reset(self, out: NDArray[Any]) -> None:
-        """Open an episode in every lane; writes the first frames to `out`, (num_envs, *frame_shape)."""
-
-    def send(self, action: NDArray[np.int64]) -> None:
-        """Start one step in every lane."""
-
-    def recv(self, out: NDArray[Any]) -> Step:
-        """Wait for the step that `send` started; writes the frames to `out`."""
-
-    def picture(self) -> NDArray[np.uint8]:
-        """Return what a person would see of lane 0: (H, W, 3) uint8. Only when made with `render=True`."""
-
-    def close(self) -> None:
-        """Release the environments."""
+_MOST_STEPS = 10_000  # in an episode of an environment that has no limit of its own
 
 
 def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Lanes:
@@ -71,195 +31,37 @@ def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False
     return GymLanes(config, num_envs, seed, render=render)
 
 
-def rom_of(env_id: str) -> str | None:
-    """Return the ROM name of an Atari id, or None for any other Gymnasium id.
-
-    Atari ids are "pong", "Pong", "ALE/Pong-v5", and Gym's old "Pong-v4" and "PongNoFrameskip-v4", whose differences are
-    fields of `Config`.
-
-    Raises:
-        ValueError: the id has an Atari game's form, but ALE has no such game.
-    """
-    from ale_py import roms
-
-    known: dict[str, str] = {
-        name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))
-    }
-    old = re.fullmatch(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]", env_id)
-    if old and old[1] in known:
-        return known[old[1]]
-    if not env_id.startswith("ALE/") and ("/" in env_id or "-" in env_id):
-        return None
-    name = env_id.removeprefix("ALE/").split("-v")[0]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see ale_py.roms.get_all_rom_ids()"
-        raise ValueError(f"env_id: there is no Atari game {env_id!r}; {hint}")
-    return known[name]
-
-
-class _Returns:
-    """Adds up the true rewards of each lane's episode."""
-
-    def __init__(self, num_envs: int) -> None:
-        self._total = np.zeros(num_envs)
-        self._steps = np.zeros(num_envs, np.int64)
-
-    def add(self, reward: NDArray[Any], first: NDArray[np.bool_], done: NDArray[np.bool_]) -> list[Episode]:
-        self._total = np.where(first, 0.0, self._total + reward)
-        self._steps = np.where(first, 0, self._steps + 1)
-        ended = np.flatnonzero(done & ~first)
-        return [Episode(int(lane), float(self._total[lane]), int(self._steps[lane])) for lane in ended]
-
-
-class AtariLanes:
-    """ALE's own vector environment: C++ threads, no GIL, raw max-pooled frames, shrunk by one of our kernels.
-
-    The frame cap is counted here, not by ALE: ALE stops in the middle of a skip then, before it takes the picture, and
-    returns a stale frame where a bootstrap needs the true one. Ours lets ALE run on for one frame more, which opens
-    and closes an episode of its own and so is part of no transition.
-    """
-
-    def __init__(self, rom: str, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
-        import ale_py
-        from ale_py import AtariVectorEnv, roms
-
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        console = ale_py.ALEInterface()
-        console.loadROM(roms.get_rom_path(rom))
-        self._height, self._width = console.getScreenDims()
-        self.num_envs = num_envs
-        self.frame_shape: tuple[int, ...] = (SIZE, SIZE)
-        self.dtype = np.dtype(np.uint8)
-        self.frames_per_step = config.frame_skip
-        self._kernel = KERNELS[config.preprocess]
-        self._gray = config.preprocess == "resize_area"
-        self._life_loss = config.life_loss
-        self._clip = config.clip_rewards
-        skip = config.frame_skip
-        self._most_steps = max(1, config.max_episode_frames // skip)
-
-        def vector(grayscale: bool) -> Any:
-            return AtariVectorEnv(
-                rom,
-                num_envs,
-                num_threads=config.emulator_threads,
-                max_num_frames_per_episode=self._most_steps * skip + 1,
-                repeat_action_probability=config.sticky_actions,
-                full_action_space=config.full_action_set,
-                img_height=self._height,
-                img_width=self._width,
-                grayscale=grayscale,
-                stack_num=1,
-                frameskip=skip,
-                maxpool=True,
-                noop_max=config.noop_max_frames + 1,  # ALE draws from 0 to one less
-                reward_clipping=False,
-                use_fire_reset=config.fire_reset,
-            )
-
-        self._env = vector(self._gray)
-        # A person wants colour where the learner wants gray: a second console that gets the same seeds and actions.
-        self._camera = vector(False) if render else None
-        self._picture = np.zeros((self._height, self._width, 3), np.uint8)
-        self.num_actions = int(self._env.single_action_space.n)
-        self._seeds = np.random.SeedSequence(seed).generate_state(num_envs).astype(np.int64) % (2**31 - 1)
-        self._lives = np.zeros(num_envs, np.int64)
-        self._steps = np.zeros(num_envs, np.int64)
-        self._done = np.zeros(num_envs, np.bool_)
-        self._capped = np.zeros(num_envs, np.bool_)
-        self._returns = _Returns(num_envs)
-
-    def reset(self, out: NDArray[Any]) -> None:
-        frames, info = self._env.reset(seed=self._seeds)
-        if self._camera is not None:
-            self._picture = self._camera.reset(seed=self._seeds)[0][0, 0]
-        self._lives = info["lives"]
-        self._kernel(frames[:, 0], out=out)
-
-    def send(self, action: NDArray[np.int64]) -> None:
-        self._env.send(action)
-        if self._camera is not None:
-            self._camera.send(action)
-
-    def recv(self, out: NDArray[Any]) -> Step:
-        frames, reward, terminated, truncated, info = self._env.recv()
-        if self._camera is not None:
-            pictures, camera_reward, *_ = self._camera.recv()
-            if not np.array_equal(camera_reward, reward):
-                raise RuntimeError("render: the picture has come apart from the game it shows")
-            self._picture = pictures[0, 0]
-        self._kernel(frames[:, 0], out=out)
-
-        # The step after a capped game is that one frame more; the step after any ended game is a reset.
-        first = self._done | self._capped
-        self._done = terminated | truncated
-        self._steps = np.where(first, 0, self._steps + 1)
-        capped = ~first & ~terminated & (self._steps >= self._most_steps)
-        self._capped = capped
-        life_lost = (info["lives"] < self._lives) & ~first
-        self._lives = info["lives"]
-        reward = reward.astype(np.float64)
-        terminated = terminated & ~first
-        episodes = self._returns.add(reward, first, terminated | capped)
-        return Step(
-            reward=np.sign(reward) if self._clip else reward,
-            terminated=terminated | (life_lost if self._life_loss else np.False_),
-            truncated=capped,
-            first=first,
-            episodes=episodes,
-        )
-
-    def picture(self) -> NDArray[np.uint8]:
-        return self._picture
-
-    def close(self) -> None:
-        self._env.close()
-        if self._camera is not None:
-            self._camera.close()
-
-
 class GymLanes:
-    """Any Gymnasium environment with Discrete actions and Box or Discrete observations (one-hot), through `make_vec`.
+    """Any Gymnasium environment with Discrete actions, through `make_vec`.
 
-    Steps run inside `recv`: such environments hold the GIL, so there is nothing to overlap.
+    Observations are Box, or Discrete, or a Tuple of Discrete ones (one-hot). Steps run inside `recv`: such environments
+    hold the GIL, so there is nothing to overlap.
     """
 
     def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
         import gymnasium
-        from gymnasium import spaces
 
-        env_id = config.env_id
         self._clip = config.clip_rewards
         options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
-        try:
-            self._env = gymnasium.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
-        except (gymnasium.error.Error, ImportError) as error:
-            near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]}){hint}") from None
-        action, observation = self._env.single_action_space, self._env.single_observation_space
-        if not isinstance(action, spaces.Discrete):
-            raise ValueError(f"env_id: {env_id} has {action} actions; DQN needs Discrete ones")
-        self._action_start = int(action.start)
-        self._one_hot = isinstance(observation, spaces.Discrete)
-        if isinstance(observation, spaces.Discrete):
-            self.frame_shape: tuple[int, ...] = (int(observation.n),)
-            self._observation_start = int(observation.start)
-            self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        elif isinstance(observation, spaces.Box) and observation.shape:
+        self._env: Any = _made(gymnasium.make_vec, config, num_envs=num_envs, vectorization_mode="sync", **options)
+        self._action_start, self.num_actions = _actions(config.env_id, self._env.single_action_space)
+        self.action_names = tuple(map(str, range(self.num_actions)))
+        observation = self._env.single_observation_space
+        self._states = _States.of(observation)
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        if self._states is not None:
+            self.frame_shape: tuple[int, ...] = (self._states.total,)
+        elif isinstance(observation, gymnasium.spaces.Box) and observation.shape:
             self.frame_shape = observation.shape
-            is_pixels = observation.dtype == np.uint8
-            self.dtype = np.dtype(np.uint8 if is_pixels else np.float32)
+            if observation.dtype == np.uint8:
+                self.dtype = np.dtype(np.uint8)
         else:
-            raise ValueError(f"env_id: {env_id} has {observation} observations; expected Box or Discrete ones")
+            raise ValueError(f"env_id: {config.env_id} has {observation} observations; expected Box or Discrete ones")
         self.num_envs = num_envs
-        self.num_actions = int(action.n)
-        self.frames_per_step = 1
         self._seeds: Any = [int(seed) for seed in np.random.SeedSequence(seed).generate_state(num_envs)]
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, np.bool_)
-        self._returns = _Returns(num_envs)
+        self._returns = Returns(num_envs)
 
     def reset(self, out: NDArray[Any]) -> None:
         observation, _ = self._env.reset(seed=self._seeds)
@@ -274,13 +76,15 @@ class GymLanes:
         self._write(observation, out)
         reward = np.where(first, 0.0, reward)
         episodes = self._returns.add(reward, first, self._done)
-        return Step(np.sign(reward) if self._clip else reward, terminated, truncated, first, episodes)
+        reward = np.sign(reward) if self._clip else reward
+        return Step(reward, terminated, truncated, first, episodes, int(np.count_nonzero(~first)))
 
-    def _write(self, observation: NDArray[Any], out: NDArray[Any]) -> None:
-        if self._one_hot:
-            out[...] = np.eye(*self.frame_shape, dtype=np.float32)[observation - self._observation_start]
-        else:
+    def _write(self, observation: Any, out: NDArray[Any]) -> None:
+        if self._states is None:
             out[...] = observation
+        else:
+            out[...] = 0
+            out[np.arange(self.num_envs), self._states.number(observation)] = 1
 
     def picture(self) -> NDArray[np.uint8]:
         from gymnasium.error import DependencyNotInstalled
@@ -294,3 +98,158 @@ class GymLanes:
 
     def close(self) -> None:
         self._env.close()
+
+
+class Model(NamedTuple):
+    """The transition probabilities of an environment with numbered states.
+
+    The outcomes of action a in state s are rows `offset[s * num_actions + a]` up to the next offset.
+    """
+
+    start: NDArray[np.float64]  # (num_states,) cumulative probabilities of the first state
+    offset: NDArray[np.int64]  # (num_states * num_actions + 1,)
+    chance: NDArray[np.float64]  # (outcomes,) cumulative probabilities within each state and action
+    next_state: NDArray[np.int64]  # (outcomes,)
+    reward: NDArray[np.float64]  # (outcomes,)
+    terminated: NDArray[np.bool_]  # (outcomes,)
+
+
+class StateEnv:
+    """One Gymnasium environment with Discrete actions and numbered states: Discrete ones, or a Tuple of them.
+
+    Raises:
+        ValueError: no such environment, or its spaces are others.
+    """
+
+    def __init__(self, config: Config, seed: int) -> None:
+        import gymnasium
+
+        self._env: Any = _made(gymnasium.make, config)
+        self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
+        states = _States.of(self._env.observation_space)
+        if states is None:
+            raise ValueError(
+                f"env_id: {config.env_id} has {self._env.observation_space} observations; a table needs Discrete ones"
+            )
+        self._states = states
+        self.num_states = states.total
+        self.most_steps = int(self._env.spec.max_episode_steps)
+        self._seed: int | None = seed
+
+    def model(self) -> Model | None:
+        """Return the transition probabilities, where the environment publishes them (as `P`)."""
+        bare = self._env.unwrapped
+        if not isinstance(getattr(bare, "P", None), dict) or not hasattr(bare, "initial_state_distrib"):
+            return None
+        rows = [bare.P[state][action] for state in range(self.num_states) for action in range(self.num_actions)]
+        outcomes = [outcome for row in rows for outcome in row]
+        _, next_state, reward, terminated = zip(*outcomes, strict=True)
+        return Model(
+            start=np.cumsum(bare.initial_state_distrib, dtype=np.float64),
+            offset=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+            chance=np.concatenate([np.cumsum([outcome[0] for outcome in row]) for row in rows]),
+            next_state=np.array(next_state, np.int64),
+            reward=np.array(reward, np.float64),
+            terminated=np.array(terminated, np.bool_),
+        )
+
+    def reset(self) -> int:
+        """Open an episode and return its first state."""
+        observation, _ = self._env.reset(seed=self._seed)
+        self._seed = None  # only the first time: later episodes go on with the same generator
+        return int(self._states.number(observation))
+
+    def step(self, action: int) -> tuple[int, float, bool, bool]:
+        """Take one action; returns the state, the reward, and whether the episode terminated or was truncated."""
+        observation, reward, terminated, truncated, _ = self._env.step(action + self._action_start)
+        return int(self._states.number(observation)), float(reward), bool(terminated), bool(truncated)
+
+    def close(self) -> None:
+        """Release the environment."""
+        self._env.close()
+
+
+class Outline(NamedTuple):
+    """What a picture of a small task's value function needs to know of the task."""
+
+    bounds: tuple[NDArray[Any], NDArray[Any]] | None  # lowest and highest Box observation
+    sizes: tuple[int, ...]  # of Discrete observations, or of the parts of a tuple of them
+    letters: list[str]  # the rows of a map of states, where there is one
+    directions: tuple[tuple[int, int], ...]  # (right, up) of each action on that map
+
+
+def outline(config: Config) -> Outline:
+    """Return the outline of a Gymnasium task."""
+    import gymnasium
+    from gymnasium import spaces
+
+    env: Any = _made(gymnasium.make, config)
+    try:
+        space, bare = env.observation_space, env.unwrapped
+        if isinstance(space, spaces.Box):
+            return Outline((space.low, space.high), (), [], ())
+        states = _States.of(space)
+        sizes = () if states is None else states.sizes
+        left, down, right, up = (-1, 0), (0, -1), (1, 0), (0, 1)
+        kind = type(bare).__name__
+        if kind == "FrozenLakeEnv":
+            return Outline(None, sizes, [b"".join(row).decode() for row in bare.desc], (left, down, right, up))
+        if kind == "CliffWalkingEnv":
+            rows, columns = bare.shape
+            letters = ["F" * columns] * (rows - 1) + ["S" + "C" * (columns - 2) + "G"]
+            return Outline(None, sizes, letters, (up, right, down, left))
+        return Outline(None, sizes, [], ())
+    finally:
+        env.close()
+
+
+class _States(NamedTuple):
+    """How Discrete observations, or tuples of them, are numbered: the last one counts fastest."""
+
+    sizes: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, space: Any) -> _States | None:
+        """Return the numbering of a space, or None where it has none."""
+        from gymnasium import spaces
+
+        parts: Any = space.spaces if isinstance(space, spaces.Tuple) else (space,)
+        if not parts or not all(isinstance(part, spaces.Discrete) for part in parts):
+            return None
+        return cls(tuple(int(part.n) for part in parts), tuple(int(part.start) for part in parts))
+
+    @property
+    def total(self) -> int:
+        return math.prod(self.sizes)
+
+    def number(self, observation: Any) -> Any:
+        """Number one observation, or a batch of them."""
+        parts = observation if isinstance(observation, tuple) else (observation,)
+        total: Any = 0
+        for part, size, start in zip(parts, self.sizes, self.starts, strict=True):
+            total = total * size + (part - start)
+        return total
+
+
+def _made(make: Any, config: Config, **options: Any) -> Any:
+    """Make a Gymnasium environment with a limit of steps, so that no policy can play on for ever."""
+    import gymnasium
+
+    env_id = config.env_id
+    try:
+        limit = config.max_episode_steps or gymnasium.spec(env_id).max_episode_steps or _MOST_STEPS
+        return make(env_id, max_episode_steps=limit, **options)
+    except (gymnasium.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]}){hint}") from None
+
+
+def _actions(env_id: str, space: Any) -> tuple[int, int]:
+    """Return the first action and how many there are."""
+    from gymnasium import spaces
+
+    if not isinstance(space, spaces.Discrete):
+        raise ValueError(f"env_id: {env_id} has {space} actions; DQN needs Discrete ones")
+    return int(space.start), int(space.n)

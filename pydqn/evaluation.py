@@ -1,4 +1,4 @@
-"""Playing with trained weights: evaluate and record. Needs a run's weights and config only."""
+"""Playing with trained weights: evaluate and watch. Needs a run's weights and config only."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pydqn.atari import rom_of
 from pydqn.checkpoint import load_weights
 from pydqn.config import Config
-from pydqn.envs import Episode, Lanes, make_lanes
+from pydqn.envs import make_lanes
+from pydqn.lanes import Episode, Lanes
 from pydqn.learner import Policy, resolve_device
-from pydqn.networks import QNetwork, make_network
+from pydqn.networks import QNetwork, Table, make_network
 from pydqn.replay import FrameReplay
+from pydqn.scores import PROTOCOLS, human_normalized
 
 CONFIG = "config.json"
 BEST_WEIGHTS = Path("weights") / "best.safetensors"
 LAST_WEIGHTS = Path("weights") / "last.safetensors"
+SCORES = "scores.jsonl"
 _MOST_LANES = 16
 
 
-def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork:
-    """Build the network that `config` describes, for these lanes' frames and actions."""
+def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork | Table:
+    """Build the network (or table) that `config` describes, for these lanes' frames and actions."""
+    if config.agent == "tabular":
+        return Table(lanes.frame_shape[0], lanes.num_actions)
     return make_network(
         config.network,
         config.stack,
@@ -83,8 +89,10 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     return dataclasses.replace(Config.from_dict(plain), **overrides)
 
 
-def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> Policy:
+def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> tuple[Policy, dict[str, Any]]:
     """Build the policy of a run from its best weights, or from its last ones when it was too short to have a best.
+
+    Returns the policy and what was written beside the weights.
 
     Raises:
         ValueError: there are no weights, or they do not fit `config`.
@@ -93,20 +101,22 @@ def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> Po
     if not paths:
         raise ValueError(f"run: {str(run)!r} has no weights yet")
     network = network_for(config, lanes)
-    weights, _ = load_weights(paths[0])
+    weights, metadata = load_weights(paths[0])
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"run: {paths[0]} does not fit its config ({str(error).splitlines()[1].strip()})") from None
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
-    return Policy(network, resolve_device(config.device), config.precision)
+    return Policy(network, resolve_device(config.device), config.precision), metadata
 
 
 class Moment(NamedTuple):
     """One step of `steps_of`."""
 
     action: NDArray[np.int64]  # (num_envs,): what the policy did
+    values: NDArray[np.float32]  # (num_envs, num_actions): why
+    reward: NDArray[np.float64]  # (num_envs,): what came of it
     episodes: list[Episode]  # games that ended
 
 
@@ -116,19 +126,26 @@ def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed:
     generator = np.random.default_rng(seed)
     open_episodes(lanes, memory)
     while True:
-        action = policy.act(memory.latest(), epsilon, generator)
+        values = policy.values(memory.latest())
+        action = policy.choose(values, epsilon, generator)
         lanes.send(action)
         slot = memory.next_slot()
         step = lanes.recv(slot)
         memory.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
-        yield Moment(action, step.episodes)
+        yield Moment(action, values, step.reward, step.episodes)
+
+
+def under_protocol(config: Config) -> Config:
+    """Return `config` with the settings that its `evaluation_protocol` fixes."""
+    return dataclasses.replace(config, **PROTOCOLS[config.evaluation_protocol].settings)
 
 
 def evaluate_policy(config: Config, policy: Policy, episodes: int, seed: int) -> list[float]:
-    """Play whole games at `config.evaluation_epsilon` and return their true returns.
+    """Play whole games under `config.evaluation_protocol` and return their true returns.
 
     Every lane plays a fixed share of the games, so that short games are not preferred.
     """
+    config = under_protocol(config)
     num_envs = min(episodes, _MOST_LANES)
     lanes = make_lanes(config, num_envs, seed)
     left = np.array([len(range(lane, episodes, num_envs)) for lane in range(num_envs)])
@@ -146,21 +163,75 @@ def evaluate_policy(config: Config, policy: Policy, episodes: int, seed: int) ->
     raise AssertionError("unreachable: steps_of has no end")
 
 
+class Score(NamedTuple):
+    """What an evaluation came to, with all that it depends on."""
+
+    env_id: str
+    protocol: str
+    settings: dict[str, Any]  # that the protocol fixed, or chose from the run's config
+    seed: int
+    trained_steps: int  # how long the weights had been trained
+    returns: list[float]  # true returns of whole games
+    mean_return: float
+    human_normalized_percent: float | None  # where the game is among those of Mnih et al. 2015
+
+
+def score(
+    run: str | os.PathLike[str],
+    episodes: int | None = None,
+    *,
+    protocol: str | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> Score:
+    """Evaluate a run's best weights.
+
+    Args:
+        run: folder of the run.
+        episodes: whole games; None for as many as the protocol says.
+        protocol: a name of `pydqn.scores.PROTOCOLS`; None for that of the run's config.
+        seed: of the environments and of exploration.
+        overrides: fields of the run's `Config` to replace; not those that the protocol fixes.
+
+    Raises:
+        ValueError: `run` is not the folder of a run with weights, or an argument is out of range.
+    """
+    config = load_run(run, **overrides, **({} if protocol is None else {"evaluation_protocol": protocol}))
+    rules = PROTOCOLS[config.evaluation_protocol]
+    for name, value in overrides.items():
+        if rules.settings.get(name, value) != value:
+            raise ValueError(f"{name}: the protocol {config.evaluation_protocol} fixes it, got {value}; choose another")
+    games = rules.episodes if episodes is None else episodes
+    _require("episodes", games, 1)
+    _require("seed", seed, 0)
+    config = under_protocol(config)
+    lanes = make_lanes(config, 1, seed)
+    try:
+        policy, metadata = load_policy(run, config, lanes)
+    finally:
+        lanes.close()
+    returns = evaluate_policy(config, policy, games, seed)
+    mean = float(np.mean(returns))
+    rom = rom_of(config.env_id)
+    return Score(
+        env_id=config.env_id,
+        protocol=config.evaluation_protocol,
+        settings={name: getattr(config, name) for name in PROTOCOLS["nature"].settings},
+        seed=seed,
+        trained_steps=int(metadata.get("steps", 0)),
+        returns=returns,
+        mean_return=mean,
+        human_normalized_percent=None if rom is None else human_normalized(rom, mean),
+    )
+
+
 def evaluate(run: str | os.PathLike[str], episodes: int, *, seed: int = 0, **overrides: Any) -> list[float]:
-    """Return the true returns of `episodes` whole games played with a run's best weights.
+    """Return the true returns of `episodes` whole games played with a run's best weights; `score` tells more.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or `episodes` is not positive.
     """
-    _require("episodes", episodes, 1)
-    _require("seed", seed, 0)
-    config = load_run(run, **overrides)
-    lanes = make_lanes(config, 1, seed)
-    try:
-        policy = load_policy(run, config, lanes)
-    finally:
-        lanes.close()
-    return evaluate_policy(config, policy, episodes, seed)
+    return score(run, episodes, seed=seed, **overrides).returns
 
 
 def _require(name: str, value: float, least: int) -> None:
@@ -168,66 +239,45 @@ def _require(name: str, value: float, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
+class Scene(NamedTuple):
+    """One step of a game that is watched."""
+
+    picture: NDArray[np.uint8]  # (H, W, 3)
+    action: int
+    action_names: tuple[str, ...]
+    values: tuple[float, ...]  # by which the action was chosen
+    reward: float
+    total: float  # return so far
+
+
 class Game(NamedTuple):
     """A game that was watched."""
 
-    total: float
+    total: float  # NaN when it was broken off
     steps: int
-    action_counts: list[int]
+    action_counts: dict[str, int]
 
 
 def watch(
     run: str | os.PathLike[str], *, seed: int = 0, most_steps: float = math.inf, **overrides: Any
-) -> Iterator[NDArray[np.uint8] | Game]:
-    """Play one game with a run's best weights; yields a picture (H, W, 3) per step, and at the end the `Game`."""
+) -> Iterator[Scene | Game]:
+    """Play one game with a run's best weights; yields a `Scene` per step, and at the end the `Game`."""
     _require("seed", seed, 0)
     _require("most_steps", most_steps, 1)
-    config = load_run(run, **overrides)
+    config = under_protocol(load_run(run, **overrides, clip_rewards=False))
     lanes = make_lanes(config, 1, seed, render=True)
     try:
-        policy = load_policy(run, config, lanes)
-        counts = [0] * lanes.num_actions
-        for moment in steps_of(config, lanes, policy, config.evaluation_epsilon, seed):
-            counts[int(moment.action[0])] += 1
-            yield lanes.picture()
-            if moment.episodes or sum(counts) >= most_steps:
-                total = moment.episodes[0].total if moment.episodes else math.nan
-                yield Game(total, sum(counts), counts)
+        policy, _ = load_policy(run, config, lanes)
+        names = lanes.action_names
+        counts = dict.fromkeys(names, 0)
+        total = 0.0
+        for steps, moment in enumerate(steps_of(config, lanes, policy, config.evaluation_epsilon, seed), 1):
+            action, reward = int(moment.action[0]), float(moment.reward[0])
+            counts[names[action]] += 1
+            total += reward
+            yield Scene(lanes.picture(), action, names, tuple(moment.values[0].tolist()), reward, total)
+            if moment.episodes or steps >= most_steps:
+                yield Game(moment.episodes[0].total if moment.episodes else math.nan, steps, counts)
                 return
     finally:
         lanes.close()
-
-
-class Recorder:
-    """Writes pictures to an .mp4 or .gif file; needs no display. The file appears when the block ends well."""
-
-    def __init__(self, path: str | os.PathLike[str], fps: int = 30, scale: int = 2) -> None:
-        self._path = Path(path)
-        if self._path.suffix not in (".mp4", ".gif"):
-            raise ValueError(f"record: expected a name that ends in .mp4 or .gif, got {str(path)!r}")
-        if not self._path.parent.is_dir():
-            raise ValueError(f"record: there is no folder {str(self._path.parent)!r}")
-        self._beside = self._path.with_name(f".{self._path.stem}.part{self._path.suffix}")
-        self._fps = fps
-        self._scale = scale
-        self._writer: Any = None
-
-    def __enter__(self) -> Recorder:
-        import imageio
-
-        if self._path.suffix == ".gif":
-            self._writer = imageio.get_writer(self._beside, mode="I", duration=1000 / self._fps, loop=0)
-        else:
-            self._writer = imageio.get_writer(self._beside, fps=self._fps, macro_block_size=2)
-        return self
-
-    def add(self, picture: NDArray[np.uint8]) -> None:
-        """Append one picture, enlarged without smoothing."""
-        self._writer.append_data(picture.repeat(self._scale, axis=0).repeat(self._scale, axis=1))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._writer.close()
-        if kind is None:
-            os.replace(self._beside, self._path)
-        else:
-            self._beside.unlink(missing_ok=True)

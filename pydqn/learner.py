@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pydqn.config import Config
 from pydqn.losses import LOSSES, td_error
+from pydqn.optimizers import RMSProp
 from pydqn.replay import Batch
 
 _WARMUP_UPDATES = 3  # before a capture: lets libraries choose kernels and the optimizer make its state
@@ -80,12 +81,16 @@ class Policy:
             values: Tensor = self.network(torch.from_numpy(obs).to(self.device))
         return values.cpu().numpy()
 
-    def act(self, obs: NDArray[Any], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions; every lane tosses its own coin."""
-        values = self.values(obs)
+    @staticmethod
+    def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return (B,) epsilon-greedy actions for (B, A) action values; every lane tosses its own coin."""
         explore = generator.random(len(values)) < epsilon
         anything = generator.integers(values.shape[1], size=len(values))
         return np.where(explore, anything, values.argmax(axis=1))
+
+    def act(self, obs: NDArray[Any], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return (B,) epsilon-greedy actions for (B, stack, *frame_shape) observations."""
+        return self.choose(self.values(obs), epsilon, generator)
 
 
 class Metrics(NamedTuple):
@@ -94,6 +99,7 @@ class Metrics(NamedTuple):
     loss: float  # weighted mean of the per-sample losses
     mean_q: float  # mean over the batch of the values of the actions taken
     grad_norm: float  # before clipping
+    max_q: float  # largest action value of the batch
 
 
 class Learner:
@@ -134,7 +140,9 @@ class Learner:
         self._learning_rate = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)
         self._optimizer = self._make_optimizer()
         self._loss = LOSSES[config.loss]
-        self._metrics = torch.zeros(3, device=device)
+        self._metrics = torch.zeros(4, device=device)
+        # What the latest update saw; after a capture, memory that every replay writes again.
+        self._losses = self._values = torch.zeros(0, device=device)
         self._batch = [torch.from_numpy(part) for part in example]
         self._host: list[Tensor] = []
         self._uploaded: torch.cuda.Event | None = None
@@ -156,7 +164,8 @@ class Learner:
                 self._record()
             self._step()
             self.updates += 1
-            if self.updates % self._config.target_sync_updates == 0:
+            every = self._config.target_sync_updates
+            if every and self.updates % every == 0:
                 self.sync_target()
 
     @torch.no_grad()
@@ -168,6 +177,10 @@ class Learner:
         """Return what the latest update saw (waits for the device)."""
         return Metrics(*self._metrics.tolist())
 
+    def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the latest update's (B,) losses per sample and (B, A) action values (waits for the device)."""
+        return self._losses.cpu().numpy(), self._values.cpu().numpy()
+
     @property
     def learning_rate(self) -> float:
         """The optimizer's step size; may be set at any time, also after a capture."""
@@ -176,6 +189,51 @@ class Learner:
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         self._learning_rate.fill_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors that a learner needs to go on: both networks' and the optimizer's, by name."""
+        tensors = {f"online.{name}": value for name, value in self.online.state_dict().items()}
+        tensors |= {f"target.{name}": value for name, value in self.target.state_dict().items()}
+        for number, parameter in enumerate(self._parameters):
+            state = self._optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Go on from what `state` gave when the learner had made `updates` updates. Nothing has been captured yet.
+
+        Raises:
+            ValueError: the tensors are not those of such a learner.
+        """
+        state = self._optimizer.state_dict()
+        state["state"] = {}
+        networks: dict[str, dict[str, Tensor]] = {"online": {}, "target": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            if part == "optimizer":
+                number, _, rest = rest.partition(".")
+                like = self._parameters[int(number)]
+                # In the parameter's own memory layout, which a file does not keep.
+                value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(self.device)
+                state["state"].setdefault(int(number), {})[rest] = value
+            elif part in networks:
+                networks[part][rest] = value
+            else:
+                raise ValueError(f"checkpoint: {name!r} is not part of a learner")
+        try:
+            self.online.load_state_dict(networks["online"])
+            self.target.load_state_dict(networks["target"])
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint: does not fit the config ({str(error).splitlines()[1].strip()})") from None
+        state["param_groups"][0]["lr"] = self._learning_rate
+        self._optimizer.load_state_dict(state)
+        # Loading copies: the learning rate must be the very tensor that is set each step.
+        self._optimizer.param_groups[0]["lr"] = self._learning_rate
+        self.updates = updates
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        states = self._optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config, on_gpu = self._config, self.device.type == "cuda"
@@ -186,6 +244,15 @@ class Learner:
                 eps=config.optimizer_epsilon,
                 fused=True,
                 capturable=on_gpu,
+            )
+        if config.optimizer in ("rmsprop_tf", "rmsprop_centered"):
+            return RMSProp(
+                self._parameters,
+                lr=self._learning_rate,
+                decay=config.rmsprop_decay,
+                eps=config.optimizer_epsilon,
+                momentum=config.rmsprop_momentum,
+                centered=config.optimizer == "rmsprop_centered",
             )
         return torch.optim.RMSprop(
             self._parameters,
@@ -208,15 +275,16 @@ class Learner:
             with torch.no_grad():
                 q_t = self.target(next_obs)
                 selector_t = self.online(next_obs) if self._config.double else None
-        error = td_error(q_tm1, action, reward, discount, q_t, selector_t)
-        loss = (weight * self._loss(error)).mean()
+        losses = self._loss(td_error(q_tm1, action, reward, discount, q_t, selector_t))
+        loss = (weight * losses).mean()
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm or torch.inf, foreach=True)
         self._optimizer.step()
         with torch.no_grad():
             mean_q = q_tm1.gather(1, action.unsqueeze(1)).mean()
-            self._metrics.copy_(torch.stack([loss, mean_q, norm]))
+            self._metrics.copy_(torch.stack([loss, mean_q, norm, q_tm1.max()]))
+        self._losses, self._values = losses.detach(), q_tm1.detach()
 
     # --- the CUDA graph ---
 
@@ -231,7 +299,8 @@ class Learner:
 
     def _record(self) -> None:
         """Capture `_update`. The warm-up updates are undone, so that capturing changes nothing."""
-        before = [tensor.detach().clone() for tensor in _state(self.online)]
+        changed = [*_state(self.online), *self._optimizer_tensors()]
+        before = [tensor.detach().clone() for tensor in changed]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -239,11 +308,11 @@ class Learner:
                 self._update()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         with torch.no_grad():
-            torch._foreach_copy_(_state(self.online), before)
-            for state in self._optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
+            # What the warm-up made begins at zero; what was there is put back.
+            for tensor in self._optimizer_tensors():
+                tensor.zero_()
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
             self._update()

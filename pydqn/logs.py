@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import platform
@@ -11,10 +12,16 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.checkpoint import atomic_write
 
 PROGRESS = "progress.csv"
 EPISODES = "episodes.csv"
+_EPISODE_COLUMNS = ["episode", "steps", "lane", "return", "length_steps"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,17 @@ class Report:
     mean_return: float  # of the last `mean_episodes` whole games
     last_return: float
     mean_length_steps: float
+    last_length_steps: float
     loss: float
     mean_q: float
+    max_q: float
     grad_norm: float
     frames_per_second: float  # since the report before
     updates_per_second: float
     evaluation_return: float  # mean of the latest evaluation
+    cpu_percent: float  # of this process, since the report before; 100 is one core
+    memory_mb: float  # of this process, resident
+    memory_percent: float  # of the machine's
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -44,31 +56,41 @@ class Report:
 
 
 class RunLog:
-    """Writes a run's `progress.csv`, `episodes.csv` and TensorBoard events; a context manager that closes them."""
+    """Writes a run's `progress.csv`, `episodes.csv` and TensorBoard events; a context manager that closes them.
 
-    def __init__(self, logdir: Path) -> None:
+    Args:
+        logdir: folder of the run.
+        steps: of the checkpoint from which a run goes on: later rows, which it will write again, are dropped.
+        episodes: the same in whole games.
+    """
+
+    def __init__(self, logdir: Path, steps: int = 0, episodes: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._progress_file = (logdir / PROGRESS).open("w", newline="")
-        self._progress = csv.DictWriter(self._progress_file, list(Report.__annotations__))
-        self._progress.writeheader()
-        self._episodes_file = (logdir / EPISODES).open("w", newline="")
-        self._episodes = csv.writer(self._episodes_file)
-        self._episodes.writerow(["episode", "steps", "lane", "return", "length_steps"])
-        self._board = SummaryWriter(str(logdir))
+        progress = list(Report.__annotations__)
+        kept = _rows(logdir / PROGRESS, "steps", steps), _rows(logdir / EPISODES, "episode", episodes)
+        self._progress_file, self._progress = _open(logdir / PROGRESS, progress, kept[0])
+        self._episodes_file, self._episodes = _open(logdir / EPISODES, _EPISODE_COLUMNS, kept[1])
+        self._board = SummaryWriter(str(logdir), purge_step=steps + 1 if steps else None)
 
-    def report(self, report: Report) -> None:
-        """Add one row, visible to readers at once."""
+    def report(self, report: Report, samples: dict[str, NDArray[Any]]) -> None:
+        """Add one row, visible to readers at once, and histograms of `samples`."""
         self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
         self._progress_file.flush()
         self._episodes_file.flush()
         for name, value in report.scalars.items():
             if not math.isnan(value) and name != "steps":
                 self._board.add_scalar(name, value, report.steps)
+        for name, values in samples.items():
+            if values.size and np.isfinite(values).all():
+                self._board.add_histogram(name, values, report.steps)
 
-    def episode(self, episode: int, steps: int, lane: int, total: float, length: int) -> None:
+    def episode(self, episode: int, steps: int, lane: int, total: float, length: int, epsilon: float) -> None:
         """Add one whole game, which ended when the run had made `steps` decisions."""
-        self._episodes.writerow([episode, steps, lane, _text(total), length])
+        row = (episode, steps, lane, _text(total), length)
+        self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
+        for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
+            self._board.add_scalar(f"episode/{name}", value, steps)
 
     def __enter__(self) -> RunLog:
         return self
@@ -79,6 +101,51 @@ class RunLog:
         self._progress_file.close()
         self._episodes_file.close()
         self._board.close()
+
+
+def _rows(path: Path, column: str, most: int) -> list[dict[str, str]]:
+    """Return the rows of a CSV up to where `column` passes `most`; a row that a crash cut short ends them."""
+    if not most:
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = []
+        for row in reader:
+            if None in row.values() or int(row[column]) > most:
+                break
+            rows.append(row)
+    return rows
+
+
+def _open(path: Path, columns: list[str], rows: list[dict[str, str]]) -> tuple[IO[str], csv.DictWriter[str]]:
+    """Begin a CSV with some rows, in the place of the file that is there."""
+    with atomic_write(path) as beside:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        beside.write(text.getvalue().encode())
+    file = path.open("a", newline="")
+    return file, csv.DictWriter(file, columns)
+
+
+class Process:
+    """What this process takes of the machine."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # opens the first interval
+
+    def read(self) -> dict[str, float]:
+        """Return cpu_percent since the last call, memory_mb and memory_percent."""
+        with self._process.oneshot():
+            return {
+                "cpu_percent": self._process.cpu_percent(),
+                "memory_mb": self._process.memory_info().rss / 2**20,
+                "memory_percent": self._process.memory_percent(),
+            }
 
 
 def environment() -> dict[str, str]:
@@ -138,6 +205,10 @@ class ProgressBar:
         self._bar.set_postfix_str(" ".join(parts).replace("nan", "-"), refresh=False)
         self._bar.n = min(report.steps, self._bar.total)
         self._bar.refresh()
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(text)
 
     def close(self) -> None:
         """Leave the line as it stands."""

@@ -19,12 +19,16 @@ class _Conv(NamedTuple):
     stride: int
 
 
+# Mnih et al. 2015, extended data table 1.
+_NATURE = (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1))
 _TORSOS = {
-    # Mnih et al. 2015, extended data table 1.
-    "nature": (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1)),
+    "nature": _NATURE,
+    # Without biases; a convolution over all that is left stands for a hidden layer, and dueling splits its output.
+    "nature_7x7": (*_NATURE, _Conv(512, 7, 1)),
     # The same shape with half the channels: about a third of the arithmetic.
     "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
 }
+_BARE = "nature_7x7"  # no biases, Xavier's initial weights, split streams
 
 
 class PixelTorso(nn.Module):
@@ -42,13 +46,14 @@ class PixelTorso(nn.Module):
         channels = stack
         height, width = frame_shape
         for conv in _TORSOS[name]:
-            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride))
+            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, bias=name != _BARE))
             channels = conv.channels
             height, width = ((side - conv.kernel) // conv.stride + 1 for side in (height, width))
             if min(height, width) < 1:
                 raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
         self.convs = nn.ModuleList(layers)
         self.features = channels * height * width
+        self.splits = name == _BARE
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
 
@@ -67,8 +72,9 @@ class PixelTorso(nn.Module):
         assert isinstance(first, nn.Conv2d)
         weight = first.weight * (1 / (255 * self.pixel_std))
         bias = first.bias
-        if self.pixel_mean and bias is not None:
-            bias = bias - self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
+        if self.pixel_mean:
+            shift = self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
+            bias = -shift if bias is None else bias - shift
         x = F.relu(F.conv2d(self.prepare(obs), weight, bias, first.stride))
         for conv in self.convs[1:]:
             x = F.relu(conv(x))
@@ -81,6 +87,7 @@ class VectorTorso(nn.Module):
     def __init__(self, stack: int, frame_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.features = stack * math.prod(frame_shape)
+        self.splits = False
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert `obs` to float32."""
@@ -103,7 +110,8 @@ class QNetwork(nn.Module):
     """A torso, hidden layers, and linear action values.
 
     With `dueling`, two streams of hidden layers give a value and advantages: Q = V + A - mean A
-    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581).
+    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581). Each stream sees all features, or where the torso
+    `splits`, the first half of them goes to the value and the second to the advantages.
     """
 
     def __init__(
@@ -111,8 +119,10 @@ class QNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.torso = torso
-        self.advantage = _hidden(torso.features, hidden_units, num_actions)
-        self.value = _hidden(torso.features, hidden_units, 1) if dueling else None
+        self._split = dueling and torso.splits
+        features = torso.features // 2 if self._split else torso.features
+        self.advantage = _hidden(features, hidden_units, num_actions)
+        self.value = _hidden(features, hidden_units, 1) if dueling else None
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert observations to what the torso computes with; `forward` takes them either way."""
@@ -121,9 +131,10 @@ class QNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Return (B, num_actions) float32 action values of (B, stack, *frame_shape) observations."""
         features = self.torso(obs)
-        values: Tensor = self.advantage(features).float()
+        of_value, of_advantage = features.chunk(2, dim=1) if self._split else (features, features)
+        values: Tensor = self.advantage(of_advantage).float()
         if self.value is not None:
-            values = self.value(features).float() + values - values.mean(dim=1, keepdim=True)
+            values = self.value(of_value).float() + values - values.mean(dim=1, keepdim=True)
         return values
 
 
@@ -139,10 +150,12 @@ def make_network(
     pixel_std: float = 1.0,
     seed: int = 0,
 ) -> QNetwork:
-    """Build a network with weights drawn from `seed` alone (PyTorch's default initialisation).
+    """Build a network with weights drawn from `seed` alone.
+
+    They are PyTorch's default, but for "nature_7x7": Xavier's (Glorot and Bengio 2010) and biases of zero.
 
     Args:
-        name: "nature" or "small" for image frames (H, W), "mlp" for anything.
+        name: "nature", "nature_7x7" or "small" for image frames (H, W), "mlp" for anything.
         stack: frames per observation.
         frame_shape: shape of one frame.
         num_actions: A.
@@ -166,4 +179,27 @@ def make_network(
             raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
         else:
             torso = PixelTorso(name, stack, (frame_shape[0], frame_shape[1]), pixel_mean, pixel_std)
-        return QNetwork(torso, num_actions, hidden_units, dueling)
+        network = QNetwork(torso, num_actions, hidden_units, dueling)
+        if name == _BARE:
+            for layer in network.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    nn.init.xavier_uniform_(layer.weight)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        return network
+
+
+class Table(nn.Module):
+    """Action values of numbered states, all zero: a table behind the interface of a network.
+
+    Takes one-hot observations, (B, stack, num_states), of which only the newest counts, and gives (B, num_actions)
+    float32 values.
+    """
+
+    def __init__(self, num_states: int, num_actions: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_states, num_actions, dtype=torch.float64))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return the rows of the states that `obs` marks."""
+        return self.values[obs[:, -1].argmax(dim=1)].float()

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from pydqn.config import Config
+
 
 def linear(step: int, start: float, end: float, duration: int) -> float:
     """Return the value at `step` of a straight line from `start` to `end` over `duration` steps; `end` from then on."""
     if step >= duration:
         return end
     return start + (end - start) * step / duration
+
+
+def piecewise(step: int, knots: Sequence[tuple[int, float]]) -> float:
+    """Return the value at `step` of straight lines between `knots`, (step, value) in order; constant outside them."""
+    position, value = knots[0]
+    if step <= position:
+        return value
+    for next_position, next_value in knots[1:]:
+        if step < next_position:
+            return linear(step - position, value, next_value, next_position - position)
+        position, value = next_position, next_value
+    return value
+
+
+def exponential(step: int, start: float, end: float, duration: int) -> float:
+    """Return the value at `step` of a decay from `start` towards `end`, of which 1/e is left after `duration` steps."""
+    return end + (start - end) * math.exp(-step / duration)
+
+
+def epsilon(config: Config, step: int) -> float:
+    """Return the probability of a random action at `step`."""
+    start, end, duration = config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps
+    falls = config.epsilon_hold_steps
+    if config.epsilon_schedule == "exponential":
+        return exponential(max(0, step - falls), start, end, duration)
+    knots = [(falls, start), (falls + duration, end)]
+    if config.epsilon_schedule == "piecewise":
+        knots.append((config.total_steps, config.epsilon_final))
+    return piecewise(step, knots)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the optimizer's step size at `step`."""
+    if not config.learning_rate_decay_steps:
+        return config.learning_rate
+    return linear(step, config.learning_rate, config.learning_rate_end, config.learning_rate_decay_steps)

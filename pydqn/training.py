@@ -5,200 +5,210 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pydqn.checkpoint import save_weights, write_json
+from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
-from pydqn.envs import Episode, Lanes, make_lanes
-from pydqn.evaluation import (
-    BEST_WEIGHTS,
-    CONFIG,
-    LAST_WEIGHTS,
-    evaluate_policy,
-    memory_for,
-    network_for,
-    open_episodes,
-)
+from pydqn.envs import make_lanes
+from pydqn.evaluation import BEST_WEIGHTS, evaluate_policy, load_run, memory_for, network_for, open_episodes
+from pydqn.films import Film
+from pydqn.lanes import Episode, Lanes, Step
 from pydqn.learner import Learner, resolve_device
-from pydqn.logs import PROGRESS, Report, RunLog, environment
+from pydqn.logs import Report
 from pydqn.replay import FrameReplay
-from pydqn.schedules import linear
+from pydqn.runs import BaseRun, Due, Learned, Result
+from pydqn.schedules import epsilon, learning_rate
+from pydqn.tabular import TabularRun
 
-
-class Result(NamedTuple):
-    """What a run came to."""
-
-    returns: list[float]  # the true return of every whole game, in the order in which they ended
-    steps: int
-    frames: int
-    updates: int
-    seconds: float
-    logdir: Path
+VIDEOS = Path("videos")
 
 
 def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
-    """Train from scratch; see `Run` for what `logdir` holds afterwards.
+    """Train from scratch; see `BaseRun` for what `logdir` holds afterwards.
 
     Raises:
         ValueError: the configuration cannot run on this machine, or `logdir` holds a run already.
     """
-    with Run(config, logdir) as run:
+    return _finish(open_run(config, logdir))
+
+
+def resume(logdir: str | os.PathLike[str], **overrides: Any) -> Result:
+    """Go on with a run from its latest checkpoint, with fields of its `Config` replaced by `overrides`.
+
+    Raises:
+        ValueError: `logdir` is not the folder of a run with a checkpoint, or the overrides do not fit it.
+    """
+    return _finish(open_run(load_run(logdir, **overrides), logdir, resume=True))
+
+
+def open_run(config: Config, logdir: str | os.PathLike[str], *, resume: bool = False) -> BaseRun:
+    """Make the kind of run that `config.agent` says."""
+    kind = TabularRun if config.agent == "tabular" else Run
+    return kind(config, logdir, resume=resume)
+
+
+def _finish(run: BaseRun) -> Result:
+    with run:
         for _ in run.reports():
             pass
     return run.result()
 
 
-class Run:
-    """One training run.
+class Run(BaseRun):
+    """One training run of a DQN; its folder gets videos/, too, where the config asks for them.
 
-    `logdir` gets config.json, environment.json (versions and machine), progress.csv, episodes.csv, TensorBoard events
-    and weights/: best.safetensors, whenever the mean return improves, and last.safetensors, however the run ends.
+    When it is resumed, new games are opened; and unless the checkpoint holds the replay memory, that is filled anew
+    before the updates go on.
     """
 
-    def __init__(self, config: Config, logdir: str | os.PathLike[str]) -> None:
-        self.logdir = Path(logdir)
-        if (self.logdir / PROGRESS).exists():
-            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder")
-        device = resolve_device(config.device)
+    replay: FrameReplay
+
+    def _open(self, seeds: np.random.SeedSequence) -> None:
+        config = self.config
+        self._device = resolve_device(config.device)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        seeds = [int(seed) for seed in np.random.SeedSequence(config.seed).generate_state(5)]
-        self.config = config
-        self._generator = np.random.default_rng(seeds[0])
-        self._evaluation_seed = seeds[1]
-        self.lanes: Lanes = make_lanes(config, config.num_envs, seeds[2])
-        self.replay: FrameReplay = memory_for(config, self.lanes, config.replay_capacity_frames, seeds[3])
-        network = network_for(config, self.lanes, seeds[4])
+        own, evaluation, lanes, replay, network = (int(seed) for seed in seeds.generate_state(5))
+        self._generator = np.random.default_rng(own)
+        self._evaluation_seed = evaluation
+        self.lanes: Lanes = make_lanes(config, config.num_envs, lanes, render=config.video_every_episodes > 0)
+        self.replay = memory_for(config, self.lanes, config.replay_capacity_frames, replay)
         self._batch = self.replay.empty_batch(config.batch_size)
-        self.learner = Learner(network, config, device, self._batch)
-        self.steps = 0
-        self.returns: list[float] = []
-        self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
-        self._best = -math.inf
-        self._evaluation = math.nan
-        self._started = self._seconds = 0.0
-        self._last: Report | None = None
-        (self.logdir / BEST_WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.logdir / CONFIG, config.to_dict())
-        write_json(self.logdir / "environment.json", {**environment(), "device": str(device)})
-        self._log = RunLog(self.logdir)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            self._save(LAST_WEIGHTS)
-            if self._last is not None and self._last.steps < self.steps:
-                self._report()  # the row that an interruption would have cost
-        finally:
-            self._log.__exit__(kind, None, None)
-            self.lanes.close()
+        self.learner = Learner(network_for(config, self.lanes, network), config, self._device, self._batch)
+        # Updates are counted from the step at which learning began, or began again.
+        self._learning_since, self._updates_before = config.learning_starts_steps, 0
+        self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
+        self._film = Film(self.logdir / VIDEOS, config.video_format) if config.video_every_episodes else None
 
     def reports(self) -> Iterator[Report]:
-        """Run to the end, yielding a report every `log_every_steps` and at the end."""
+        """Run to the end, yielding a report whenever one is due, and at the end."""
         config = self.config
         self._started = time.perf_counter()
         open_episodes(self.lanes, self.replay)
         self._report()
-        next_log, next_evaluation = config.log_every_steps, config.evaluation_every_steps or math.inf
-        while self.steps < config.total_steps and self.mean_return() < config.stop_return:
+        log = Due(config.log_every_steps, self.steps)
+        log_episode = Due(config.log_every_episodes, len(self.returns))
+        evaluation = Due(config.evaluation_every_steps, self.steps)
+        checkpoint = Due(config.checkpoint_every_steps, self.steps)
+        checkpoint_episode = Due(config.checkpoint_every_episodes, len(self.returns))
+        video = Due(config.video_every_episodes, len(self.returns) - 1)  # the first game, too
+        while not self._finished():
+            if self._film is not None and not self._age[0] and video(len(self.returns)):
+                self._film.start(self.lanes.picture())
             self._step()
-            if self.steps >= next_evaluation:
-                next_evaluation += config.evaluation_every_steps
+            if evaluation(self.steps):
                 played = evaluate_policy(config, self.learner.policy, config.evaluation_episodes, self._evaluation_seed)
                 self._evaluation = float(np.mean(played))
-            if self.steps >= next_log:
-                next_log += config.log_every_steps
+            # Every one is asked each time: it counts from when it was asked last.
+            if any([log(self.steps), log_episode(len(self.returns))]):
                 yield self._report()
+            if any([checkpoint(self.steps), checkpoint_episode(len(self.returns))]):
+                self._checkpoint()
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
 
-    def result(self) -> Result:
-        """Return what the run has come to so far."""
-        frames = self.steps * self.lanes.frames_per_step
-        return Result(self.returns, self.steps, frames, self.learner.updates, self._seconds, self.logdir)
-
-    def mean_return(self) -> float:
-        """Mean of the last `mean_episodes` returns; minus infinity until there are that many."""
-        if len(self._recent) < self.config.mean_episodes:
-            return -math.inf
-        return float(np.mean([episode.total for episode in self._recent]))
-
-    def epsilon(self) -> float:
-        """Probability of a random action now."""
-        config = self.config
-        return linear(self.steps, config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps)
-
-    def learning_rate(self) -> float:
-        """The optimizer's step size now."""
-        config = self.config
-        if not config.learning_rate_decay_steps:
-            return config.learning_rate
-        return linear(self.steps, config.learning_rate, config.learning_rate_end, config.learning_rate_decay_steps)
-
     def updates_due(self) -> int:
         """How many updates the steps so far call for: counted, so that no rounding adds up."""
-        learned = self.steps - self.config.learning_starts_steps
-        return max(0, math.floor(learned / self.config.steps_per_update))
+        learned = self.steps - self._learning_since
+        return self._updates_before + max(0, math.floor(learned / self.config.steps_per_update))
+
+    def learned(self) -> Learned:
+        """Return what the latest update saw."""
+        learner = self.learner
+        if not learner.updates:
+            return Learned(0, math.nan, math.nan, math.nan, math.nan, {})
+        metrics = learner.metrics()
+        losses, values = learner.samples()
+        samples = {"loss_per_sample": losses, "q_values": values}
+        return Learned(learner.updates, metrics.loss, metrics.mean_q, metrics.max_q, metrics.grad_norm, samples)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return those of the online network."""
+        return dict(self.learner.online.state_dict())
+
+    def device_name(self) -> str:
+        """Return the device of the learner."""
+        return str(self._device)
+
+    def close(self) -> None:
+        """Release the environments; a film that was being made is dropped."""
+        if self._film is not None:
+            self._film.drop()
+        self.lanes.close()
 
     def _step(self) -> None:
         """One step of every lane, and the updates that are due, while the emulators run."""
-        action = self.learner.policy.act(self.replay.latest(), self.epsilon(), self._generator)
+        config, learner = self.config, self.learner
+        action = learner.policy.act(self.replay.latest(), epsilon(config, self.steps), self._generator)
         self.lanes.send(action)
-        self.learner.learning_rate = self.learning_rate()
-        while self.learner.updates < self.updates_due() and len(self.replay):
-            self.learner.update(self.replay.sample(self.config.batch_size, self._batch))
+        if len(self.replay) < config.batch_size:
+            self._learning_since = max(self._learning_since, self.steps)
+        learner.learning_rate = learning_rate(config, self.steps)
+        while learner.updates < self.updates_due():
+            learner.update(self.replay.sample(config.batch_size, self._batch))
         slot = self.replay.next_slot()
         step = self.lanes.recv(slot)
-        self.replay.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
+        self._age = np.where(step.first, 0, self._age + 1)
+        reward = self._shaped(step) if config.success_steps else step.reward
+        # A frame that opens an episode is part of no transition, and neither are those that are not to be stored.
+        first = self._age <= config.skip_first_steps
+        self.replay.append(slot, action, reward, step.terminated, step.truncated, first)
         self.steps += int(np.count_nonzero(~step.first))
+        self.frames += step.frames
+        if self._film is not None and self._film.filming:
+            self._film.add(self.lanes.picture())
         for episode in step.episodes:
-            self.returns.append(episode.total)
-            self._recent.append(episode)
-            self._log.episode(len(self.returns), self.steps, episode.lane, episode.total, episode.steps)
+            self._end(episode)
         if step.episodes and self.mean_return() > self._best:
             self._best = self.mean_return()
             self._save(BEST_WEIGHTS)
 
-    def _save(self, name: Path) -> None:
-        metadata = {"steps": self.steps, "updates": self.learner.updates, "mean_return": self._mean_of_recent()}
-        save_weights(self.logdir / name, self.learner.online.state_dict(), metadata)
+    def _shaped(self, step: Step) -> NDArray[np.float64]:
+        """Return 1 at the end of a game that was long enough, else 0."""
+        reward = np.zeros(self.config.num_envs)
+        for episode in step.episodes:
+            reward[episode.lane] = episode.steps >= self.config.success_steps
+        return reward
 
-    def _mean_of_recent(self) -> float | None:
-        return float(np.mean([episode.total for episode in self._recent])) if self._recent else None
+    def _end(self, episode: Episode) -> None:
+        super()._end(episode)
+        every = self.config.target_sync_episodes
+        if every and len(self.returns) % every == 0:
+            self.learner.sync_target()
+        if self._film is not None and episode.lane == 0:
+            self._film.finish(self.frames, episode.total)
 
-    def _report(self) -> Report:
-        before = self._last
-        self._seconds = time.perf_counter() - self._started
-        metrics = self.learner.metrics() if self.learner.updates else (math.nan,) * 3
-        mean = self._mean_of_recent()
-        frames = self.steps * self.lanes.frames_per_step
-        elapsed = self._seconds - before.seconds if before else math.nan
-        report = Report(
-            seconds=self._seconds,
-            steps=self.steps,
-            frames=frames,
-            updates=self.learner.updates,
-            episodes=len(self.returns),
-            epsilon=self.epsilon(),
-            mean_return=math.nan if mean is None else mean,
-            last_return=self.returns[-1] if self.returns else math.nan,
-            mean_length_steps=float(np.mean([e.steps for e in self._recent])) if self._recent else math.nan,
-            loss=metrics[0],
-            mean_q=metrics[1],
-            grad_norm=metrics[2],
-            frames_per_second=(frames - before.frames) / elapsed if before else math.nan,
-            updates_per_second=(self.learner.updates - before.updates) / elapsed if before else math.nan,
-            evaluation_return=self._evaluation,
-        )
-        if before is not None:
-            self._log.report(report)
-        self._last = report
-        return report
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return self.learner.state()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **super()._state(),
+            "updates": self.learner.updates,
+            "generator": self._generator.bit_generator.state,
+            "learning_since": self._learning_since,
+            "updates_before": self._updates_before,
+        }
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        super()._restore(checkpoint)
+        state = checkpoint.state
+        self._generator.bit_generator.state = state["generator"]
+        self.learner.restore(checkpoint.tensors, state["updates"])
+        if checkpoint.replay is None:  # the memory must fill again
+            self._learning_since = self.steps + self.config.learning_starts_steps
+            self._updates_before = state["updates"]
+            return
+        self._learning_since, self._updates_before = state["learning_since"], state["updates_before"]
+        replay = FrameReplay.load(checkpoint.replay)
+        for name in ("capacity", "num_envs", "frame_shape", "stack", "n_step", "gamma", "dtype", "padding"):
+            ours, theirs = getattr(self.replay, name), getattr(replay, name)
+            if ours != theirs:
+                raise ValueError(f"checkpoint: its replay memory has {name} {theirs}, the config says {ours}")
+        self.replay = replay

@@ -12,7 +12,8 @@ from ale_py import roms
 from gymnasium.wrappers import AtariPreprocessing
 
 from pydqn import preset
-from pydqn.envs import AtariLanes, make_lanes, rom_of
+from pydqn.atari import AtariLanes, rom_of
+from pydqn.envs import make_lanes
 from pydqn.preprocess import resize_area
 
 

@@ -18,6 +18,7 @@ def test_public_names():
         "evaluate",
         "preprocess",
         "preset",
+        "resume",
         "train",
     ]
     for name in pydqn.__all__:

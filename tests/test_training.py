@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pydqn import preset, train
 from pydqn.checkpoint import load_weights
 from pydqn.config import Config
-from pydqn.envs import Episode
 from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
+from pydqn.lanes import Episode
 from pydqn.logs import read_csv
 from pydqn.training import Run
 
@@ -182,7 +182,7 @@ def test_every_lane_plays_its_share_of_an_evaluation(tiny, monkeypatch):
     def steps_of(*_):
         for tick in itertools.count(1):
             ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (tick % 5 == 0)
-            yield Moment(np.zeros(2, np.int64), ended)
+            yield Moment(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), np.zeros(2), ended)
 
     monkeypatch.setattr("pydqn.evaluation.steps_of", steps_of)
     monkeypatch.setattr("pydqn.evaluation._MOST_LANES", 2)
@@ -215,7 +215,5 @@ def test_the_learning_rate_decays(tiny, tmp_path):
         tiny, learning_rate=1e-3, learning_rate_end=1e-4, learning_rate_decay_steps=300, total_steps=320
     )
     with Run(config, tmp_path) as run:
-        assert run.learning_rate() == 1e-3
         list(run.reports())
-        assert run.learning_rate() == 1e-4
         assert run.learner.learning_rate == pytest.approx(1e-4)

@@ -1,0 +1,259 @@
+"""What every run does, whatever learns: its folder, its logs, its checkpoints, its end."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pydqn.checkpoint import CHECKPOINTS, Checkpoint, load_checkpoint, save_checkpoint, save_weights, write_json
+from pydqn.config import Config
+from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS
+from pydqn.lanes import Episode
+from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
+from pydqn.replay import FrameReplay
+from pydqn.schedules import epsilon
+
+Self = TypeVar("Self", bound="BaseRun")
+
+
+class Result(NamedTuple):
+    """What a run came to."""
+
+    returns: list[float]  # the true return of every whole game, in the order in which they ended
+    steps: int
+    frames: int
+    updates: int
+    seconds: float
+    logdir: Path
+
+
+class Learned(NamedTuple):
+    """What a learner has to tell. Numbers that have no value yet are NaN."""
+
+    updates: int
+    loss: float
+    mean_q: float
+    max_q: float
+    grad_norm: float
+    samples: dict[str, NDArray[Any]]  # for histograms
+
+
+class BaseRun:
+    """One training run; a context manager that leaves everything saved and closed, however the run ends.
+
+    `logdir` gets config.json, environment.json (versions and machine), progress.csv, episodes.csv, TensorBoard events,
+    checkpoints/ and weights/: best.safetensors, whenever the mean return improves, and last.safetensors.
+
+    Args:
+        config: what to run.
+        logdir: folder of the run; made if it is not there.
+        resume: go on from the folder's latest checkpoint.
+
+    Raises:
+        ValueError: the configuration cannot run on this machine, or `logdir` holds a run already (or, to resume, none).
+    """
+
+    replay: FrameReplay | None = None  # goes into checkpoints, where the config says so
+
+    def __init__(self, config: Config, logdir: str | os.PathLike[str], *, resume: bool = False) -> None:
+        self.logdir = Path(logdir)
+        self.config = config
+        self.steps = self.frames = 0
+        self.returns: list[float] = []
+        self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
+        self._successes = 0  # in a row
+        self._best = -math.inf
+        self._evaluation = math.nan
+        self._started = self._seconds = self._seconds_before = 0.0
+        self._last: Report | None = None
+        self._saved_at = -1
+        self._process = Process()
+        self._log: RunLog | None = None
+        checkpoint = load_checkpoint(self.logdir) if resume else None
+        if checkpoint is None and (self.logdir / PROGRESS).exists():
+            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
+        # A resumed run draws new numbers, not those that it has drawn already.
+        entropy = [config.seed] if checkpoint is None else [config.seed, int(checkpoint.state.get("steps", 0))]
+        self._open(np.random.SeedSequence(entropy))
+        if checkpoint is not None:
+            try:
+                self._restore(checkpoint)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"checkpoint: {checkpoint.path} is not the state of a run ({error!r})") from None
+        for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
+            (self.logdir / folder).mkdir(parents=True, exist_ok=True)
+        write_json(self.logdir / CONFIG, config.to_dict())
+        write_json(self.logdir / "environment.json", {**environment(), "device": self.device_name()})
+        self._log = RunLog(self.logdir, self.steps, len(self.returns))
+
+    # --- what a kind of run fills in ---
+
+    def reports(self) -> Iterator[Report]:
+        """Run to the end, yielding a report whenever one is due, and at the end."""
+        raise NotImplementedError
+
+    def learned(self) -> Learned:
+        """Return what the learner has to tell now."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return what a policy needs."""
+        raise NotImplementedError
+
+    def device_name(self) -> str:
+        """Return where it learns."""
+        return "cpu"
+
+    def close(self) -> None:
+        """Release what the run holds."""
+
+    def _open(self, seeds: np.random.SeedSequence) -> None:
+        """Make the environments and the learner."""
+        raise NotImplementedError
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a checkpoint."""
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside its tensors, as JSON can hold it."""
+        return {
+            "finished": self._finished(),
+            "steps": self.steps,
+            "frames": self.frames,
+            "seconds": self._clock(),
+            "returns": self.returns,
+            "recent": list(self._recent),
+            "successes": self._successes,
+            "best": None if self._best == -math.inf else self._best,
+            "evaluation": None if math.isnan(self._evaluation) else self._evaluation,
+        }
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        state = checkpoint.state
+        self.steps, self.frames, self._seconds_before = state["steps"], state["frames"], state["seconds"]
+        self.returns = state["returns"]
+        self._recent.extend(Episode(*row) for row in state["recent"])
+        self._successes = state["successes"]
+        self._best = -math.inf if state["best"] is None else state["best"]
+        self._evaluation = math.nan if state["evaluation"] is None else state["evaluation"]
+        self._saved_at = self.steps
+
+    # --- what all of them do ---
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._save(LAST_WEIGHTS)
+            if self._last is not None:
+                if self._last.steps < self.steps:
+                    self._report()  # the row that an interruption would have cost
+                self._checkpoint()
+        finally:
+            if self._log is not None:
+                self._log.__exit__(kind, error, trace)
+            self.close()
+
+    def result(self) -> Result:
+        """Return what the run has come to so far."""
+        return Result(self.returns, self.steps, self.frames, self.learned().updates, self._seconds, self.logdir)
+
+    def mean_return(self) -> float:
+        """Mean of the last `mean_episodes` returns; minus infinity until there are that many."""
+        if len(self._recent) < self.config.mean_episodes:
+            return -math.inf
+        return float(np.mean([episode.total for episode in self._recent]))
+
+    def _finished(self) -> bool:
+        config = self.config
+        return (
+            self.steps >= config.total_steps
+            or 0 < config.total_episodes <= len(self.returns)
+            or 0 < config.stop_successes <= self._successes
+            or self.mean_return() >= config.stop_return
+            or self._evaluation >= config.stop_evaluation_return
+        )
+
+    def _clock(self) -> float:
+        """Seconds that the run has taken, those before it was resumed included."""
+        return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def _end(self, episode: Episode) -> None:
+        """Take note of a whole game."""
+        assert self._log is not None
+        self.returns.append(episode.total)
+        self._recent.append(episode)
+        self._successes = self._successes + 1 if episode.steps >= self.config.success_steps else 0
+        self._log.episode(len(self.returns), self.steps, *episode, epsilon(self.config, self.steps))
+
+    def _save(self, name: Path) -> None:
+        mean = float(np.mean([episode.total for episode in self._recent])) if self._recent else None
+        metadata = {"steps": self.steps, "updates": self.learned().updates, "mean_return": mean}
+        save_weights(self.logdir / name, self.weights(), metadata)
+
+    def _checkpoint(self) -> None:
+        if self._saved_at != self.steps:
+            save_replay = self.replay.save if self.replay is not None and self.config.checkpoint_replay else None
+            save_checkpoint(self.logdir, self.steps, self._tensors(), self._state(), save_replay)
+            self._saved_at = self.steps
+
+    def _report(self) -> Report:
+        assert self._log is not None
+        before, learned = self._last, self.learned()
+        self._seconds = self._clock()
+        elapsed = self._seconds - before.seconds if before else math.nan
+        totals, lengths = [episode.total for episode in self._recent], [episode.steps for episode in self._recent]
+        report = Report(
+            seconds=self._seconds,
+            steps=self.steps,
+            frames=self.frames,
+            updates=learned.updates,
+            episodes=len(self.returns),
+            epsilon=epsilon(self.config, self.steps),
+            mean_return=float(np.mean(totals)) if totals else math.nan,
+            last_return=totals[-1] if totals else math.nan,
+            mean_length_steps=float(np.mean(lengths)) if lengths else math.nan,
+            last_length_steps=lengths[-1] if lengths else math.nan,
+            loss=learned.loss,
+            mean_q=learned.mean_q,
+            max_q=learned.max_q,
+            grad_norm=learned.grad_norm,
+            frames_per_second=(self.frames - before.frames) / elapsed if before else math.nan,
+            updates_per_second=(learned.updates - before.updates) / elapsed if before else math.nan,
+            evaluation_return=self._evaluation,
+            **self._process.read(),
+        )
+        if before is not None:
+            self._log.report(report, learned.samples)
+        self._last = report
+        return report
+
+
+class Due:
+    """Says, when asked often, whether another `every` steps or games have gone by (0: never)."""
+
+    def __init__(self, every: int, now: int) -> None:
+        self._every = every
+        self.next: float = (now // every + 1) * every if every else math.inf
+
+    def __call__(self, now: int) -> bool:
+        """Whether one more is due, which is then taken."""
+        if now < self.next:
+            return False
+        self.next = (now // self._every + 1) * self._every
+        return True

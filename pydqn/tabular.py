@@ -1,0 +1,313 @@
+"""Q-learning on a table (Watkins 1989), for environments with numbered states and actions.
+
+Test games are most of the work: the published FrozenLake agent plays twenty after every update. Where an environment
+publishes its transition probabilities, as Gymnasium's small text worlds do, learning and testing run on these in
+compiled code; any other environment is stepped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+
+from pydqn.checkpoint import Checkpoint
+from pydqn.config import Config
+from pydqn.envs import Model, StateEnv
+from pydqn.evaluation import BEST_WEIGHTS
+from pydqn.lanes import Episode
+from pydqn.logs import Report
+from pydqn.runs import BaseRun, Due, Learned
+from pydqn.schedules import epsilon
+
+_MOST_STEPS_AT_ONCE = 10_000  # in compiled code, where Ctrl-C has to wait
+
+
+class Trials(NamedTuple):
+    """When test games are played, and what their mean return has to beat."""
+
+    steps_before: int
+    every_steps: int  # 0 for never
+    games: int
+    best: float
+
+
+class Outcome(NamedTuple):
+    """What some steps of learning came to."""
+
+    steps: int
+    test_mean: float  # of the last test; NaN when there was none
+    episodes: list[tuple[float, int, int]]  # of games that ended: return, length, and after how many of these steps
+
+
+class ModelledTask:
+    """An environment whose transition probabilities are known; it is not needed any more."""
+
+    def __init__(self, model: Model, most_steps: int, config: Config, generators: list[np.random.Generator]) -> None:
+        # Compiled code is kept on the disk by the types of its arguments: they are plain ones, which no version renames.
+        self._model = tuple(model)
+        self._most_steps = most_steps
+        self._config = config
+        self._generators = generators
+        self._state = int(_first_state(model.start, generators[0]))
+        self._length, self._total = 0, 0.0
+
+    def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
+        """Take up to `len(epsilons)` steps, one update of the table each; stops early after a test that beats the best.
+
+        Args:
+            table: (num_states, num_actions) action values, changed in place.
+            epsilons: probability of a random action, for each step.
+            tests: when to test.
+        """
+        config = self._config
+        steps, test_mean, self._state, self._length, self._total, *ended = _learn(
+            table,
+            self._model,
+            self._most_steps,
+            config.learning_rate,
+            config.gamma,
+            epsilons,
+            self._state,
+            self._length,
+            self._total,
+            tuple(tests),
+            config.evaluation_epsilon,
+            *self._generators,
+        )
+        return Outcome(steps, test_mean, list(zip(*(column.tolist() for column in ended), strict=True)))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SteppedTask:
+    """Any environment with numbered states, step by step; a second one is for tests, which may not disturb a game."""
+
+    def __init__(self, envs: tuple[StateEnv, StateEnv], config: Config, generators: list[np.random.Generator]) -> None:
+        self._env, self._test_env = envs
+        self._config = config
+        self._generators = generators
+        self._state = self._env.reset()
+        self._length, self._total = 0, 0.0
+
+    def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
+        """As `ModelledTask.learn`."""
+        config = self._config
+        episodes: list[tuple[float, int, int]] = []
+        test_mean = math.nan
+        for count, chance in enumerate(epsilons, 1):
+            action = _choose(table, self._state, chance, self._generators[0])
+            state, reward, terminated, truncated = self._env.step(action)
+            update(table, self._state, action, reward, 0.0 if terminated else config.gamma, state, config.learning_rate)
+            self._state, self._length, self._total = state, self._length + 1, self._total + reward
+            if terminated or truncated:
+                episodes.append((self._total, self._length, count))
+                self._state, self._length, self._total = self._env.reset(), 0, 0.0
+            if tests.every_steps and (tests.steps_before + count) % tests.every_steps == 0:
+                test_mean = sum(self._play(table) for _ in range(tests.games)) / tests.games
+                if test_mean > tests.best:
+                    return Outcome(count, test_mean, episodes)
+        return Outcome(len(epsilons), test_mean, episodes)
+
+    def _play(self, table: NDArray[np.float64]) -> float:
+        """Return the return of one test game."""
+        state, total, over = self._test_env.reset(), 0.0, False
+        while not over:
+            action = _choose(table, state, self._config.evaluation_epsilon, self._generators[1])
+            state, reward, terminated, truncated = self._test_env.step(action)
+            total, over = total + reward, terminated or truncated
+        return total
+
+    def close(self) -> None:
+        """Release the environments."""
+        self._env.close()
+        self._test_env.close()
+
+
+class TabularRun(BaseRun):
+    """One training run of a table. A report is due whenever a test mean is the best so far, and on schedule."""
+
+    def _open(self, seeds: np.random.SeedSequence) -> None:
+        config = self.config
+        if config.num_envs != 1:
+            raise ValueError(f"num_envs: a table learns from 1 environment, got {config.num_envs}")
+        env_seed, test_seed, *own = (int(seed) for seed in seeds.generate_state(4))
+        generators = [np.random.default_rng(seed) for seed in own]
+        env = StateEnv(config, env_seed)
+        self.table = np.zeros((env.num_states, env.num_actions))
+        self._best_test = -math.inf
+        self._task: ModelledTask | SteppedTask
+        model = env.model()
+        if model is None:
+            self._task = SteppedTask((env, StateEnv(config, test_seed)), config, generators)
+        else:
+            self._task = ModelledTask(model, env.most_steps, config, generators)
+            env.close()
+
+    def reports(self) -> Iterator[Report]:
+        """Run to the end, yielding a report whenever one is due, and at the end."""
+        config = self.config
+        self._started = time.perf_counter()
+        self._report()
+        log, checkpoint = Due(config.log_every_steps, self.steps), Due(config.checkpoint_every_steps, self.steps)
+        while not self._finished():
+            end = min(config.total_steps, log.next, checkpoint.next, self.steps + _MOST_STEPS_AT_ONCE)
+            best = self._best_test
+            self._learn(int(end) - self.steps)
+            if any([log(self.steps), self._best_test > best]):
+                yield self._report()
+            if checkpoint(self.steps):
+                self._checkpoint()
+        if self._last is not None and self._last.steps < self.steps:
+            yield self._report()
+
+    def learned(self) -> Learned:
+        """Return the number of updates, and of the table's best values the mean and the largest."""
+        values = self.table.max(axis=1)
+        samples = {"q_values": self.table}
+        return Learned(self.steps, math.nan, float(values.mean()), float(values.max()), math.nan, samples)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the table."""
+        return {"values": torch.from_numpy(self.table)}
+
+    def close(self) -> None:
+        """Release the environments."""
+        self._task.close()
+
+    def _learn(self, steps: int) -> None:
+        config = self.config
+        epsilons = np.array([epsilon(config, self.steps + step) for step in range(steps)])
+        tests = Trials(self.steps, config.evaluation_every_steps, config.evaluation_episodes, self._best_test)
+        outcome = self._task.learn(self.table, epsilons, tests)
+        before = self.steps
+        for total, length, after in outcome.episodes:
+            self.steps = before + after
+            self._end(Episode(0, total, length))
+        self.steps = self.frames = before + outcome.steps
+        if not math.isnan(outcome.test_mean):
+            self._evaluation = outcome.test_mean
+            if outcome.test_mean > self._best_test:
+                self._best_test = outcome.test_mean
+                self._save(BEST_WEIGHTS)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return self.weights()
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "best_test": None if self._best_test == -math.inf else self._best_test}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        super()._restore(checkpoint)
+        table, best = checkpoint.tensors["values"].numpy(), checkpoint.state["best_test"]
+        if table.shape != self.table.shape:
+            raise ValueError(f"checkpoint: its table has shape {table.shape}, the environment's is {self.table.shape}")
+        self.table[...] = table
+        self._best_test = -math.inf if best is None else best
+
+
+@njit(cache=True)
+def update(table, state, action, reward, discount, next_state, learning_rate):
+    """Move one entry towards its target: Q(s,a) <- (1 - alpha) Q(s,a) + alpha (r + discount max Q(s',.)).
+
+    Args:
+        table: (num_states, num_actions) float64, changed in place.
+        state: s.
+        action: a.
+        reward: r.
+        discount: gamma, or 0 after termination: no value is taken from a state in which nothing is chosen any more.
+        next_state: s'.
+        learning_rate: alpha, from 0 to 1.
+    """
+    target = reward + discount * table[next_state].max() if discount else reward
+    table[state, action] = (1 - learning_rate) * table[state, action] + learning_rate * target
+
+
+@njit(cache=True)
+def _choose(table, state, epsilon, generator):
+    """Return an epsilon-greedy action; the first of equally good ones."""
+    if epsilon > 0 and generator.random() < epsilon:
+        return np.int64(generator.random() * table.shape[1])
+    return table[state].argmax()
+
+
+@njit(cache=True)
+def _draw(cumulative, start, end, generator):
+    """Return an index from `start` to `end` by its cumulative probability."""
+    chance = generator.random()
+    index = start
+    while index < end - 1 and chance >= cumulative[index]:
+        index += 1
+    return index
+
+
+@njit(cache=True)
+def _first_state(start, generator):
+    return _draw(start, 0, start.size, generator)
+
+
+@njit(cache=True)
+def _test(table, model, most_steps, games, epsilon, generator):
+    """Return the mean return of test games."""
+    start, offset, chance, next_state, reward, terminated = model
+    total = 0.0
+    for _ in range(games):
+        state = _first_state(start, generator)
+        for _ in range(most_steps):
+            pair = state * table.shape[1] + _choose(table, state, epsilon, generator)
+            outcome = _draw(chance, offset[pair], offset[pair + 1], generator)
+            total += reward[outcome]
+            state = next_state[outcome]
+            if terminated[outcome]:
+                break
+    return total / games
+
+
+@njit(cache=True)
+def _learn(
+    table,
+    model,
+    most_steps,
+    learning_rate,
+    gamma,
+    epsilons,
+    state,
+    length,
+    total,
+    tests,
+    test_epsilon,
+    generator,
+    test_generator,
+):
+    returns, lengths, ends = (
+        np.empty(epsilons.size),
+        np.empty(epsilons.size, np.int64),
+        np.empty(epsilons.size, np.int64),
+    )
+    start, offset, chance, next_states, rewards, ends_game = model
+    steps_before, every_steps, games, best = tests
+    ended, test_mean, count = 0, np.nan, 0
+    while count < epsilons.size:
+        action = _choose(table, state, epsilons[count], generator)
+        pair = state * table.shape[1] + action
+        outcome = _draw(chance, offset[pair], offset[pair + 1], generator)
+        next_state, reward, terminated = next_states[outcome], rewards[outcome], ends_game[outcome]
+        update(table, state, action, reward, 0.0 if terminated else gamma, next_state, learning_rate)
+        state, length, total = next_state, length + 1, total + reward
+        count += 1
+        if terminated or length >= most_steps:
+            returns[ended], lengths[ended], ends[ended] = total, length, count
+            ended += 1
+            state, length, total = _first_state(start, generator), 0, 0.0
+        if every_steps and (steps_before + count) % every_steps == 0:
+            test_mean = _test(table, model, most_steps, games, test_epsilon, test_generator)
+            if test_mean > best:
+                break
+    return count, test_mean, state, length, total, returns[:ended], lengths[:ended], ends[:ended]
