@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pydqn.logs import Report
     from pydqn.runs import BaseRun
 
+_PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 
 
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plot", help="draw the learning curves of one or more runs, or a value function")
     command.add_argument("runs", nargs="+", metavar="RUN")
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    command.add_argument("--panels", nargs="+", metavar="NAME", help="some of: " + ", ".join(_PANELS))
     command.add_argument("--values", action="store_true", help="draw the value function of a small task's run instead")
     command.set_defaults(run=_plot)
     return parser

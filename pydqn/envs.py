@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +43,10 @@ class GymLanes:
         import gymnasium
 
         self._clip = config.clip_rewards
-        options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
+        options: dict[str, Any] = {}
+        if render:
+            options["render_mode"] = "rgb_array"
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
         self._env: Any = _made(gymnasium.make_vec, config, num_envs=num_envs, vectorization_mode="sync", **options)
         self._action_start, self.num_actions = _actions(config.env_id, self._env.single_action_space)
         self.action_names = tuple(map(str, range(self.num_actions)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pydqn.config import Config
 from pydqn.losses import LOSSES, td_error
+from pydqn.networks import Table, VectorTorso
 from pydqn.optimizers import RMSProp
 from pydqn.replay import Batch
 
@@ -44,7 +45,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
-    "auto" takes bfloat16 on processors that have AVX-512 or AMX instructions for it, and float32 elsewhere.
+    "auto" takes bfloat16 on processors that have AVX-512 or AMX instructions for it, and float32 elsewhere. (A `Policy`
+    whose observations are not pixels takes float32 everywhere.)
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cpu" and _has_native_bfloat16() else torch.float32
@@ -65,6 +67,9 @@ class Policy:
     def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
+        # Pixels are whole numbers below 256, which bfloat16 holds; of other observations it would drop digits.
+        if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
+            precision = "float32"
         self._dtype = resolve_precision(precision, device)
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -173,6 +173,8 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
+    if rows and None in rows[-1].values():
+        del rows[-1]  # a line that is being written, or that a crash cut short
     try:
         return {name: [float(row[name] or "nan") for row in rows] for name in reader.fieldnames or ()}
     except (TypeError, ValueError):

@@ -50,7 +50,7 @@ class ModelledTask:
     """An environment whose transition probabilities are known; it is not needed any more."""
 
     def __init__(self, model: Model, most_steps: int, config: Config, generators: list[np.random.Generator]) -> None:
-        # Compiled code is kept on the disk by the types of its arguments: they are plain ones, which no version renames.
+        # A plain tuple: compiled code is kept on the disk by its arguments' types, and ours may be renamed some day.
         self._model = tuple(model)
         self._most_steps = most_steps
         self._config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -58,8 +59,8 @@ def _surface(config: Config, policy: Policy, task: Outline) -> Surface:
     return Surface(config.env_id, x_label, y_label, label, x, y, -values if costs else values)
 
 
-def _blackjack(config: Config, policy: Policy, task: Outline) -> list[Surface]:
-    values = _action_values(config, policy, np.eye(np.prod(task.sizes), dtype=np.float32)).max(axis=1)
+def _blackjack(config: Config, policy: Policy, task: Outline) -> list[Surface | Grid]:
+    values = _action_values(config, policy, np.eye(math.prod(task.sizes), dtype=np.float32)).max(axis=1)
     table = values.reshape(task.sizes)
     player, dealer = np.arange(12, 22), np.arange(1, 11)
     return [
@@ -73,8 +74,10 @@ def _grid(config: Config, policy: Policy, task: Outline) -> Grid:
     values = _action_values(config, policy, np.eye(task.sizes[0], dtype=np.float32))
     letters = np.array([list(row) for row in task.letters])
     arrows = np.array(task.directions, float)[values.argmax(axis=1)].reshape(*shape, 2)
-    arrows[np.isin(letters, list(_NO_CHOICE))] = 0
-    return Grid(config.env_id, values.max(axis=1).reshape(shape), arrows, task.letters)
+    best = values.max(axis=1).astype(float).reshape(shape)
+    nothing = np.isin(letters, list(_NO_CHOICE))
+    arrows[nothing], best[nothing] = 0, np.nan
+    return Grid(config.env_id, best, arrows, task.letters)
 
 
 def _action_values(config: Config, policy: Policy, frames: NDArray[Any]) -> NDArray[np.float32]:

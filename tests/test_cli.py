@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -14,9 +15,13 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from pydqn import Config
+from pydqn import Config, evaluation
+from pydqn.checkpoint import latest_checkpoint, read_state
 from pydqn.cli import main
+from pydqn.evaluation import load_run
+from pydqn.logs import read_csv
 from pydqn.presets import PRESETS
+from pydqn.training import Run
 
 TINY = [
     *("--num-envs", "2", "--total-steps", "250", "--max-episode-frames", "400", "--replay-capacity-frames", "1000"),
@@ -50,7 +55,140 @@ def test_the_progress_bar_says_what_matters(tmp_path, capfd):
 
 def test_evaluate(run, capsys):
     assert main(["evaluate", str(run), "--episodes", "3"]) == 0
-    assert re.match(r"3 games: mean return -?\d+\.\d\d, standard deviation", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.match(r"3 games: mean return -?\d+\.\d\d, standard deviation .*; -?\d+\.\d% of human\n", out)
+    assert "protocol own: evaluation_epsilon 0.001, noop_max_frames 30" in out
+
+
+def test_scores_are_stamped_with_their_protocol(run, capsys):
+    scores = run / "scores.jsonl"
+    scores.unlink(missing_ok=True)
+    assert main(["evaluate", str(run), "--protocol", "nature", "--episodes", "2", "--seed", "5"]) == 0
+    assert "protocol nature: evaluation_epsilon 0.05, noop_max_frames 30, sticky_actions 0.0" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--protocol", "machado2018", "--episodes", "1"]) == 0
+    assert "sticky_actions 0.25, max_episode_frames 108000" in capsys.readouterr().out
+    first, second = (json.loads(line) for line in scores.read_text().splitlines())
+    assert (first["protocol"], second["protocol"]) == ("nature", "machado2018")
+    assert first["env_id"] == "ALE/Pong-v5"
+    assert first["seed"] == 5
+    assert first["trained_steps"] > 0
+    assert len(first["returns"]) == 2
+    assert first["mean_return"] == np.mean(first["returns"])
+    assert first["human_normalized_percent"] == pytest.approx((first["mean_return"] + 20.7) / 30 * 100)
+    scores.unlink()
+
+
+def test_protocols_bind_what_is_played(run, monkeypatch):
+    """The settings reach the emulators, also those of the evaluations while training."""
+    made = []
+
+    def make_lanes(config, *arguments, **options):
+        made.append(config)
+        return real(config, *arguments, **options)
+
+    real = evaluation.make_lanes
+    monkeypatch.setattr(evaluation, "make_lanes", make_lanes)
+    evaluation.score(run, 1, protocol="machado2018", max_episode_steps=20)
+    assert (made[-1].sticky_actions, made[-1].noop_max_frames, made[-1].max_episode_frames) == (0.25, 0, 108_000)
+    config = dataclasses.replace(evaluation.load_run(run), evaluation_protocol="nature", max_episode_steps=20)
+    policy, _ = evaluation.load_policy(run, config, real(config, 1, 0))
+    evaluation.evaluate_policy(config, policy, 2, 0)
+    assert (made[-1].evaluation_epsilon, made[-1].max_episode_frames) == (0.05, 18_000)
+
+
+def test_a_page_that_plays_a_game(run, tmp_path, capsys):
+    page = tmp_path / "game.html"
+    assert main(["play", str(run), "--record", str(page), "--most-steps", "20"]) == 0
+    text = page.read_text()
+    assert text.startswith("<!DOCTYPE html>")
+    film = json.loads(re.search(r'<script type="application/json" id="film">(.*?)</script>', text, re.DOTALL).group(1))
+    assert len(film["pictures"]) == len(film["captions"]) == 20
+    assert film["actions"][:3] == ["NOOP", "FIRE", "RIGHT"]
+    assert len(film["captions"][0][3]) == 6
+    assert "http" not in re.sub(r"http://www.w3.org\S*", "", text)  # nothing is fetched from anywhere
+
+
+def test_play_shows_action_values_beside_the_picture(run, tmp_path):
+    video = tmp_path / "game.gif"
+    assert main(["play", str(run), "--record", str(video), "--q-values", "--most-steps", "5"]) == 0
+    height, width, _ = imageio.imread(video, index=0).shape
+    assert height == 420
+    assert width > 420
+
+
+def test_play_keeps_to_a_frame_rate(run):
+    started = time.monotonic()
+    assert main(["play", str(run), "--show", "--fps", "20", "--most-steps", "30"]) == 0
+    assert time.monotonic() - started >= 29 / 20
+
+
+def test_lines_for_games(tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = ["train", "cartpole", "--total-episodes", "4", "--log-every-episodes", "2", "--device", "cpu"]
+    assert main([*command, "--logdir", str(folder)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game ")]
+    assert [line.split()[1] for line in lines] == ["2", "4"]
+    for word in ("step", "return", "length", "mean return", "epsilon", "loss", "frames/s"):
+        assert word in lines[-1]
+
+
+def test_a_table_prints_its_best_tests(tmp_path, capsys):
+    assert main(["train", "frozenlake", "--seed", "1", "--logdir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    means = [float(mean) for mean in re.findall(r"step [\d,]+: best test mean so far (\d\.\d+)", out)]
+    assert means == sorted(means)
+    assert means[-1] > 0.8
+    assert re.search(r"done: [\d,]+ steps", out)
+
+
+def test_an_unfinished_run_is_offered(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "pong", *TINY]
+    assert main([*command, "--total-steps", "100"]) == 0
+    folder = tmp_path / "runs" / "pong-0"
+    assert main([*command, "--total-steps", "100"]) == 0  # a finished run is not offered
+    assert "can go on" not in capsys.readouterr().err
+    assert (tmp_path / "runs" / "pong-0.2").is_dir()
+    with pytest.raises(KeyboardInterrupt), Run(load_run(folder, total_steps=400), folder, resume=True) as run:
+        for _ in run.reports():
+            raise KeyboardInterrupt
+    # Nobody is there to be asked.
+    assert main([*command, "--total-steps", "60"]) == 0
+    assert re.search(r"pong-0 can go on from step 1\d\d: pydqn train --resume", capsys.readouterr().err)
+    assert (tmp_path / "runs" / "pong-0.3").is_dir()
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    for answer, changed in (("n", False), ("", True)):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        before = read_csv(folder / "progress.csv")["steps"][-1]
+        assert main([*command, "--total-steps", "200"]) == 0
+        assert (read_csv(folder / "progress.csv")["steps"][-1] > before) == changed
+    assert load_run(folder).total_steps == 200
+
+
+def test_resume_takes_new_settings(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["train", "pong", *TINY, "--logdir", folder]) == 0
+    assert main(["train", "--resume", folder, "--total-steps", "300", "--learning-rate", "1e-5"]) == 0
+    assert re.search(r"done: 30[01] steps", capsys.readouterr().out)
+    assert load_run(folder).learning_rate == 1e-5
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pydqn.cli", "train", "pong", *TINY, "--total-steps", "1000000"]
+    process = subprocess.Popen([*command, "--logdir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    progress = folder / "progress.csv"
+    deadline = time.monotonic() + 90
+    while not (progress.exists() and progress.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted:" in out
+    assert read_state(latest_checkpoint(folder))["steps"] == read_csv(progress)["steps"][-1]
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
@@ -59,9 +197,10 @@ def test_play_records_without_a_display(run, tmp_path, capsys, monkeypatch, suff
     video = tmp_path / f"game{suffix}"
     assert main(["play", str(run), "--record", str(video)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"total reward -\d+ in 100 steps; actions 0:\d+ 1:\d+", out)
-    pictures = np.stack(list(imageio.imiter(video, plugin="pillow" if suffix == ".gif" else "FFMPEG")))
-    assert pictures.shape[0] >= 90  # GIF drops repeated pictures
+    assert re.search(r"total reward -\d+ in 100 steps; actions NOOP:\d+ FIRE:\d+ RIGHT:\d+", out)
+    options = {"plugin": "pillow", "mode": "RGB"} if suffix == ".gif" else {"plugin": "FFMPEG"}
+    pictures = np.stack(list(imageio.imiter(video, **options)))
+    assert pictures.shape[0] == 100
     assert pictures.shape[1:] == (420, 320, 3)
     assert pictures[50].std() > 10
     assert [file.name for file in tmp_path.iterdir()] == [video.name]
@@ -84,6 +223,8 @@ def test_a_run_without_rows_cannot_be_drawn(run, tmp_path, capsys):
 def test_plot(run, tmp_path, capsys):
     picture = tmp_path / "curve.png"
     assert main(["plot", str(run), str(run), "-o", str(picture)]) == 0
+    assert imageio.imread(picture).shape[:2] == (1080, 2025)
+    assert main(["plot", str(run), "-o", str(picture), "--panels", "return-frames", "length-episodes"]) == 0
     assert imageio.imread(picture).shape[:2] == (540, 1350)
 
 
@@ -114,7 +255,16 @@ def test_every_setting_is_an_option_with_help(capsys):
     [
         ("presets pnog", "preset: 'pnog' is not known; did you mean pong?"),
         ("train pnog", "preset: 'pnog' is not known; did you mean pong?"),
-        ("train", "the following arguments are required: PRESET"),
+        ("train", "train: expected a PRESET, or --resume RUN"),
+        ("train pong --resume RUN", "train: expected a PRESET, or --resume RUN"),
+        ("train --resume nowhere", "run: 'nowhere' is not the folder of a run"),
+        ("train --resume RUN --logdir other", "logdir: a resumed run stays in its folder"),
+        ("train --resume RUN --hidden-units 16 --total-steps 9999", "checkpoint: does not fit the config"),
+        ("evaluate RUN --protocol nature --epsilon 0.5", "evaluation_epsilon: the protocol nature fixes it, got 0.5"),
+        ("evaluate RUN --protocol atari", "argument --protocol: invalid choice: 'atari'"),
+        ("plot RUN --values -o a.png", "run: the values of ALE/Pong-v5 are not on two axes"),
+        ("plot RUN RUN --values -o a.png", "values: expected one RUN, got 2"),
+        ("plot RUN --panels nonsense -o a.png", "panels: "),
         ("train pong --num-envs -3", "num_envs: expected at least 1, got -3"),
         ("train pong --num-envs 0", "num_envs: expected at least 1, got 0"),
         ("train pong --replay-capacity-frames -1", "replay_capacity_frames: expected"),
@@ -133,7 +283,7 @@ def test_every_setting_is_an_option_with_help(capsys):
         ("train pong --device tpu", "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("train pong --logdir RUN", "holds a run already"),
         ("play nowhere", "run: 'nowhere' is not the folder of a run"),
-        ("play RUN --record film.avi", "record: expected a name that ends in .mp4 or .gif, got 'film.avi'"),
+        ("play RUN --record film.avi", "record: expected a name that ends in .mp4, .gif or .html, got 'film.avi'"),
         ("play RUN --record none/film.gif", "record: there is no folder 'none'"),
         ("play RUN --fps 0", "fps: expected at least 1, got 0"),
         ("evaluate nowhere", "run: 'nowhere' is not the folder of a run"),
@@ -156,7 +306,7 @@ def test_wrong_input_is_one_clear_line(run, tmp_path, capsys, monkeypatch, argum
     out, err = capsys.readouterr()
     assert code == 2
     assert out == ""
-    assert re.match(r"pydqn( train)?: error: ", err)
+    assert re.match(r"pydqn( \w+)?: error: ", err)
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import ale_py
 import gymnasium
 import numpy as np
@@ -13,7 +11,7 @@ from gymnasium.wrappers import AtariPreprocessing
 
 from pydqn import preset
 from pydqn.atari import AtariLanes, rom_of
-from pydqn.envs import make_lanes
+from pydqn.envs import StateEnv, make_lanes, outline
 from pydqn.preprocess import resize_area
 
 
@@ -286,14 +284,28 @@ def test_clipping_in_gymnasium():
     assert step(lanes, frames, [1]).reward[0] == -100
 
 
-def test_a_missing_extra_names_the_pip_command():
+def test_pictures_need_no_display(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    lanes = make_lanes(preset("pong", env_id="CartPole-v1"), 1, 0, render=True)
+    frames = np.zeros((1, 4), np.float32)
+    lanes.reset(frames)
+    opening = lanes.picture()
+    assert (opening.shape, opening.dtype) == ((400, 600, 3), np.uint8)
+    for _ in range(5):
+        step(lanes, frames, [1])
+    assert not np.array_equal(lanes.picture(), opening)
+
+
+def test_a_missing_extra_names_the_pip_command(monkeypatch):
     lanes = make_lanes(preset("pong", env_id="CartPole-v1"), 1, 0, render=True)
     lanes.reset(np.zeros((1, 4), np.float32))
-    if importlib.util.find_spec("pygame") is None:
-        with pytest.raises(RuntimeError, match="pip install"):
-            lanes.picture()
-    else:
-        assert lanes.picture().ndim == 3
+
+    def render():
+        raise gymnasium.error.DependencyNotInstalled('no pygame: run `pip install "gymnasium[classic-control]"`')
+
+    monkeypatch.setattr(lanes._env, "render", render)
+    with pytest.raises(RuntimeError, match="pip install"):
+        lanes.picture()
 
 
 def test_discrete_observations_are_one_hot():
@@ -301,3 +313,54 @@ def test_discrete_observations_are_one_hot():
     frames = np.zeros((3, 16), np.float32)
     lanes.reset(frames)
     np.testing.assert_array_equal(frames, np.eye(16)[[0, 0, 0]])
+
+
+def test_tuples_of_discrete_observations_are_one_number():
+    """In lockstep with a plain Blackjack: each observation has its own place, the last part counting fastest."""
+    lanes = make_lanes(preset("pong", env_id="Blackjack-v1"), 2, 5)
+    frames = np.zeros((2, 704), np.float32)
+    lanes.reset(frames)
+    plain = [gymnasium.make("Blackjack-v1") for _ in range(2)]
+    seeds = np.random.SeedSequence(5).generate_state(2)
+    seen = [env.reset(seed=int(seed))[0] for env, seed in zip(plain, seeds, strict=True)]
+    generator, done = np.random.default_rng(0), [False, False]
+    for _ in range(200):
+        assert (frames.sum(axis=1) == 1).all()
+        places = [np.ravel_multi_index(tuple(map(int, parts)), (32, 11, 2)) for parts in seen]
+        assert frames.argmax(axis=1).tolist() == places
+        action = generator.integers(2, size=2)
+        result = step(lanes, frames, action)
+        for lane, env in enumerate(plain):
+            if done[lane]:
+                seen[lane], done[lane] = env.reset()[0], False
+            else:
+                seen[lane], reward, terminated, truncated, _ = env.step(int(action[lane]))
+                done[lane] = terminated or truncated
+                assert result.reward[lane] == np.sign(reward)
+
+
+def test_no_policy_can_play_on_for_ever():
+    lanes = make_lanes(preset("pong", env_id="CliffWalking-v1", max_episode_steps=7), 1, 0)
+    frames = np.zeros((1, 48), np.float32)
+    lanes.reset(frames)
+    assert [bool(step(lanes, frames, [0]).truncated[0]) for _ in range(7)] == [False] * 6 + [True]
+    assert StateEnv(preset("frozenlake"), 0).most_steps == 100
+    assert StateEnv(preset("frozenlake", env_id="CliffWalking-v1"), 0).most_steps == 10_000
+
+
+def test_outlines_of_small_tasks():
+    assert outline(preset("pong", env_id="FrozenLake-v1")).letters == ["SFFF", "FHFH", "FFFH", "HFFG"]
+    cliff = outline(preset("pong", env_id="CliffWalking-v1"))
+    assert cliff.letters == ["FFFFFFFFFFFF"] * 3 + ["SCCCCCCCCCCG"]
+    low, high = outline(preset("pong", env_id="MountainCar-v0")).bounds
+    np.testing.assert_allclose([low, high], [[-1.2, -0.07], [0.6, 0.07]], rtol=1e-6)
+    assert outline(preset("pong", env_id="Blackjack-v1")).sizes == (32, 11, 2)
+    # Where each arrow of the map leads, by the environment's own transition probabilities.
+    for env_id, columns in (("FrozenLake8x8-v1", 8), ("CliffWalking-v1", 12)):
+        task = outline(preset("frozenlake", env_id=env_id))
+        published = gymnasium.make(env_id).unwrapped.P
+        for action, (right, up) in enumerate(task.directions):
+            state = columns + 3 if env_id.startswith("Cliff") else 3 * columns + 1
+            led_to = {outcome[1] for outcome in published[state][action]}
+            assert state + right - up * columns in led_to
+            assert state - right + up * columns not in led_to

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pydqn.networks import make_network
+from pydqn.networks import Table, make_network
 
 
 def pixels(size=3, seed=0):
@@ -30,6 +30,49 @@ def test_nature_has_the_published_shape():
     network = make_network("nature", 4, (84, 84), 18)
     shapes = [tuple(parameter.shape) for name, parameter in network.named_parameters() if "weight" in name]
     assert shapes == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (18, 512)]
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 0.34])
+def test_nature_7x7_against_a_plain_sequential(dueling, mean):
+    network = make_network(
+        "nature_7x7", 4, (84, 84), 5, hidden_units=(), dueling=dueling, pixel_mean=mean, pixel_std=0.5, seed=1
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    convs = {
+        f"torso.convs.{i}.weight": shape for i, shape in enumerate([(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)])
+    }
+    streams = {"advantage.0.weight": (5, 256 if dueling else 512), "advantage.0.bias": (5,)}
+    if dueling:
+        streams |= {"value.0.weight": (1, 256), "value.0.bias": (1,)}
+    assert shapes == {**convs, "torso.convs.3.weight": (512, 64, 7, 7), **streams}
+    x = (pixels().float() / 255 - mean) / 0.5
+    for conv in network.torso.convs:
+        x = F.relu(F.conv2d(x, conv.weight, stride=conv.stride))
+    x = x.flatten(1)
+    expected = network.advantage(x[:, 256:] if dueling else x)
+    if dueling:
+        expected = network.value(x[:, :256]) + expected - expected.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(network(pixels()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nature_7x7_starts_as_xavier():
+    network = make_network("nature_7x7", 4, (84, 84), 5, hidden_units=(), dueling=True)
+    for weight in (parameter for parameter in network.parameters() if parameter.dim() > 1):
+        area = weight[0, 0].numel()
+        bound = (6 / (weight.shape[0] * area + weight.shape[1] * area)) ** 0.5
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert all((parameter == 0).all() for parameter in network.parameters() if parameter.dim() == 1)
+
+
+def test_a_table_reads_the_row_of_the_newest_state():
+    table = Table(5, 3)
+    assert (table(torch.eye(5)[:, None]) == 0).all()
+    with torch.no_grad():
+        table.values.copy_(torch.arange(15.0).view(5, 3))
+    obs = torch.eye(5)[torch.tensor([[0, 4], [3, 1]])]
+    assert table(obs).tolist() == [[12.0, 13.0, 14.0], [3.0, 4.0, 5.0]]
 
 
 def test_dueling_advantages_have_no_mean():

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pydqn import cli, preset
+from pydqn import Config, cli, preset
 from pydqn.evaluation import load_run
 from pydqn.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SYSTEMS = (ROOT / "docs" / "systems.md").read_text()
 
 
 def test_the_replay_example_works_as_printed():
@@ -36,12 +37,22 @@ def test_ci_runs_the_test_command():
 
 
 def test_the_commands_can_be_typed():
-    commands = re.findall(r"^pydqn train (.*)$", README.replace("\\\n", " "), re.MULTILINE)
+    commands = re.findall(r"^pydqn train ([^#\n]*)", README.replace("\\\n", " ") + SYSTEMS, re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
-        config = cli._config(cli._parser().parse_args(["train", *command.split()]))
+        arguments = cli._parser().parse_args(["train", *command.split()])
+        if arguments.resume:
+            continue
+        config = preset(arguments.preset, **cli._given(arguments))
         # A run that is to end at a mean return must not end before it has learned.
-        assert config.env_id == "ALE/Pong-v5" or config.stop_return > 100
+        assert "Pong" in config.env_id or config.stop_return > 100
+
+
+def test_every_system_has_its_page():
+    assert set(re.findall(r"^\| `([a-z-]+)` \| `pydqn train", SYSTEMS, re.MULTILINE)) == set(PRESETS)
+    for option in re.findall(r"`--([a-z-]+)", README + SYSTEMS):
+        known = option.replace("-", "_") in Config.__dataclass_fields__ or option in (CLI_OPTIONS)
+        assert known, option
 
 
 def test_local_links_lead_somewhere():
@@ -50,6 +61,7 @@ def test_local_links_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
+CLI_OPTIONS = {"resume", "record", "q-values", "protocol", "values", "fps", "logdir", "extra-index-url"}
 RUNS = sorted((ROOT / "results" / "pong").glob("seed-*"))
 
 
