@@ -1,0 +1,238 @@
+"""Films and pages: every picture in, every picture out, in its own colours."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+from pydqn.films import Film
+from pydqn.recording import Caption, Recorder, beside
+
+
+def pictures(count, shape=(21, 16), colours=12, seed=0):
+    """A still background on which a few pixels change, as in a game; some pictures equal the one before."""
+    generator = np.random.default_rng(seed)
+    palette = generator.integers(0, 256, (colours, 3), dtype=np.uint8)
+    numbers = generator.integers(colours, size=shape)
+    result = []
+    for number in range(count):
+        if number % 5:
+            row, column = generator.integers(shape[0]), generator.integers(shape[1])
+            numbers[row, column : column + 3] = generator.integers(colours)
+        result.append(palette[numbers])
+    return result
+
+
+def record(path, frames, captions=None, **options):
+    with Recorder(path, **options) as recorder:
+        for number, frame in enumerate(frames):
+            recorder.add(frame, captions[number] if captions else None)
+
+
+def film_of(page):
+    text = page.read_text()
+    (inside,) = re.findall(r'<script type="application/json" id="film">(.*?)</script>', text, re.DOTALL)
+    film = json.loads(inside)
+    images = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in film["pictures"]]
+    return film, [np.asarray(image.convert("RGB")) for image in images]
+
+
+@pytest.mark.parametrize("colours", [1, 2, 12, 200])
+def test_a_gif_has_every_picture_in_its_colours(tmp_path, colours):
+    frames = pictures(40, colours=colours)
+    record(tmp_path / "a.gif", frames, scale=3)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 40
+        assert gif.size == (48, 63)
+        for number, frame in enumerate(frames):
+            gif.seek(number)
+            shown = np.asarray(gif.convert("RGB"))
+            np.testing.assert_array_equal(shown, frame.repeat(3, axis=0).repeat(3, axis=1))
+
+
+def test_a_gif_of_many_colours(tmp_path):
+    """More than the common table holds: those of each picture are exact up to 256, and near beyond."""
+    generator = np.random.default_rng(0)
+    few = [generator.integers(0, 256, (10, 10, 3), dtype=np.uint8) for _ in range(6)]
+    many = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    record(tmp_path / "few.gif", few, scale=1)
+    with Image.open(tmp_path / "few.gif") as gif:
+        for number, frame in enumerate(few):
+            gif.seek(number)
+            np.testing.assert_array_equal(np.asarray(gif.convert("RGB")), frame)
+    record(tmp_path / "many.gif", [many, many[::-1]], scale=1)
+    with Image.open(tmp_path / "many.gif") as gif:
+        assert gif.n_frames == 2
+        assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - many).mean() < 25
+
+
+@pytest.mark.parametrize(("fps", "average"), [(30, 100 / 3), (15, 200 / 3), (100, 20), (7, 1000 / 7)])
+def test_the_pace_of_a_gif(tmp_path, fps, average):
+    """In hundredths of a second, which add up right over time; players slow down what is under two."""
+    record(tmp_path / "a.gif", pictures(30), fps=fps)
+    with Image.open(tmp_path / "a.gif") as gif:
+        durations = []
+        for number in range(30):
+            gif.seek(number)
+            durations.append(gif.info["duration"])
+    assert np.mean(durations) == pytest.approx(average, abs=0.4)
+    assert max(durations) - min(durations) <= 10
+
+
+@pytest.mark.parametrize("shape", [(21, 16), (210, 160), (33, 47)])
+def test_a_video_has_every_picture(tmp_path, shape):
+    frames = pictures(25, shape)
+    record(tmp_path / "a.mp4", frames, fps=30)
+    shown = np.stack(list(imageio.imiter(tmp_path / "a.mp4", plugin="FFMPEG")))
+    assert shown.shape == (25, 2 * shape[0], 2 * shape[1], 3)
+    assert imageio.immeta(tmp_path / "a.mp4", plugin="FFMPEG")["fps"] == 30
+    expected = np.stack(frames).repeat(2, axis=1).repeat(2, axis=2)
+    assert np.abs(shown.astype(int) - expected).mean() < 20  # lossy, and poor in colour
+
+
+def test_large_pictures_are_shown_as_they_are(tmp_path):
+    record(tmp_path / "a.gif", pictures(2, (400, 600)))
+    assert imageio.imread(tmp_path / "a.gif", index=0).shape[:2] == (400, 600)
+
+
+@pytest.mark.parametrize("colours", [1, 2, 12, 200, 2000])
+def test_a_page_has_every_picture_in_its_colours(tmp_path, colours):
+    frames = pictures(30, colours=colours)
+    record(tmp_path / "a.html", frames, fps=25)
+    film, shown = film_of(tmp_path / "a.html")
+    assert film["fps"] == 25
+    assert film["scale"] == 2
+    assert film["captions"] == []
+    np.testing.assert_array_equal(np.stack(shown), np.stack(frames))
+
+
+def test_a_page_says_what_is_known(tmp_path):
+    captions = [Caption("LEFT", 1.0, 3.0, (0.25, float("nan"))), None, Caption("RIGHT", -1.0, 2.0, ())]
+    record(tmp_path / "a.html", pictures(3), captions, title="pong-0", action_names=["LEFT", "RIGHT"])
+    film, _ = film_of(tmp_path / "a.html")
+    assert film["title"] == "pong-0"
+    assert film["actions"] == ["LEFT", "RIGHT"]
+    assert film["captions"] == [["LEFT", 1.0, 3.0, [0.25, None]], None, ["RIGHT", -1.0, 2.0, []]]
+
+
+def test_nothing_breaks_out_of_a_page(tmp_path):
+    evil = '</script><script>alert("@FILM@")</script><!--'
+    record(tmp_path / "a.html", pictures(2), [Caption(evil, 0, 0, ())] * 2, title=evil, action_names=[evil])
+    film, _ = film_of(tmp_path / "a.html")
+    assert film["title"] == film["actions"][0] == film["captions"][0][0] == evil
+    text = (tmp_path / "a.html").read_text()
+    assert "alert(" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
+def test_a_file_is_whole_or_absent(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("before")
+    with pytest.raises(KeyError), Recorder(path) as recorder:
+        recorder.add(pictures(1)[0])
+        raise KeyError
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="record: expected at least one picture"), Recorder(path):
+        pass
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_wrong_input(tmp_path):
+    for name, options, message in (
+        ("a.avi", {}, "^record: expected a name that ends in .mp4, .gif or .html, got '.*a.avi'"),
+        ("none/a.gif", {}, "^record: there is no folder"),
+        ("a.gif", {"fps": 0}, "^fps: expected at least 1, got 0"),
+        ("a.gif", {"scale": -1}, "^scale: expected at least 1, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recorder(tmp_path / name, **options)
+    good = pictures(1)[0]
+    for bad in (good[..., 0], good.astype(float), good[:0], good[:-1]):
+        with pytest.raises(ValueError, match="^picture: expected"), Recorder(tmp_path / "a.gif") as recorder:
+            recorder.add(good)
+            recorder.add(bad)
+    with pytest.raises(ValueError, match="^values: expected one for each of 2 actions, got 1"):
+        record(tmp_path / "a.html", [good], [Caption("A", 0, 0, (1.0,))], action_names=["A", "B"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- action values beside the picture ---
+
+
+@pytest.mark.parametrize("shape", [(210, 160), (400, 600), (84, 84)])
+@pytest.mark.parametrize("values", [(0.5,), (1.0, -2.0, 0.0), tuple(np.linspace(-0.1, 0.001, 18)), (float("nan"), 1.0)])
+def test_values_beside_a_picture(shape, values):
+    picture = pictures(1, shape)[0]
+    names = [f"ACTION{number}" for number in range(len(values))]
+    panels = []
+    for chosen in range(len(values)):
+        whole = beside(picture, names, values, chosen)
+        assert whole.dtype == np.uint8
+        np.testing.assert_array_equal(whole[:, : shape[1]], picture)
+        panels.append(whole[:, shape[1] :])
+        marked = (panels[-1] == (255, 194, 75)).all(axis=2) | (panels[-1] == (42, 47, 58)).all(axis=2)
+        rows = np.flatnonzero(marked.any(axis=1))
+        assert len(rows)
+        # What is marked is the row of the chosen action.
+        assert rows.mean() / shape[0] == pytest.approx(
+            0.5 + (chosen + 0.5 - len(values) / 2) * row_share(shape, values), abs=0.06
+        )
+    assert all(panel.shape == panels[0].shape for panel in panels)
+
+
+def row_share(shape, values):
+    zoom = max(1, shape[0] // 200)
+    return max(1, min(18, shape[0] // zoom // len(values))) * zoom / shape[0]
+
+
+def test_longer_bars_are_larger_values():
+    picture = pictures(1, (210, 160))[0]
+    panel = beside(picture, ["A", "B", "C"], (1.0, 2.0, -1.0), 1)[:, 160:]
+    blue, gold = (0x5F, 0x8F, 0xC9), (0xFF, 0xC2, 0x4B)
+    lengths = []
+    for colour in (blue, gold):
+        rows = ["".join(".#"[same] for same in row) for row in (panel == colour).all(axis=2)]
+        lengths.append(max(len(bar) for row in rows for bar in row.split(".")))
+    assert lengths[0] > 15
+    assert lengths[1] == pytest.approx(2 * lengths[0], abs=2)
+
+
+def test_values_that_do_not_fit():
+    picture = pictures(1)[0]
+    with pytest.raises(ValueError, match="^values: expected one for each of 2 actions, got 1"):
+        beside(picture, ["A", "B"], [1.0], 0)
+    with pytest.raises(ValueError, match="^chosen: expected the index of one of 1 actions, got 1"):
+        beside(picture, ["A"], [1.0], 1)
+
+
+# --- films while a run goes on ---
+
+
+def test_films_are_named_by_frames_and_return(tmp_path):
+    film = Film(tmp_path / "videos", "gif")
+    frames = pictures(7)
+    film.finish(10, 1.0)  # nothing is being filmed
+    film.start(frames[0])
+    assert film.filming
+    for frame in frames[1:]:
+        film.add(frame)
+    film.finish(12_345, -21.0)
+    assert not film.filming
+    film.start(frames[0])
+    film.start(frames[0])  # the film before is forgotten
+    film.finish(20_000, 2.5)
+    film.start(frames[0])
+    film.drop()
+    names = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    assert names == ["frame-000000012345-return--21.gif", "frame-000000020000-return-2.5.gif"]
+    with Image.open(tmp_path / "videos" / names[0]) as gif:
+        assert gif.n_frames == 7
