@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydqn.runs import BaseRun
 
 _PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
+_WEIGHTS = ("best", "last", "checkpoint")
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 
 
@@ -110,6 +111,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="RUN", help="folder of a run")
     command.add_argument("--seed", type=int, default=0, help="of the environments and of exploration (default: 0)")
     command.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N (default: the run's own)")
+    command.add_argument("--weights", choices=_WEIGHTS, help="which weights (default: best, or the newest there are)")
     command.add_argument("--epsilon", type=float, default=None, help="probability of a random action")
 
 
@@ -287,7 +289,8 @@ def _play(arguments: argparse.Namespace) -> None:
     recorder: Recorder | None = None
     with ExitStack() as stack:
         due = time.perf_counter()
-        for scene in watch(arguments.folder, seed=arguments.seed, most_steps=most_steps, **_overrides(arguments)):
+        options = {"weights": arguments.weights, "seed": arguments.seed, **_overrides(arguments)}
+        for scene in watch(arguments.folder, most_steps=most_steps, **options):
             if isinstance(scene, Game):
                 game = scene
                 break
@@ -339,6 +342,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.folder,
         arguments.episodes,
         protocol=arguments.protocol,
+        weights=arguments.weights,
         seed=arguments.seed,
         **_overrides(arguments),
     )

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pydqn.atari import rom_of
-from pydqn.checkpoint import load_weights
+from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from pydqn.config import Config
 from pydqn.envs import make_lanes
 from pydqn.lanes import Episode, Lanes
@@ -27,6 +27,7 @@ from pydqn.scores import PROTOCOLS, human_normalized
 CONFIG = "config.json"
 BEST_WEIGHTS = Path("weights") / "best.safetensors"
 LAST_WEIGHTS = Path("weights") / "last.safetensors"
+WEIGHTS = ("best", "last", "checkpoint")
 SCORES = "scores.jsonl"
 _MOST_LANES = 16
 
@@ -89,23 +90,48 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     return dataclasses.replace(Config.from_dict(plain), **overrides)
 
 
-def load_policy(run: str | os.PathLike[str], config: Config, lanes: Lanes) -> tuple[Policy, dict[str, Any]]:
-    """Build the policy of a run from its best weights, or from its last ones when it was too short to have a best.
+def load_policy(
+    run: str | os.PathLike[str], config: Config, lanes: Lanes, weights: str | None = None
+) -> tuple[Policy, dict[str, Any]]:
+    """Build the policy of a run.
 
-    Returns the policy and what was written beside the weights.
+    Args:
+        run: folder of the run.
+        config: its config.
+        lanes: for the shapes of frames and actions.
+        weights: one of `WEIGHTS`; None for the best ones, or where the run was too short to have a best, its newest.
+
+    Returns:
+        The policy and what was written beside the weights.
 
     Raises:
-        ValueError: there are no weights, or they do not fit `config`.
+        ValueError: there are no such weights, or they do not fit `config`.
     """
-    paths = [path for name in (BEST_WEIGHTS, LAST_WEIGHTS) if (path := Path(run) / name).is_file()]
-    if not paths:
-        raise ValueError(f"run: {str(run)!r} has no weights yet")
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    files = {"best": Path(run) / BEST_WEIGHTS, "last": Path(run) / LAST_WEIGHTS}
+    found = {name for name, path in files.items() if path.is_file()}
+    found |= {"checkpoint"} if latest_checkpoint(run) is not None else set()
+    if not (found if weights is None else weights in found):
+        raise ValueError(f"run: {str(run)!r} has no {'' if weights is None else weights + ' '}weights yet")
+    if weights is None:
+        weights = "best" if "best" in found else ""
+
+    def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        if name != "checkpoint":
+            return load_weights(files[name])
+        checkpoint = load_checkpoint(run)
+        online = {key: value for key, value in checkpoint.tensors.items() if key.startswith("online.")}
+        return {key.removeprefix("online."): value for key, value in online.items()}, checkpoint.state
+
+    candidates = [read(name) for name in ([weights] if weights else sorted(found))]
+    tensors, metadata = max(candidates, key=lambda candidate: candidate[1].get("steps", 0))
     network = network_for(config, lanes)
-    weights, metadata = load_weights(paths[0])
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"run: {paths[0]} does not fit its config ({str(error).splitlines()[1].strip()})") from None
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"run: the weights in {str(run)!r} do not fit its config ({reason})") from None
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
     return Policy(network, resolve_device(config.device), config.precision), metadata
@@ -181,15 +207,17 @@ def score(
     episodes: int | None = None,
     *,
     protocol: str | None = None,
+    weights: str | None = None,
     seed: int = 0,
     **overrides: Any,
 ) -> Score:
-    """Evaluate a run's best weights.
+    """Evaluate a run.
 
     Args:
         run: folder of the run.
         episodes: whole games; None for as many as the protocol says.
         protocol: a name of `pydqn.scores.PROTOCOLS`; None for that of the run's config.
+        weights: as for `load_policy`.
         seed: of the environments and of exploration.
         overrides: fields of the run's `Config` to replace; not those that the protocol fixes.
 
@@ -207,7 +235,7 @@ def score(
     config = under_protocol(config)
     lanes = make_lanes(config, 1, seed)
     try:
-        policy, metadata = load_policy(run, config, lanes)
+        policy, metadata = load_policy(run, config, lanes, weights)
     finally:
         lanes.close()
     returns = evaluate_policy(config, policy, games, seed)
@@ -259,15 +287,20 @@ class Game(NamedTuple):
 
 
 def watch(
-    run: str | os.PathLike[str], *, seed: int = 0, most_steps: float = math.inf, **overrides: Any
+    run: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    seed: int = 0,
+    most_steps: float = math.inf,
+    **overrides: Any,
 ) -> Iterator[Scene | Game]:
-    """Play one game with a run's best weights; yields a `Scene` per step, and at the end the `Game`."""
+    """Play one game with a run's weights (see `load_policy`); yields a `Scene` per step, and the `Game` at the end."""
     _require("seed", seed, 0)
     _require("most_steps", most_steps, 1)
     config = under_protocol(load_run(run, **overrides, clip_rewards=False))
     lanes = make_lanes(config, 1, seed, render=True)
     try:
-        policy, _ = load_policy(run, config, lanes)
+        policy, _ = load_policy(run, config, lanes, weights)
         names = lanes.action_names
         counts = dict.fromkeys(names, 0)
         total = 0.0

@@ -199,14 +199,14 @@ class TabularRun(BaseRun):
                 self._save(BEST_WEIGHTS)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return self.weights()
+        return {"online.values": torch.from_numpy(self.table)}
 
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "best_test": None if self._best_test == -math.inf else self._best_test}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         super()._restore(checkpoint)
-        table, best = checkpoint.tensors["values"].numpy(), checkpoint.state["best_test"]
+        table, best = checkpoint.tensors["online.values"].numpy(), checkpoint.state["best_test"]
         if table.shape != self.table.shape:
             raise ValueError(f"checkpoint: its table has shape {table.shape}, the environment's is {self.table.shape}")
         self.table[...] = table

@@ -327,7 +327,7 @@ def test_a_damaged_run_is_one_clear_line(run, tmp_path, capsys):
     (folder / "weights" / "best.safetensors").write_bytes((run / "weights" / "best.safetensors").read_bytes())
     (folder / "config.json").write_text(config.replace('"dueling": true', '"dueling": false'))
     assert main(["evaluate", str(folder)]) == 2
-    assert "does not fit its config" in capsys.readouterr().err
+    assert "do not fit its config" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_usable_weights_and_exit_code_130(tmp_path):

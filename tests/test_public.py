@@ -28,6 +28,14 @@ def test_public_names():
         _ = pydqn.nonsense
 
 
+def test_the_command_line_names_what_there_is():
+    """It repeats the names of rooms that it imports only when they are needed."""
+    from pydqn import cli, evaluation, plots
+
+    assert tuple(plots.PANELS) == cli._PANELS
+    assert evaluation.WEIGHTS == cli._WEIGHTS
+
+
 def test_functions_are_not_shadowed_by_rooms():
     import pydqn.evaluation
     import pydqn.training

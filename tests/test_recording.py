@@ -200,7 +200,7 @@ def test_longer_bars_are_larger_values():
     blue, gold = (0x5F, 0x8F, 0xC9), (0xFF, 0xC2, 0x4B)
     lengths = []
     for colour in (blue, gold):
-        rows = ["".join(".#"[same] for same in row) for row in (panel == colour).all(axis=2)]
+        rows = ["".join("#" if same else "." for same in row) for row in (panel == colour).all(axis=2)]
         lengths.append(max(len(bar) for row in rows for bar in row.split(".")))
     assert lengths[0] > 15
     assert lengths[1] == pytest.approx(2 * lengths[0], abs=2)

@@ -16,8 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_learner import make
 
 from pydqn import resume, train
-from pydqn.checkpoint import latest_checkpoint, load_checkpoint, read_state
-from pydqn.evaluation import evaluate, load_run
+from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights, read_state, save_weights
+from pydqn.envs import make_lanes
+from pydqn.evaluation import evaluate, load_policy, load_run
 from pydqn.logs import read_csv
 from pydqn.training import Run
 
@@ -132,6 +133,29 @@ def test_checkpoints_replace_one_another(tiny, tmp_path):
     assert steps[-1] == run.steps
     # Every hundred steps and at each episode's end (two lanes, 100 steps to a game).
     assert len(steps) >= 5
+
+
+def test_weights_are_chosen(tiny, tmp_path):
+    """The best; else the newest; or those that are asked for."""
+    train(dataclasses.replace(tiny, total_steps=60), tmp_path)  # too short for a best
+    lanes = make_lanes(tiny, 1, 0)
+
+    def chosen(weights=None):
+        policy, metadata = load_policy(tmp_path, tiny, lanes, weights)
+        return metadata["steps"], next(policy.network.parameters()).detach().clone()
+
+    last, _ = load_weights(tmp_path / "weights" / "last.safetensors")
+    assert chosen()[0] == chosen("last")[0] == chosen("checkpoint")[0] == 60
+    with pytest.raises(ValueError, match="has no best weights yet"):
+        chosen("best")
+    save_weights(tmp_path / "weights" / "last.safetensors", last, {"steps": 30})
+    assert (chosen()[0], chosen("last")[0]) == (60, 30)
+    save_weights(tmp_path / "weights" / "best.safetensors", {k: 0 * v for k, v in last.items()}, {"steps": 20})
+    assert chosen()[0] == chosen("best")[0] == 20
+    assert (chosen()[1] == 0).all()
+    assert not (chosen("checkpoint")[1] == 0).all()
+    with pytest.raises(ValueError, match="^weights: expected one of best, last, checkpoint, got 'first'"):
+        chosen("first")
 
 
 def test_what_cannot_be_resumed(tiny, tmp_path):
