@@ -21,6 +21,13 @@ from pydqn.checkpoint import atomic_write
 
 PROGRESS = "progress.csv"
 EPISODES = "episodes.csv"
+# TensorBoard shows each group as one row of charts.
+GROUPS = {
+    "games": ("mean_return", "last_return", "mean_length_steps", "last_length_steps", "episodes", "evaluation_return"),
+    "learning": ("loss", "mean_q", "max_q", "grad_norm", "epsilon"),
+    "process": ("cpu_percent", "memory_mb", "memory_percent"),
+    "speed": ("frames_per_second", "updates_per_second", "frames", "updates", "seconds"),
+}
 _EPISODE_COLUMNS = ["episode", "steps", "lane", "return", "length_steps"]
 
 
@@ -78,19 +85,21 @@ class RunLog:
         self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
         self._progress_file.flush()
         self._episodes_file.flush()
-        for name, value in report.scalars.items():
-            if not math.isnan(value) and name != "steps":
-                self._board.add_scalar(name, value, report.steps)
+        for group, names in GROUPS.items():
+            for name in names:
+                value = getattr(report, name)
+                if not math.isnan(value):
+                    self._board.add_scalar(f"{group}/{name}", value, report.steps)
         for name, values in samples.items():
             if values.size and np.isfinite(values).all():
-                self._board.add_histogram(name, values, report.steps)
+                self._board.add_histogram(f"learning/{name}", values, report.steps)
 
     def episode(self, episode: int, steps: int, lane: int, total: float, length: int, epsilon: float) -> None:
         """Add one whole game, which ended when the run had made `steps` decisions."""
         row = (episode, steps, lane, _text(total), length)
         self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
         for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
-            self._board.add_scalar(f"episode/{name}", value, steps)
+            self._board.add_scalar(f"each game/{name}", value, steps)
 
     def __enter__(self) -> RunLog:
         return self

@@ -58,7 +58,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, with_replay):
     assert episodes["episode"] == list(range(1, len(after.returns) + 1))
     assert load_run(tmp_path).total_steps == 500
     board = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in board.Scalars("updates")] == progress["steps"]
+    assert [event.step for event in board.Scalars("speed/updates")] == progress["steps"]
 
 
 def test_rows_after_the_checkpoint_are_written_again(tiny, tmp_path):

@@ -18,7 +18,7 @@ from pydqn.checkpoint import load_weights
 from pydqn.config import Config
 from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
 from pydqn.lanes import Episode
-from pydqn.logs import read_csv
+from pydqn.logs import GROUPS, Report, read_csv
 from pydqn.training import Run
 
 CARTPOLE = {
@@ -80,10 +80,22 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert progress["mean_return"][-1] == np.mean(result.returns[-2:])
     assert np.isfinite(progress["loss"][1:]).all()
     board = EventAccumulator(str(tmp_path)).Reload()
-    assert {"mean_return", "loss", "epsilon", "frames_per_second"} <= set(board.Tags()["scalars"])
-    assert [event.step for event in board.Scalars("updates")] == progress["steps"]
+    scalars = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+    games = {"each game/return", "each game/length_steps", "each game/epsilon"}
+    assert set(board.Tags()["scalars"]) == (scalars - {"games/evaluation_return"}) | games
+    assert set(board.Tags()["histograms"]) == {"learning/loss_per_sample", "learning/q_values"}
+    assert [event.step for event in board.Scalars("speed/updates")] == progress["steps"]
+    assert [event.value for event in board.Scalars("each game/return")] == result.returns
+    histogram = board.Histograms("learning/loss_per_sample")[-1].histogram_value
+    assert histogram.num == tiny.batch_size
+    assert histogram.sum / histogram.num == pytest.approx(reports[-1].loss, rel=1e-4)
     assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
     assert load_run(tmp_path) == tiny
+
+
+def test_every_number_has_its_chart():
+    charted = sorted(name for names in GROUPS.values() for name in names)
+    assert charted == sorted(set(Report.__annotations__) - {"steps"})
 
 
 def test_the_replay_ratio_does_not_drift(tiny, tmp_path):
