@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydqn import __version__
-from pydqn.config import Config
+from pydqn.config import SECTIONS, Config
 from pydqn.presets import PRESETS, preset
 from pydqn.scores import PROTOCOLS
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
 _WEIGHTS = ("best", "last", "checkpoint")
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended
+_BROKEN_PIPE = 141  # the same for SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
+    except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         print(f"pydqn: error: {error}", file=sys.stderr)
         return 2
@@ -117,6 +121,8 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Config):
+        if field.name in SECTIONS:
+            group = command.add_argument_group(SECTIONS[field.name])
         kind: type = type(field.default)
         options: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS, "dest": field.name}
         if kind is bool:
@@ -128,7 +134,7 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
                 options["nargs"] = "*"
             if field.metadata["choices"]:
                 options["metavar"] = "|".join(field.metadata["choices"])
-        command.add_argument("--" + field.name.replace("_", "-"), **options)
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def _integer(text: str) -> int:
@@ -154,13 +160,15 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 def _presets(arguments: argparse.Namespace) -> None:
     if arguments.preset is None:
         for name, entry in PRESETS.items():
-            print(f"{name:18} {entry.summary} ({entry.source})")
+            print(f"{name:18} {entry.summary}\n{'':18} {entry.source}")
         return
     config, _, source = PRESETS[arguments.preset] if arguments.preset in PRESETS else (preset(arguments.preset), "", "")
     print(f"# {source}")
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if field.name in SECTIONS:
+            print(f"\n{SECTIONS[field.name]}")
+        text = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
         print(f"{field.name:24} {text:14} {field.metadata['help']}")
 
 

@@ -54,22 +54,20 @@ class Config:
     )
     clip_rewards: bool = _field(True, "the learner sees only the sign of a reward")
 
-    # Atari only
-    frame_skip: int = _field(4, "Atari: emulator frames per decision", least=1, most=_MOST_ATARI)
+    # Atari
+    frame_skip: int = _field(4, "emulator frames per decision", least=1, most=_MOST_ATARI)
     frame_skip_max: int = _field(
-        0, "Atari: if above frame_skip, each decision lasts a random number of frames up to this", least=0, most=64
+        0, "if above frame_skip, each decision lasts a random number of frames up to this", least=0, most=64
     )
-    max_pool: bool = _field(True, "Atari: a frame is the pixel-wise maximum of the last two")
-    sticky_actions: float = _field(0.0, "Atari: probability that the emulator repeats the previous action", least=0)
-    noop_max_frames: int = _field(30, "Atari: up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI)
-    fire_reset: bool = _field(False, "Atari: FIRE, then action 2 open a game, where the game has FIRE")
-    life_loss: bool = _field(False, "Atari: a lost life is terminal for the learner (the game goes on)")
-    full_action_set: bool = _field(False, "Atari: all 18 actions instead of the game's own")
-    max_episode_frames: int = _field(
-        108_000, "Atari: a game is truncated after this many frames", least=1, most=_MOST_ATARI
-    )
+    max_pool: bool = _field(True, "a frame is the pixel-wise maximum of the last two")
+    sticky_actions: float = _field(0.0, "probability that the emulator repeats the previous action", least=0)
+    noop_max_frames: int = _field(30, "up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI)
+    fire_reset: bool = _field(False, "FIRE, then action 2 open a game, where the game has FIRE")
+    life_loss: bool = _field(False, "a lost life is terminal for the learner (the game goes on)")
+    full_action_set: bool = _field(False, "all 18 actions instead of the game's own")
+    max_episode_frames: int = _field(108_000, "a game is truncated after this many frames", least=1, most=_MOST_ATARI)
     preprocess: str = _field(
-        "resize_area", "Atari: how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area")
+        "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area")
     )
 
     # Observations and the replay memory
@@ -148,7 +146,7 @@ class Config:
         "auto", "of the network's arithmetic; weights stay float32", choices=("auto", "float32", "bfloat16")
     )
     torch_threads: int = _field(0, "threads of PyTorch on the CPU; 0 for its own choice", least=0, most=2**10)
-    emulator_threads: int = _field(0, "Atari: threads of the emulators; 0 for one per core", least=0, most=2**10)
+    emulator_threads: int = _field(0, "threads of the emulators; 0 for one per core", least=0, most=2**10)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -220,5 +218,19 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{field.name}: expected at most {field.metadata['most']}, got {value!r}")
     return value
 
+
+# Where each part begins, for help pages.
+SECTIONS = {
+    "agent": "the task",
+    "frame_skip": "Atari only",
+    "stack": "observations and the replay memory",
+    "network": "the network",
+    "gamma": "the loss",
+    "optimizer": "the optimizer",
+    "batch_size": "the loop",
+    "evaluation_every_steps": "evaluation",
+    "log_every_steps": "what a run leaves",
+    "device": "the machine",
+}
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "positive integers"}

@@ -234,10 +234,19 @@ def test_presets(capsys):
     for name, preset in PRESETS.items():
         assert name in listed
         assert preset.summary in listed
+        assert preset.source in listed
     assert main(["presets", "pong"]) == 0
     printed = capsys.readouterr().out
+    assert PRESETS["pong"].source in printed
     for field in dataclasses.fields(Config):
         assert re.search(rf"^{field.name} ", printed, re.MULTILINE)
+
+
+def test_output_that_nobody_reads_to_its_end():
+    command = f"{sys.executable} -u -m pydqn.cli presets nature | head -2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_every_setting_is_an_option_with_help(capsys):

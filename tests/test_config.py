@@ -88,5 +88,8 @@ def test_presets():
         assert entry.source
 
 
-def test_linear_schedule():
-    assert [linear(step, 1.0, 0.1, 9) for step in (0, 3, 9, 100)] == pytest.approx([1.0, 0.7, 0.1, 0.1])
+def test_every_section_begins_with_a_field():
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert names[0] in SECTIONS
+    places = [names.index(name) for name in SECTIONS]
+    assert places == sorted(places)
