@@ -6,8 +6,8 @@ import json
 import pytest
 
 from pydqn import Config, preset
+from pydqn.config import SECTIONS
 from pydqn.presets import PRESETS
-from pydqn.schedules import linear
 
 
 @pytest.mark.parametrize(
