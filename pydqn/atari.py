@@ -13,6 +13,7 @@ from pydqn.config import Config
 from pydqn.lanes import Returns, Step
 from pydqn.preprocess import KERNELS, SIZE
 
+_NO_CAP = 2**31 - 1  # ALE counts in 32 bits
 _Answer = tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[Any]]]
 
 
@@ -76,11 +77,11 @@ class AtariLanes:
         self._max_frames = config.max_episode_frames
         self._skip, self._most_skip = config.frame_skip, max(config.frame_skip, config.frame_skip_max)
         self._random_skip = self._most_skip > self._skip
-        fire = [self.action_names.index("FIRE")] if config.fire_reset and "FIRE" in self.action_names else []
-        self._opening = np.array([*fire, 2] if fire else [], np.int64)
+        presses = config.fire_reset and "FIRE" in self.action_names and self.num_actions > 2
+        self._opening = np.array([self.action_names.index("FIRE"), 2] if presses else [], np.int64)
         # One frame more than a whole game has, so that our cap comes first.
         most_steps = max(1, min(self._max_steps, self._max_frames // self._skip))
-        most_frames = (len(self._opening) + most_steps) * self._skip + 1
+        most_frames = min((len(self._opening) + most_steps) * self._skip + 1, _NO_CAP)
 
         def vector(num_envs: int, grayscale: bool, frame_skip: int, max_pool: bool, cap: int) -> Any:
             return AtariVectorEnv(
@@ -104,7 +105,7 @@ class AtariLanes:
         def emulators(num_envs: int, grayscale: bool) -> Any:
             if not self._random_skip:
                 return vector(num_envs, grayscale, self._skip, config.max_pool, most_frames)
-            lanes = [vector(1, grayscale, 1, False, 2**31 - 1) for _ in range(num_envs)]
+            lanes = [vector(1, grayscale, 1, False, _NO_CAP) for _ in range(num_envs)]
             return _RandomSkip(lanes, self._skip, self._most_skip, config.max_pool)
 
         self._env = emulators(num_envs, self._gray)
