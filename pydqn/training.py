@@ -162,7 +162,8 @@ class Run(BaseRun):
         self.steps += int(np.count_nonzero(~step.first))
         self.frames += step.frames
         if self._film is not None and self._film.filming:
-            self._film.add(self.lanes.picture())
+            # Several frames may open a game: the film begins with the last of them.
+            (self._film.start if step.first[0] else self._film.add)(self.lanes.picture())
         for episode in step.episodes:
             self._end(episode)
         if step.episodes and self.mean_return() > self._best:

@@ -183,7 +183,7 @@ def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
 
 
 @needs_cuda
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
 def test_captured_equals_eager(optimizer):
     """1,000 updates, the learning rate changing: parameters and the optimizer's state agree."""
     device = torch.device("cuda")

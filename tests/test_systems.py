@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,28 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
         assert "-return-" in video.name
         assert video.suffix == f".{config.video_format}"
     assert (tmp_path / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("preprocess", ["resize_area", "crop_nearest"])
+def test_every_nth_game_is_filmed(tiny, tmp_path, preprocess):
+    """Two lanes, of which the first one is filmed: 320x420 at 30 pictures a second, from the opening to the end."""
+    config = dataclasses.replace(
+        tiny, preprocess=preprocess, max_episode_steps=30, total_steps=600, video_every_episodes=4
+    )
+    train(config, tmp_path)
+    games = read_csv(tmp_path / "episodes.csv")
+    first_lane = [total for total, lane in zip(games["return"], games["lane"], strict=True) if lane == 0]
+    videos = sorted((tmp_path / "videos").iterdir())
+    # The first game of lane 0 and then each second one: two lanes finish four games in two rounds.
+    assert len(videos) in (len(first_lane) // 2, len(first_lane) // 2 + 1)
+    for number, video in enumerate(videos):
+        frames, total = re.fullmatch(r"frame-(\d{12})-return-(.+)\.mp4", video.name).groups()
+        assert float(total) == first_lane[2 * number]
+        assert int(frames) == 4 * 2 * 30 * (2 * number + 1)
+        assert imageio.immeta(video, plugin="FFMPEG")["fps"] == 30
+        shown = imageio.imread(video, plugin="FFMPEG")
+        assert shown.shape == (31, 420, 320, 3)
+        assert shown[15].std() > 10
 
 
 def test_the_loss_of_cartpole_sees_shaped_rewards_only(tmp_path):
