@@ -109,23 +109,13 @@ def load_policy(
     """
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
-    files = {"best": Path(run) / BEST_WEIGHTS, "last": Path(run) / LAST_WEIGHTS}
-    found = {name for name, path in files.items() if path.is_file()}
-    found |= {"checkpoint"} if latest_checkpoint(run) is not None else set()
-    if not (found if weights is None else weights in found):
+    best = _from_file(run, BEST_WEIGHTS) if weights in (None, "best") else None
+    last = _from_file(run, LAST_WEIGHTS) if weights in (None, "last") and best is None else None
+    kept = _from_checkpoint(run) if weights in (None, "checkpoint") and best is None else None
+    found = [candidate for candidate in (best, last, kept) if candidate is not None]
+    if not found:
         raise ValueError(f"run: {str(run)!r} has no {'' if weights is None else weights + ' '}weights yet")
-    if weights is None:
-        weights = "best" if "best" in found else ""
-
-    def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        if name != "checkpoint":
-            return load_weights(files[name])
-        checkpoint = load_checkpoint(run)
-        online = {key: value for key, value in checkpoint.tensors.items() if key.startswith("online.")}
-        return {key.removeprefix("online."): value for key, value in online.items()}, checkpoint.state
-
-    candidates = [read(name) for name in ([weights] if weights else sorted(found))]
-    tensors, metadata = max(candidates, key=lambda candidate: candidate[1].get("steps", 0))
+    tensors, metadata = max(found, key=lambda candidate: candidate[1].get("steps", 0))
     network = network_for(config, lanes)
     try:
         network.load_state_dict(tensors)
@@ -135,6 +125,20 @@ def load_policy(
     if config.torch_threads:
         torch.set_num_threads(config.torch_threads)
     return Policy(network, resolve_device(config.device), config.precision), metadata
+
+
+def _from_file(run: str | os.PathLike[str], name: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    path = Path(run) / name
+    return load_weights(path) if path.is_file() else None
+
+
+def _from_checkpoint(run: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Return what acts, of all that the latest checkpoint holds."""
+    if latest_checkpoint(run) is None:
+        return None
+    checkpoint = load_checkpoint(run)
+    online = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("online.")}
+    return {name.removeprefix("online."): tensor for name, tensor in online.items()}, checkpoint.state
 
 
 class Moment(NamedTuple):
