@@ -6,6 +6,7 @@ import csv
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -62,18 +63,47 @@ def test_local_links_lead_somewhere():
 
 
 CLI_OPTIONS = {"resume", "record", "q-values", "protocol", "values", "fps", "logdir", "extra-index-url"}
-RUNS = sorted((ROOT / "results" / "pong").glob("seed-*"))
+RUNS = sorted((ROOT / "results").glob("*/seed-*"))
+MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_results_are_runs_of_the_preset(run):
-    assert load_run(run) == preset("pong", seed=int(run.name.removeprefix("seed-")))
-    with open(run / "progress.csv") as file:
-        last = list(csv.DictReader(file))[-1]
-    with open(run / "episodes.csv") as file:
-        returns = [float(row["return"]) for row in csv.DictReader(file)]
-    assert abs(sum(returns[-30:]) / 30 - float(last["mean_return"])) < 1e-3
+def rows(run, name):
+    with open(run / name) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.parent.name}-{run.name}")
+def test_results_are_runs_of_their_preset(run):
+    assert load_run(run, **MACHINE) == preset(run.parent.name, seed=int(run.name.removeprefix("seed-")))
+    config, last = load_run(run), rows(run, "progress.csv")[-1]
+    returns = [float(row["return"]) for row in rows(run, "episodes.csv")]
+    assert len(returns) == int(last["episodes"])
+    recent = returns[-config.mean_episodes :]
+    assert abs(sum(recent) / len(recent) - float(last["mean_return"])) < 1e-3
 
 
 def test_there_are_results():
-    assert len(RUNS) >= 3
+    counts = Counter(run.parent.name for run in RUNS)
+    assert counts == {"pong": 4, "frozenlake": 10, "cartpole": 10}
+
+
+def test_results_are_what_their_pages_say():
+    """Every row of a table of results is in the files: steps, games, and that the goal was reached."""
+    for name in ("frozenlake", "cartpole"):
+        page = (ROOT / "results" / name / "README.md").read_text()
+        table = [
+            line.strip("| ").replace(",", "").split(" | ") for line in page.splitlines() if re.match(r"\| \d", line)
+        ]
+        assert len(table) == 10
+        for cells in table:
+            run = ROOT / "results" / name / f"seed-{cells[0]}"
+            last, games = rows(run, "progress.csv")[-1], rows(run, "episodes.csv")
+            if name == "frozenlake":
+                assert cells[1:3] == [last["steps"], last["episodes"]]
+                assert float(cells[3]) == float(last["evaluation_return"]) > 0.80
+            else:
+                lengths = [int(game["length_steps"]) for game in games]
+                first = next(number for number, length in enumerate(lengths, 1) if length >= 190)
+                assert cells[1:5] == [str(len(games)), str(first), last["steps"], last["updates"]]
+                assert min(lengths[-5:]) >= 190
+                assert len(games) <= 500
