@@ -198,7 +198,7 @@ class Score(NamedTuple):
 
     env_id: str
     protocol: str
-    settings: dict[str, Any]  # that the protocol fixed, or chose from the run's config
+    settings: dict[str, Any]  # what a protocol fixes, or as the run's own config has it
     seed: int
     trained_steps: int  # how long the weights had been trained
     returns: list[float]  # true returns of whole games
@@ -230,6 +230,9 @@ def score(
     """
     config = load_run(run, **overrides, **({} if protocol is None else {"evaluation_protocol": protocol}))
     rules = PROTOCOLS[config.evaluation_protocol]
+    rom = rom_of(config.env_id)
+    if rom is None and rules.settings:
+        raise ValueError(f"protocol: {config.evaluation_protocol} is for Atari games, the run is of {config.env_id}")
     for name, value in overrides.items():
         if rules.settings.get(name, value) != value:
             raise ValueError(f"{name}: the protocol {config.evaluation_protocol} fixes it, got {value}; choose another")
@@ -244,11 +247,11 @@ def score(
         lanes.close()
     returns = evaluate_policy(config, policy, games, seed)
     mean = float(np.mean(returns))
-    rom = rom_of(config.env_id)
+    told = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
     return Score(
         env_id=config.env_id,
         protocol=config.evaluation_protocol,
-        settings={name: getattr(config, name) for name in PROTOCOLS["nature"].settings},
+        settings={name: getattr(config, name) for name in told},
         seed=seed,
         trained_steps=int(metadata.get("steps", 0)),
         returns=returns,

@@ -9,6 +9,7 @@ import pytest
 from pydqn import evaluate, preset
 from pydqn.checkpoint import load_weights
 from pydqn.envs import StateEnv
+from pydqn.evaluation import score
 from pydqn.logs import read_csv
 from pydqn.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
 from pydqn.training import open_run, resume, train
@@ -161,6 +162,15 @@ def test_the_same_seed_is_the_same_run(tmp_path):
         train(preset("frozenlake", seed=seed, total_steps=2_000), tmp_path / name)
         texts.append((tmp_path / name / "episodes.csv").read_bytes())
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_scores_of_other_tasks_than_atari(tmp_path):
+    train(preset("frozenlake", seed=1, total_steps=500), tmp_path)
+    result = score(tmp_path, 5)
+    assert result.settings == {"evaluation_epsilon": 0.0, "max_episode_steps": 0}
+    assert result.human_normalized_percent is None
+    with pytest.raises(ValueError, match="^protocol: nature is for Atari games, the run is of FrozenLake-v1"):
+        score(tmp_path, 5, protocol="nature")
 
 
 def test_a_run_goes_on(tmp_path):
