@@ -128,6 +128,8 @@ class StateEnv:
     def __init__(self, config: Config, seed: int) -> None:
         import gymnasium
 
+        if rom_of(config.env_id) is not None:
+            raise ValueError(f"env_id: {config.env_id} has pixels; a table needs Discrete observations")
         self._env: Any = _made(gymnasium.make, config)
         self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
         states = _States.of(self._env.observation_space)

@@ -190,4 +190,6 @@ def test_what_a_table_cannot_learn(tmp_path):
         TabularRun(preset("frozenlake", num_envs=2), tmp_path)
     with pytest.raises(ValueError, match="^env_id: CartPole-v1 has Box"):
         TabularRun(preset("frozenlake", env_id="CartPole-v1"), tmp_path)
+    with pytest.raises(ValueError, match="^env_id: pong has pixels"):
+        TabularRun(preset("frozenlake", env_id="pong"), tmp_path)
     assert list(tmp_path.iterdir()) == []
