@@ -174,23 +174,6 @@ def test_resume_takes_new_settings(tmp_path, capsys):
     assert load_run(folder).learning_rate == 1e-5
 
 
-def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "pydqn.cli", "train", "pong", *TINY, "--total-steps", "1000000"]
-    process = subprocess.Popen([*command, "--logdir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    progress = folder / "progress.csv"
-    deadline = time.monotonic() + 90
-    while not (progress.exists() and progress.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.terminate()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"interrupted:" in out
-    assert read_state(latest_checkpoint(folder))["steps"] == read_csv(progress)["steps"][-1]
-
-
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 def test_play_records_without_a_display(run, tmp_path, capsys, monkeypatch, suffix):
     monkeypatch.delenv("DISPLAY", raising=False)
@@ -339,7 +322,8 @@ def test_a_damaged_run_is_one_clear_line(run, tmp_path, capsys):
     assert "do not fit its config" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_usable_weights_and_exit_code_130(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_everything_saved_and_exit_code_130(tmp_path, sent):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "pydqn.cli", "train", "pong", *TINY, "--total-steps", "1000000"]
     process = subprocess.Popen(
@@ -351,10 +335,11 @@ def test_ctrl_c_leaves_usable_weights_and_exit_code_130(tmp_path):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted:" in out
     assert "Traceback" not in err
     assert progress.read_text().endswith("\n")
+    assert read_state(latest_checkpoint(folder))["steps"] == read_csv(progress)["steps"][-1]
     assert main(["evaluate", str(folder), "--episodes", "1"]) == 0
