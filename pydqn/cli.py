@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -162,13 +162,13 @@ def _presets(arguments: argparse.Namespace) -> None:
         for name, entry in PRESETS.items():
             print(f"{name:18} {entry.summary}\n{'':18} {entry.source}")
         return
-    config, _, source = PRESETS[arguments.preset] if arguments.preset in PRESETS else (preset(arguments.preset), "", "")
-    print(f"# {source}")
+    config = preset(arguments.preset)
+    print(f"# {PRESETS[arguments.preset].source}")
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
         if field.name in SECTIONS:
             print(f"\n{SECTIONS[field.name]}")
-        text = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+        text = (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
         print(f"{field.name:24} {text:14} {field.metadata['help']}")
 
 
@@ -209,8 +209,9 @@ def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool]:
     config = preset(arguments.preset, **_given(arguments))
     task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
     logdir = Path(arguments.logdir or Path("runs") / f"{task}-{config.seed}")
-    checkpoint = latest_checkpoint(logdir)
-    state = {} if checkpoint is None else read_state(checkpoint)
+    checkpoint, state = latest_checkpoint(logdir), {}
+    with suppress(ValueError):  # a damaged one is not offered
+        state = {} if checkpoint is None else read_state(checkpoint)
     if state.get("finished") is False:
         offer = f"{logdir} can go on from step {state['steps']:,}"
         if sys.stdin.isatty() and sys.stderr.isatty():

@@ -26,7 +26,7 @@ from pydqn.logs import Report
 from pydqn.runs import BaseRun, Due, Learned
 from pydqn.schedules import epsilon
 
-_MOST_STEPS_AT_ONCE = 10_000  # in compiled code, where Ctrl-C has to wait
+_MOST_STEPS_AT_ONCE = 1_000  # in compiled code, where Ctrl-C has to wait
 
 
 class Trials(NamedTuple):
