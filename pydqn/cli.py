@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", metavar="RUN")
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
     command.add_argument("--panels", nargs="+", metavar="NAME", help="some of: " + ", ".join(_PANELS))
+    command.add_argument(
+        "--each", action="store_true", help="every run is a curve of its own, also seeds of one setting"
+    )
     command.add_argument("--values", action="store_true", help="draw the value function of a small task's run instead")
     command.set_defaults(run=_plot)
     return parser
@@ -378,7 +381,7 @@ def _plot(arguments: argparse.Namespace) -> None:
     else:
         from pydqn.plots import plot_runs
 
-        plot_runs(arguments.runs, arguments.output, panels=arguments.panels)
+        plot_runs(arguments.runs, arguments.output, panels=arguments.panels, each=arguments.each)
     print(f"drawn: {os.fspath(arguments.output)}")
 
 

@@ -66,6 +66,7 @@ def plot_runs(
     *,
     panels: Sequence[str] | None = None,
     smooth_episodes: int = 10,
+    each: bool = False,
 ) -> None:
     """Draw the learning curves of one or more runs.
 
@@ -76,6 +77,7 @@ def plot_runs(
         output: picture to write: .png, .svg or .pdf.
         panels: names of `PANELS`; None for all of them.
         smooth_episodes: games over which returns and lengths per game are averaged.
+        each: draw every run as a curve of its own.
 
     Raises:
         ValueError: a folder holds no run, or a name is unknown.
@@ -87,7 +89,7 @@ def plot_runs(
             raise ValueError(f"panels: expected some of {', '.join(PANELS)}, got {name!r}")
     if smooth_episodes < 1:
         raise ValueError(f"smooth_episodes: expected at least 1, got {smooth_episodes}")
-    _write(draw_runs(group_runs(runs), chosen, smooth_episodes), output)
+    _write(draw_runs(group_runs(runs, each=each), chosen, smooth_episodes), output)
 
 
 def plot_values(pictures: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
@@ -103,13 +105,13 @@ def plot_values(pictures: Sequence[Surface | Grid], output: str | os.PathLike[st
 # --- numbers ---
 
 
-def group_runs(runs: Sequence[str | os.PathLike[str]]) -> list[Group]:
-    """Read the logs of runs, those of one setting together, in the order in which they were given."""
+def group_runs(runs: Sequence[str | os.PathLike[str]], *, each: bool = False) -> list[Group]:
+    """Read the logs of runs, those of one setting together (or `each` alone), in the order in which they were given."""
     groups: dict[str, list[Path]] = {}
     for run in map(Path, runs):
         if not (run / PROGRESS).is_file():
             raise ValueError(f"run: {os.fspath(run)!r} is not the folder of a run (it has no {PROGRESS})")
-        groups.setdefault(_setting(run), []).append(run)
+        groups.setdefault(os.fspath(run) if each else _setting(run), []).append(run)
     return [
         Group(_label(paths), [_table(run, PROGRESS) for run in paths], [_table(run, EPISODES) for run in paths])
         for paths in groups.values()

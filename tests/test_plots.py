@@ -69,6 +69,7 @@ def test_runs_that_differ_in_their_seeds_are_one_group(tmp_path):
     again = copy_of(PONG[0], tmp_path / "slow-1", learning_rate=1e-5, seed=1)
     assert [group.label for group in group_runs([other, again])] == ["slow (2 seeds)"]
     assert [group.label for group in group_runs([PONG[2]])] == ["pong/seed-2"]
+    assert [group.label for group in group_runs(PONG, each=True)] == [f"pong/seed-{seed}" for seed in range(4)]
 
 
 def test_what_is_drawn():
