@@ -8,7 +8,7 @@ import pytest
 
 from pydqn import evaluate, preset
 from pydqn.checkpoint import load_weights
-from pydqn.envs import StateEnv
+from pydqn.envs import Model, StateEnv
 from pydqn.evaluation import score
 from pydqn.logs import read_csv
 from pydqn.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
@@ -95,6 +95,30 @@ def test_chance_is_that_of_the_model():
     assert abs(lengths[0] - lengths[1]) < 0.35
     assert abs(successes[0] - successes[1]) < 0.008
     assert abs(values[0] - values[1]) < 0.25
+
+
+@pytest.mark.parametrize("kind", ["modelled", "stepped"])
+def test_nothing_is_bootstrapped_beyond_the_end(kind):
+    """Every game ends at once, in the very state in which it began: its row is not that of an unvisited end."""
+
+    class OneStep:
+        def reset(self):
+            return 0
+
+        def step(self, action):
+            return 0, 1.0, True, False
+
+    config = preset("frozenlake", learning_rate=0.5)
+    if kind == "modelled":
+        one, end = np.ones(1), np.array([True])
+        model = Model(one, np.array([0, 1]), one, np.zeros(1, np.int64), one, end)
+        task = ModelledTask(model, 10, config, generators(0))
+    else:
+        task = SteppedTask((OneStep(), OneStep()), config, generators(0))
+    table = np.zeros((1, 1))
+    outcome = task.learn(table, np.ones(100), NEVER)
+    assert table[0, 0] == pytest.approx(1.0)
+    assert outcome.episodes == [(1.0, 1, step) for step in range(1, 101)]
 
 
 def test_learning_stops_after_a_test_that_beats_the_best():
