@@ -87,7 +87,7 @@ class RMSProp(torch.optim.Optimizer):
         torch._foreach_sub_(parameters, changes)
 
     def _step_on_cpu(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One pass over the memory: a tenth of the time of the kernels above, which would each make a pass."""
+        """One pass over the memory, where each of the kernels above would make one."""
         assert parameter.grad is not None
         state, grad = self.state[parameter], parameter.grad
         if grad.stride() != parameter.stride():

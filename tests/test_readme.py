@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -85,6 +86,21 @@ def test_results_are_runs_of_their_preset(run):
 def test_there_are_results():
     counts = Counter(run.parent.name for run in RUNS)
     assert counts == {"pong": 4, "frozenlake": 10, "cartpole": 10}
+
+
+def test_the_runs_of_breakout_are_those_of_their_commands():
+    folder = ROOT / "results" / "breakout"
+    page = (folder / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^pydqn train (.*)$", page, re.MULTILINE)
+    for command, name in zip(commands, ("hour", "published-38-minutes"), strict=True):
+        arguments = cli._parser().parse_args(["train", *command.split()])
+        assert load_run(folder / name) == preset(arguments.preset, **cli._given(arguments))
+        last = rows(folder / name, "progress.csv")[-1]
+        assert f"{int(last['steps']):,}" in page
+        assert f"{int(last['updates']):,}" in page
+    scores = [json.loads(line) for line in (folder / "hour" / "scores.jsonl").read_text().splitlines()]
+    assert [score["protocol"] for score in scores] == ["own", "nature"]
+    assert all(f"{score['mean_return']:.2f}" in page for score in scores)
 
 
 def test_results_are_what_their_pages_say():
