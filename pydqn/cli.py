@@ -310,12 +310,16 @@ def _play(arguments: argparse.Namespace) -> None:
             if arguments.q_values:
                 picture = beside(picture, names, scene.values, scene.action)
             if arguments.record:
+                page = Path(arguments.record).suffix == ".html"  # shows the action values in any case
                 if recorder is None:
                     title = Path(arguments.folder).name
                     recorder = stack.enter_context(
                         Recorder(arguments.record, arguments.fps, title=title, action_names=names)
                     )
-                recorder.add(picture, Caption(names[scene.action], scene.reward, scene.total, scene.values))
+                recorder.add(
+                    scene.picture if page else picture,
+                    Caption(names[scene.action], scene.reward, scene.total, scene.values),
+                )
             if show:
                 _draw(picture)
                 due = max(due + 1 / arguments.fps, time.perf_counter())

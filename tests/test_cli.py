@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -98,13 +99,15 @@ def test_protocols_bind_what_is_played(run, monkeypatch):
 
 def test_a_page_that_plays_a_game(run, tmp_path, capsys):
     page = tmp_path / "game.html"
-    assert main(["play", str(run), "--record", str(page), "--most-steps", "20"]) == 0
+    assert main(["play", str(run), "--record", str(page), "--most-steps", "20", "--q-values"]) == 0
     text = page.read_text()
     assert text.startswith("<!DOCTYPE html>")
     film = json.loads(re.search(r'<script type="application/json" id="film">(.*?)</script>', text, re.DOTALL).group(1))
     assert len(film["pictures"]) == len(film["captions"]) == 20
     assert film["actions"][:3] == ["NOOP", "FIRE", "RIGHT"]
     assert len(film["captions"][0][3]) == 6
+    picture = imageio.imread(base64.b64decode(film["pictures"][3]), extension=".png")
+    assert picture.shape[:2] == (210, 160)  # the page itself draws the action values
     assert "http" not in re.sub(r"http://www.w3.org\S*", "", text)  # nothing is fetched from anywhere
 
 
