@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_the_core_knows_no_python():
         if path.name != "bindings.cpp":
             assert "pybind" not in path.read_text()
             assert "Python.h" not in path.read_text()
+
+
+def test_files_beside_the_code_are_packed():
+    """What is neither Python nor compiled is only installed when it is named."""
+    named = re.search(r"^pydqn = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    beside = {path.name for path in PACKAGE.iterdir() if path.suffix not in (".py", ".so", ".pyd") and path.is_file()}
+    assert {"player.html", "py.typed"} <= beside
+    assert beside == set(re.findall(r'"([^"]+)"', named))
 
 
 def test_the_replay_alone_needs_neither_torch_nor_emulators():
