@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -11,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pydqn.config import Config
 from pydqn.losses import LOSSES, td_error
-from pydqn.networks import Table, VectorTorso
-from pydqn.optimizers import RMSProp
+from pydqn.networks import Table, VectorTorso, lowered
+from pydqn.optimizers import Settings, State, make_optimizer
 from pydqn.replay import Batch
 
 _WARMUP_UPDATES = 3  # before a capture: lets libraries choose kernels and the optimizer make its state
@@ -45,32 +49,47 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
-    "auto" takes bfloat16 on processors that have AVX-512 or AMX instructions for it, and float32 elsewhere. (A `Policy`
-    whose observations are not pixels takes float32 everywhere.)
+    "auto" takes bfloat16 on processors that turn out to be faster with it, and float32 elsewhere. (A `Policy` whose
+    observations are not pixels takes float32 everywhere.)
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cpu" and _has_native_bfloat16() else torch.float32
+        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _has_native_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 natively; without that, its emulation is slower than float32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
-        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+@functools.cache
+@torch.no_grad()
+def _bfloat16_pays() -> bool:
+    """Time two of Nature's layers both ways: some milliseconds, once per process.
+
+    Processors with instructions for bfloat16 take about half as long with it, others several times as long: far enough
+    apart for the same answer each time, as the same run from the same seed needs it.
+    """
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(8):
+        for dtype in best:
+            image, features = torch.ones(32, 32, 20, 20, dtype=dtype), torch.ones(32, 3136, dtype=dtype)
+            image = image.contiguous(memory_format=torch.channels_last)
+            kernel, weight = torch.ones(64, 32, 4, 4, dtype=dtype), torch.ones(512, 3136, dtype=dtype)
+            started = time.perf_counter()
+            F.conv2d(image, kernel, stride=2)
+            F.linear(features, weight)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+    return best[torch.bfloat16] < 0.8 * best[torch.float32]
 
 
 class Policy:
     """Action values of a network, for acting: no gradients, the learner's own precision."""
 
     def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         # Pixels are whole numbers below 256, which bfloat16 holds; of other observations it would drop digits.
         if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
             precision = "float32"
         self._dtype = resolve_precision(precision, device)
+        # The float32 parameters, and what computes: the same network, or one with copies of them in bfloat16.
+        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.computing = self.network if self._dtype == torch.float32 else lowered(self.network, self._dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the network runs."""
@@ -83,7 +102,7 @@ class Policy:
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
         """Return (B, A) action values of (B, stack, *frame_shape) observations."""
         with self.autocast():
-            values: Tensor = self.network(torch.from_numpy(obs).to(self.device))
+            values: Tensor = self.computing(torch.from_numpy(obs).to(self.device))
         return values.cpu().numpy()
 
     @staticmethod
@@ -138,12 +157,17 @@ class Learner:
         if self._capture and device.type != "cuda":
             raise ValueError(f"capture: a CUDA graph needs a CUDA device, got {device}")
         self.policy = Policy(network, device, config.precision)
-        self.online = self.policy.network
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.online, self._computing = self.policy.network, self.policy.computing
+        self.target = copy.deepcopy(self._computing).requires_grad_(False)
         self._prepare: Callable[[Tensor], Tensor] = getattr(network, "prepare", lambda obs: obs)
-        self._parameters = list(self.online.parameters())
         self._learning_rate = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)
-        self._optimizer = self._make_optimizer()
+        self._parameters, self._copies = list(self.online.parameters()), list(self._computing.parameters())
+        self._optimizer = make_optimizer(
+            Settings(config.optimizer, config.optimizer_epsilon, config.rmsprop_decay, config.rmsprop_momentum),
+            self._parameters,
+            self._copies,
+            self._learning_rate,
+        )
         self._loss = LOSSES[config.loss]
         self._metrics = torch.zeros(4, device=device)
         # What the latest update saw; after a capture, memory that every replay writes again.
@@ -176,7 +200,7 @@ class Learner:
     @torch.no_grad()
     def sync_target(self) -> None:
         """Copy the online network to the target network."""
-        torch._foreach_copy_(_state(self.target), _state(self.online))
+        torch._foreach_copy_(_state(self.target), _state(self._computing))
 
     def metrics(self) -> Metrics:
         """Return what the latest update saw (waits for the device)."""
@@ -199,8 +223,7 @@ class Learner:
         """Return all tensors that a learner needs to go on: both networks' and the optimizer's, by name."""
         tensors = {f"online.{name}": value for name, value in self.online.state_dict().items()}
         tensors |= {f"target.{name}": value for name, value in self.target.state_dict().items()}
-        for number, parameter in enumerate(self._parameters):
-            state = self._optimizer.state.get(parameter, {})
+        for number, state in enumerate(self._optimizer.state()):
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
         return tensors
 
@@ -210,17 +233,13 @@ class Learner:
         Raises:
             ValueError: the tensors are not those of such a learner.
         """
-        state = self._optimizer.state_dict()
-        state["state"] = {}
+        state: State = [{} for _ in self._parameters]
         networks: dict[str, dict[str, Tensor]] = {"online": {}, "target": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             if part == "optimizer":
                 number, _, rest = rest.partition(".")
-                like = self._parameters[int(number)]
-                # In the parameter's own memory layout, which a file does not keep.
-                value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(self.device)
-                state["state"].setdefault(int(number), {})[rest] = value
+                state[int(number)][rest] = value
             elif part in networks:
                 networks[part][rest] = value
             else:
@@ -230,44 +249,9 @@ class Learner:
             self.target.load_state_dict(networks["target"])
         except RuntimeError as error:
             raise ValueError(f"checkpoint: does not fit the config ({str(error).splitlines()[1].strip()})") from None
-        state["param_groups"][0]["lr"] = self._learning_rate
-        self._optimizer.load_state_dict(state)
-        # Loading copies: the learning rate must be the very tensor that is set each step.
-        self._optimizer.param_groups[0]["lr"] = self._learning_rate
+        self._optimizer.restore(state)
+        self._optimizer.refresh()
         self.updates = updates
-
-    def _optimizer_tensors(self) -> list[Tensor]:
-        states = self._optimizer.state.values()
-        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config, on_gpu = self._config, self.device.type == "cuda"
-        if config.optimizer == "adam":
-            return torch.optim.Adam(
-                self._parameters,
-                lr=self._learning_rate,
-                eps=config.optimizer_epsilon,
-                fused=True,
-                capturable=on_gpu,
-            )
-        if config.optimizer in ("rmsprop_tf", "rmsprop_centered"):
-            return RMSProp(
-                self._parameters,
-                lr=self._learning_rate,
-                decay=config.rmsprop_decay,
-                eps=config.optimizer_epsilon,
-                momentum=config.rmsprop_momentum,
-                centered=config.optimizer == "rmsprop_centered",
-            )
-        return torch.optim.RMSprop(
-            self._parameters,
-            lr=self._learning_rate,
-            alpha=config.rmsprop_decay,
-            eps=config.optimizer_epsilon,
-            momentum=config.rmsprop_momentum,
-            foreach=on_gpu,
-            capturable=on_gpu,
-        )
 
     def _update(self) -> None:
         """One gradient step on the static batch. No branch on data, no host synchronisation."""
@@ -276,16 +260,16 @@ class Learner:
             obs, next_obs = self._prepare(obs), self._prepare(next_obs)
             # With gradients first: autocast remembers its casts of the weights, and those made without gradients
             # would cut the graph (PyTorch before 2.10).
-            q_tm1 = self.online(obs)
+            q_tm1 = self._computing(obs)
             with torch.no_grad():
                 q_t = self.target(next_obs)
-                selector_t = self.online(next_obs) if self._config.double else None
+                selector_t = self._computing(next_obs) if self._config.double else None
         losses = self._loss(td_error(q_tm1, action, reward, discount, q_t, selector_t))
         loss = (weight * losses).mean()
-        self._optimizer.zero_grad(set_to_none=True)
+        for copy_ in self._copies:
+            copy_.grad = None
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm or torch.inf, foreach=True)
-        self._optimizer.step()
+        norm = self._optimizer.step(self._config.max_grad_norm or torch.inf)
         with torch.no_grad():
             mean_q = q_tm1.gather(1, action.unsqueeze(1)).mean()
             self._metrics.copy_(torch.stack([loss, mean_q, norm, q_tm1.max()]))
@@ -304,7 +288,7 @@ class Learner:
 
     def _record(self) -> None:
         """Capture `_update`. The warm-up updates are undone, so that capturing changes nothing."""
-        changed = [*_state(self.online), *self._optimizer_tensors()]
+        changed = [*_state(self.online), *(tensor for state in self._optimizer.state() for tensor in state.values())]
         before = [tensor.detach().clone() for tensor in changed]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -314,10 +298,12 @@ class Learner:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         with torch.no_grad():
             # What the warm-up made begins at zero; what was there is put back.
-            for tensor in self._optimizer_tensors():
-                tensor.zero_()
+            for state in self._optimizer.state():
+                for tensor in state.values():
+                    tensor.zero_()
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
+            self._optimizer.refresh()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
             self._update()

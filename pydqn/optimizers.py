@@ -1,15 +1,146 @@
-"""The two RMSProps of the DQN literature that PyTorch does not have."""
+"""Optimizers: one pass over the memory on a CPU, PyTorch's kernels on a GPU, and the RMSProps that PyTorch lacks.
+
+Parameters are float32. Where a network computes in bfloat16, layers have copies of their parameters in it (see
+`networks.lowered`): gradients are read from the copies, and each step rounds the new parameters into them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+_BLOCK = 4096  # numbers that are widened, stepped and rounded while they are in the first-level cache
+_BETA1, _BETA2 = 0.9, 0.999
+
+
+class Settings(NamedTuple):
+    """What defines an optimizer, but for its learning rate."""
+
+    name: str  # adam | rmsprop (PyTorch's) | rmsprop_tf | rmsprop_centered (both as `RMSProp`)
+    epsilon: float
+    decay: float = 0.95  # of the running mean of squares (RMSProp)
+    momentum: float = 0.0  # (RMSProp)
+
+
+State = list[dict[str, Tensor]]  # of each parameter, by name
+
+
+class Optimizer(Protocol):
+    """Steps the parameters of one network, and their copies."""
+
+    def step(self, max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm` (infinity leaves it) and take a step; returns the norm before.
+
+        A parameter without a gradient stays.
+        """
+
+    def refresh(self) -> None:
+        """Round the parameters into their copies, after someone else has changed them."""
+
+    def state(self) -> State:
+        """Return the tensors that make up its memory, not copies of them."""
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` gave."""
+
+
+def make_optimizer(
+    settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
+) -> Optimizer:
+    """Build the optimizer for the parameters' device.
+
+    Args:
+        settings: which, and how.
+        parameters: float32, dense in memory (contiguous or channels-last).
+        copies: as many; each the parameter itself or its copy in bfloat16, in the same memory layout.
+        learning_rate: one number on the parameters' device, read at each step.
+
+    Raises:
+        ValueError: a parameter is not float32.
+    """
+    for parameter in parameters:
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"network: expected float32 parameters, got {parameter.dtype}")
+    kind = OnePass if learning_rate.device.type == "cpu" else Kernels
+    return kind(settings, parameters, copies, learning_rate)
+
+
+# --- GPU: a few kernels for all parameters together ---
+
+
+class Kernels:
+    """PyTorch's fused or foreach kernels. No step waits for the device, and all of it can be captured in a graph."""
+
+    def __init__(
+        self, settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
+    ) -> None:
+        self._parameters, self._copies = list(parameters), list(copies)
+        self._apart = [(p, c) for p, c in zip(parameters, copies, strict=True) if p is not c]
+        self._learning_rate = learning_rate
+        self._optimizer: torch.optim.Optimizer
+        on_gpu = learning_rate.device.type == "cuda"
+        name, epsilon, decay, momentum = settings
+        if name == "adam":
+            self._optimizer = torch.optim.Adam(
+                self._parameters, lr=learning_rate, eps=epsilon, fused=True, capturable=on_gpu
+            )
+        elif name == "rmsprop":
+            self._optimizer = torch.optim.RMSprop(
+                self._parameters,
+                lr=learning_rate,
+                alpha=decay,
+                eps=epsilon,
+                momentum=momentum,
+                foreach=True,
+                capturable=on_gpu,
+            )
+        else:
+            centered = name == "rmsprop_centered"
+            self._optimizer = RMSProp(
+                self._parameters, learning_rate, decay, epsilon, momentum=momentum, centered=centered
+            )
+
+    def step(self, max_norm: float) -> Tensor:
+        """See `Optimizer`."""
+        for parameter, copy in self._apart:
+            parameter.grad = None if copy.grad is None else copy.grad.to(torch.float32)
+        norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)
+        self._optimizer.step()
+        self.refresh()
+        return norm
+
+    def refresh(self) -> None:
+        """See `Optimizer`."""
+        if self._apart:
+            with torch.no_grad():
+                torch._foreach_copy_([copy for _, copy in self._apart], [parameter for parameter, _ in self._apart])
+
+    def state(self) -> State:
+        """See `Optimizer`."""
+        return [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
+
+    def restore(self, state: State) -> None:
+        """See `Optimizer`."""
+        whole = self._optimizer.state_dict()
+        whole["state"] = {
+            number: {
+                # In the parameter's own memory layout, which a file does not keep.
+                name: torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
+                for name, value in tensors.items()
+            }
+            for number, (tensors, like) in enumerate(zip(state, self._parameters, strict=True))
+            if tensors
+        }
+        self._optimizer.load_state_dict(whole)
+        # Loading copies: the learning rate must be the very tensor that is set each step.
+        self._optimizer.param_groups[0]["lr"] = self._learning_rate
 
 
 class RMSProp(torch.optim.Optimizer):
@@ -24,8 +155,6 @@ class RMSProp(torch.optim.Optimizer):
     momentum 0, it is that of Graves 2013 (https://arxiv.org/abs/1308.0850, section 4.2) as Mnih et al. 2015 use it, who
     call `decay` of the two means "gradient momentum" and "squared gradient momentum", and eps the "min squared
     gradient".
-
-    No step waits for a CUDA device, and all of it can be captured in a graph; `lr` may be a tensor.
     """
 
     def __init__(
@@ -41,14 +170,7 @@ class RMSProp(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps, "momentum": momentum, "centered": centered})
         for group in self.param_groups:
             for parameter in group["params"]:
-                state = self.state[parameter]
-                if centered:
-                    state["square"] = torch.zeros_like(parameter)
-                    state["mean"] = torch.zeros_like(parameter)
-                else:
-                    state["square"] = torch.ones_like(parameter)
-                if momentum:
-                    state["change"] = torch.zeros_like(parameter)
+                self.state[parameter].update(_memory(parameter, 0.0 if centered else 1.0, centered, momentum))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -56,72 +178,218 @@ class RMSProp(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters and parameters[0].device.type == "cpu":
-                for parameter in parameters:
-                    self._step_on_cpu(parameter, group)
-            elif parameters:
-                self._step_on_gpu(parameters, group)
+            if not parameters:
+                continue
+            grads: Any = [parameter.grad for parameter in parameters]
+            states: list[dict[str, Tensor]] = [self.state[parameter] for parameter in parameters]
+            squares = [state["square_avg"] for state in states]
+            torch._foreach_mul_(squares, group["decay"])
+            torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
+            if group["centered"]:
+                means = [state["grad_avg"] for state in states]
+                torch._foreach_lerp_(means, grads, 1 - group["decay"])
+                roots: Any = torch._foreach_addcmul(squares, means, means, -1)
+                torch._foreach_add_(roots, group["eps"])
+            else:
+                roots = torch._foreach_add(squares, group["eps"])
+            torch._foreach_sqrt_(roots)
+            changes: Any = torch._foreach_div(grads, roots)
+            torch._foreach_mul_(changes, group["lr"])
+            if group["momentum"]:
+                kept = [state["momentum_buffer"] for state in states]
+                torch._foreach_mul_(kept, group["momentum"])
+                torch._foreach_add_(kept, changes)
+                changes = kept
+            torch._foreach_sub_(parameters, changes)
 
-    def _step_on_gpu(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """A few kernels for all parameters together."""
-        grads: Any = [parameter.grad for parameter in parameters]
-        states: list[dict[str, Tensor]] = [self.state[parameter] for parameter in parameters]
-        squares = [state["square"] for state in states]
-        torch._foreach_mul_(squares, group["decay"])
-        torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
-        if group["centered"]:
-            means = [state["mean"] for state in states]
-            torch._foreach_lerp_(means, grads, 1 - group["decay"])
-            roots: Any = torch._foreach_addcmul(squares, means, means, -1)
-            torch._foreach_add_(roots, group["eps"])
+
+def _memory(parameter: Tensor, square: float, centered: bool, momentum: float) -> dict[str, Tensor]:
+    """What RMSProp remembers of a parameter, under PyTorch's names."""
+    memory = {"square_avg": torch.full_like(parameter, square)}
+    if centered:
+        memory["grad_avg"] = torch.zeros_like(parameter)
+    if momentum:
+        memory["momentum_buffer"] = torch.zeros_like(parameter)
+    return memory
+
+
+# --- CPU: one pass ---
+
+
+class OnePass:
+    """All of a step in one pass over the memory; a kernel per operation would make a pass each.
+
+    The formulas are those of `torch.optim.Adam`, `torch.optim.RMSprop` and `RMSProp`.
+    """
+
+    def __init__(
+        self, settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
+    ) -> None:
+        self._settings = settings
+        self._learning_rate = learning_rate
+        self._copies = list(copies)
+        self._steps = 0
+        self._state: State = []
+        # The memory never moves, so NumPy's views of it are made once.
+        self._views: list[tuple[NDArray[Any], ...]] = []
+        none, none16 = np.zeros(0, np.float32), np.zeros(0, np.uint16)
+        for parameter, copy in zip(parameters, copies, strict=True):
+            rounded = none16 if copy is parameter else _row(copy)
+            if settings.name == "adam":
+                state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                views = [*map(_row, state.values())]
+            else:
+                square = 1.0 if settings.name == "rmsprop_tf" else 0.0
+                state = _memory(parameter, square, settings.name == "rmsprop_centered", settings.momentum)
+                names = ("square_avg", "grad_avg", "momentum_buffer")
+                views = [_row(state[name]) if name in state else none for name in names]
+            self._views.append((_row(parameter), rounded, *views))
+            self._state.append(state)
+
+    def step(self, max_norm: float) -> Tensor:
+        """See `Optimizer`."""
+        grads = [None if copy.grad is None else _row(_laid_out(copy.grad, copy)) for copy in self._copies]
+        norm = math.sqrt(sum(_sum_of_squares(grad) for grad in grads if grad is not None))
+        self._steps += 1
+        name, epsilon, decay, momentum = self._settings
+        rate = float(self._learning_rate)
+        scale = min(1.0, max_norm / (norm + 1e-6))
+        if name == "adam":
+            kernel: Callable[..., None] = _adam
+            numbers = [scale, rate / (1 - _BETA1**self._steps), math.sqrt(1 - _BETA2**self._steps), epsilon]
         else:
-            roots = torch._foreach_add(squares, group["eps"])
-        torch._foreach_sqrt_(roots)
-        changes: Any = torch._foreach_div(grads, roots)
-        torch._foreach_mul_(changes, group["lr"])
-        if group["momentum"]:
-            kept = [state["change"] for state in states]
-            torch._foreach_mul_(kept, group["momentum"])
-            torch._foreach_add_(kept, changes)
-            changes = kept
-        torch._foreach_sub_(parameters, changes)
+            kernel = _rmsprop
+            # PyTorch applies the rate behind the momentum, the others before it.
+            within, behind = (1.0, rate) if name == "rmsprop" else (rate, 1.0)
+            numbers = [scale, within, behind, decay, epsilon, momentum, name == "rmsprop"]
+        single = [np.float32(number) for number in numbers]
+        for grad, views in zip(grads, self._views, strict=True):
+            if grad is not None:
+                kernel(grad, *views, *single)
+        return torch.tensor(norm)
 
-    def _step_on_cpu(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One pass over the memory, where each of the kernels above would make one."""
-        assert parameter.grad is not None
-        state, grad = self.state[parameter], parameter.grad
-        if grad.stride() != parameter.stride():
-            grad = torch.empty_like(parameter).copy_(grad)
-        tensors = [parameter, grad, state["square"], state.get("mean"), state.get("change")]
-        numbers = [np.float32(group[name]) for name in ("lr", "decay", "eps", "momentum")]
-        _update(*map(_in_memory_order, tensors), *numbers)
+    def refresh(self) -> None:
+        """See `Optimizer`."""
+        for parameter, copy, *_ in self._views:
+            _narrow(parameter.view(np.uint32), copy)
+
+    def state(self) -> State:
+        """See `Optimizer`."""
+        step = torch.tensor(float(self._steps))
+        return [{**state, "step": step.clone()} if self._steps else {} for state in self._state]
+
+    def restore(self, state: State) -> None:
+        """See `Optimizer`."""
+        for ours, theirs in zip(self._state, state, strict=True):
+            for name, value in theirs.items():
+                if name == "step":
+                    self._steps = int(value)
+                else:
+                    ours[name].copy_(value)
 
 
-_NONE = np.zeros(0, np.float32)
+def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
-def _in_memory_order(tensor: Tensor | None) -> NDArray[np.float32]:
-    """Return a dense tensor as the row of numbers that it is in memory, or nothing."""
-    if tensor is None:
-        return _NONE
+def _row(tensor: Tensor) -> NDArray[Any]:
+    """Return a dense tensor as the row of numbers that it is in memory; bfloat16 as its bits."""
     if not tensor.is_contiguous():  # then it is channels-last
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.detach().view(-1).numpy()
+    row = tensor.detach().view(-1)
+    return row.view(torch.int16).numpy().view(np.uint16) if row.dtype == torch.bfloat16 else row.numpy()
+
+
+# Each loop below is short and on its own, so that LLVM turns it into vector instructions. A division that may raise
+# would stop that: error_model="numpy".
+
+
+@njit(cache=True, nogil=True)
+def _widen(half, out):
+    """The upper half of a float32's bits, and zeros."""
+    for i in range(half.size):
+        out[i] = np.uint32(half[i]) << np.uint32(16)
+
+
+@njit(cache=True, nogil=True)
+def _narrow(bits, out):
+    """Round float32 to the nearest bfloat16, ties to even (a NaN may become infinite). Nothing where `out` is empty."""
+    for i in range(out.size):
+        b = bits[i]
+        out[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(cache=True, nogil=True)
+def _float32(grad, buffer):
+    """A block of a gradient as float32."""
+    if grad.itemsize == 2:
+        _widen(grad, buffer.view(np.uint32))
+        return buffer[: grad.size]
+    return grad.view(np.float32)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _squares(grad):
+    total = np.float32(0)
+    for i in range(grad.size):
+        total += grad[i] * grad[i]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _sum_of_squares(grad):
+    buffer = np.empty(_BLOCK, np.float32)
+    total = 0.0
+    for start in range(0, grad.size, _BLOCK):
+        total += _squares(_float32(grad[start : start + _BLOCK], buffer))
+    return total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _update(parameter, grad, square, mean, change, lr, decay, eps, momentum):
+def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
+    b1, b2, c2 = np.float32(1 - _BETA1), np.float32(_BETA2), np.float32(1 - _BETA2)
+    for i in range(parameter.size):
+        g = grad[i] * scale
+        m = mean[i] + b1 * (g - mean[i])
+        s = square[i] * b2 + c2 * g * g
+        mean[i] = m
+        square[i] = s
+        parameter[i] -= size * m / (np.sqrt(s) / root + epsilon)
+
+
+@njit(cache=True, nogil=True)
+def _adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
+    buffer = np.empty(_BLOCK, np.float32)
+    for a in range(0, parameter.size, _BLOCK):
+        b = min(a + _BLOCK, parameter.size)
+        g = _float32(grad[a:b], buffer)
+        _adam_block(g, parameter[a:b], mean[a:b], square[a:b], scale, size, root, epsilon)
+        _narrow(parameter[a:b].view(np.uint32), copy[a:b])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind, decay, epsilon, momentum, outside):
     one = np.float32(1)
     for i in range(parameter.size):
-        g = grad[i]
+        g = grad[i] * scale
         s = square[i] * decay + (one - decay) * g * g
         square[i] = s
         if mean.size:
             m = mean[i] + (one - decay) * (g - mean[i])
             mean[i] = m
             s -= m * m
-        d = lr * g / np.sqrt(s + eps)
+        d = within * g / (np.sqrt(s) + epsilon if outside else np.sqrt(s + epsilon))
         if change.size:
             d += momentum * change[i]
             change[i] = d
-        parameter[i] -= d
+        parameter[i] -= behind * d
+
+
+@njit(cache=True, nogil=True)
+def _rmsprop(grad, parameter, copy, square, mean, change, *numbers):
+    buffer = np.empty(_BLOCK, np.float32)
+    for a in range(0, parameter.size, _BLOCK):
+        b = min(a + _BLOCK, parameter.size)
+        g = _float32(grad[a:b], buffer)
+        _rmsprop_block(g, parameter[a:b], square[a:b], mean[a:b], change[a:b], *numbers)
+        _narrow(parameter[a:b].view(np.uint32), copy[a:b])

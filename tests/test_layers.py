@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pydqn"
 LAYERS = [
-    {"_core", "config", "lanes", "losses", "networks", "optimizers", "preprocess", "checkpoint", "scores"},
-    {"presets", "schedules", "replay", "atari", "logs", "recording"},
+    {"_core", "config", "lanes", "losses", "optimizers", "pixels", "preprocess", "checkpoint", "scores"},
+    {"networks", "presets", "schedules", "replay", "atari", "logs", "recording"},
     {"envs", "films", "learner", "plots"},
     {"evaluation"},
     {"runs", "values"},

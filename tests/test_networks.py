@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pydqn.networks import Table, make_network
+from pydqn.networks import Table, lowered, make_network
 
 
 def pixels(size=3, seed=0):
@@ -119,3 +119,35 @@ def test_bfloat16_stays_close():
 def test_frames_that_do_not_fit(name, shape):
     with pytest.raises(ValueError, match="network"):
         make_network(name, 4, shape, 6)
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_a_lowered_network_is_what_autocast_would_compute(dueling):
+    network = make_network("nature", 4, (84, 84), 6, dueling=dueling, pixel_mean=0.3, pixel_std=0.2)
+    low = lowered(network, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, expected = low(pixels()), network(pixels())
+        assert torch.equal(values, expected)
+        (values**2).mean().backward()
+        (expected**2).mean().backward()
+    names = dict(network.named_parameters())
+    assert [name for name, _ in low.named_parameters()] == list(names)
+    for name, parameter in low.named_parameters():
+        shared = name.startswith("torso.convs.0")
+        assert (parameter is names[name]) == shared
+        assert parameter.dtype == (torch.float32 if shared else torch.bfloat16)
+        assert parameter.stride() == names[name].stride()
+        if not shared:
+            torch.testing.assert_close(parameter.grad.float(), names[name].grad)
+    assert network.torso.convs[0].weight.grad.abs().sum() > 0
+
+
+def test_a_lowered_network_shares_what_autocast_leaves_alone():
+    linear = nn.Linear(3, 3)
+    network = nn.Sequential(linear, nn.BatchNorm1d(3), linear)
+    low = lowered(network, torch.bfloat16)
+    assert low[0].weight is low[2].weight
+    assert low[0].weight.dtype == torch.bfloat16
+    assert low[1].weight is network[1].weight
+    assert low[1].running_mean is network[1].running_mean
+    assert len(list(low.parameters())) == len(list(network.parameters()))

@@ -1,4 +1,4 @@
-"""Both RMSProps against slow twins, element by element in float64."""
+"""All optimizers against slow twins, element by element in float64."""
 
 from __future__ import annotations
 
@@ -7,77 +7,138 @@ import math
 import pytest
 import torch
 
-from pydqn.optimizers import RMSProp
+from pydqn.optimizers import Kernels, OnePass, RMSProp, Settings, make_optimizer
 
-SETTINGS = [
-    {"decay": 0.99, "eps": 1e-6},
-    {"decay": 0.9, "eps": 1e-10, "momentum": 0.9},
-    {"decay": 0.95, "eps": 0.01, "centered": True},
-    {"decay": 0.95, "eps": 0.01 / 32**2, "momentum": 0.5, "centered": True},
+METHODS = [
+    Settings("adam", 1e-8),
+    Settings("adam", 1e-3),
+    Settings("rmsprop", 1e-6, 0.9),
+    Settings("rmsprop", 1e-6, 0.9, 0.9),
+    Settings("rmsprop_tf", 1e-6, 0.99),
+    Settings("rmsprop_tf", 1e-10, 0.9, 0.9),
+    Settings("rmsprop_centered", 0.01, 0.95),
+    Settings("rmsprop_centered", 0.01 / 32**2, 0.95, 0.5),
 ]
 
 
 class Twin:
     """One number, as the definitions say it."""
 
-    def __init__(self, value, lr, decay, eps, momentum=0.0, centered=False):
-        self.value, self.lr, self.decay, self.eps, self.momentum, self.centered = (
-            value,
-            lr,
-            decay,
-            eps,
-            momentum,
-            centered,
-        )
-        self.square = 0.0 if centered else 1.0
+    def __init__(self, value, settings):
+        self.value, self.settings = value, settings
+        self.square = 1.0 if settings.name == "rmsprop_tf" else 0.0
         self.mean = self.change = 0.0
+        self.steps = 0
 
-    def step(self, grad):
-        self.square = self.decay * self.square + (1 - self.decay) * grad**2
+    def step(self, grad, rate):
+        name, epsilon, decay, momentum = self.settings
+        self.steps += 1
+        if name == "adam":
+            self.mean = 0.9 * self.mean + 0.1 * grad
+            self.square = 0.999 * self.square + 0.001 * grad**2
+            mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.999**self.steps)
+            self.value -= rate * mean / (math.sqrt(square) + epsilon)
+            return
+        self.square = decay * self.square + (1 - decay) * grad**2
         variance = self.square
-        if self.centered:
-            self.mean = self.decay * self.mean + (1 - self.decay) * grad
+        if name == "rmsprop_centered":
+            self.mean = decay * self.mean + (1 - decay) * grad
             variance -= self.mean**2
-        self.change = self.momentum * self.change + self.lr * grad / math.sqrt(variance + self.eps)
-        self.value -= self.change
+        if name == "rmsprop":  # PyTorch's: epsilon outside the root, the rate behind the momentum
+            self.change = momentum * self.change + grad / (math.sqrt(variance) + epsilon)
+            self.value -= rate * self.change
+        else:
+            self.change = momentum * self.change + rate * grad / math.sqrt(variance + epsilon)
+            self.value -= self.change
 
 
-def make_parameters(generator):
+def make(settings, kind, rate, seed=0, low=False):
+    """Two layers' parameters, one of them an image's, and their copies."""
+    generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(3, 5, generator=generator)
     image = torch.randn(4, 2, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
-    return [torch.nn.Parameter(dense), torch.nn.Parameter(image)]
+    parameters = [torch.nn.Parameter(dense), torch.nn.Parameter(image)]
+    copies = [torch.nn.Parameter(p.detach().to(torch.bfloat16)) for p in parameters] if low else parameters
+    return parameters, copies, kind(settings, parameters, copies, rate)
 
 
-def on_cpu(optimizer):
-    optimizer.step()
+def set_grads(copies, generator):
+    grads = [torch.randn(copy.shape, generator=generator).to(copy.dtype) for copy in copies]
+    for copy, grad in zip(copies, grads, strict=True):
+        copy.grad = torch.empty_like(copy).copy_(grad)  # in the same layout, as autograd leaves it
+    return [grad.float() for grad in grads]
 
 
-def on_gpu(optimizer):
-    """The kernels of a GPU, which a CPU has as well."""
-    with torch.no_grad():
-        optimizer._step_on_gpu(optimizer.param_groups[0]["params"], optimizer.param_groups[0])
-
-
-@pytest.mark.parametrize("step", [on_cpu, on_gpu])
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_against_the_twin(settings, step):
-    generator = torch.Generator().manual_seed(0)
-    parameters = make_parameters(generator)
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("max_norm", [math.inf, 2.0])
+@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("settings", METHODS, ids=str)
+def test_against_the_twin(settings, kind, max_norm, low):
+    generator = torch.Generator().manual_seed(1)
     rate = torch.tensor(0.01)
-    optimizer = RMSProp(parameters, rate, **settings)
-    twins = [[Twin(value, 0.01, **settings) for value in parameter.flatten().tolist()] for parameter in parameters]
+    parameters, copies, optimizer = make(settings, kind, rate, low=low)
+    twins = [[Twin(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]
     for count in range(30):
         rate.fill_(0.01 / (1 + count % 3))
-        for parameter, row in zip(parameters, twins, strict=True):
-            grad = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = grad.clone()  # contiguous: another layout than that of the image
+        grads = set_grads(copies, generator)
+        norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads))
+        scale = min(1.0, max_norm / (norm + 1e-6))
+        for row, grad in zip(twins, grads, strict=True):
             for twin, value in zip(row, grad.flatten().tolist(), strict=True):
-                twin.lr = float(rate)
-                twin.step(value)
-        step(optimizer)
-    for parameter, row in zip(parameters, twins, strict=True):
+                twin.step(value * scale, float(rate))
+        assert float(optimizer.step(max_norm)) == pytest.approx(norm, rel=1e-5)
+    for parameter, copy, row in zip(parameters, copies, twins, strict=True):
         expected = torch.tensor([twin.value for twin in row]).view(parameter.shape)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(copy.detach(), parameter.detach().to(copy.dtype))
+
+
+def test_many_numbers_and_a_gradient_in_bfloat16_against_pytorch():
+    """More than one block, and a rest."""
+    generator = torch.Generator().manual_seed(2)
+    parameter = torch.nn.Parameter(torch.randn(10_001, generator=generator))
+    other = torch.nn.Parameter(parameter.detach().clone())
+    copy = torch.nn.Parameter(parameter.detach().to(torch.bfloat16))
+    ours = OnePass(Settings("adam", 1e-8), [parameter], [copy], torch.tensor(1e-2))
+    theirs = torch.optim.Adam([other], lr=1e-2)
+    for _ in range(5):
+        copy.grad = torch.randn(10_001, generator=generator).to(torch.bfloat16)
+        other.grad = copy.grad.float()
+        norm = ours.step(math.inf)
+        torch.testing.assert_close(norm, other.grad.norm(), rtol=1e-5, atol=0)
+        theirs.step()
+    torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6)
+    assert torch.equal(copy.detach(), parameter.detach().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=str)
+def test_one_goes_on_where_the_other_stopped(settings):
+    """The state has the same names and meanings on every device."""
+    rate = torch.tensor(0.01)
+    parameters, copies, first = make(settings, OnePass, rate)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        set_grads(copies, generator)
+        first.step(math.inf)
+    state = [{name: value.clone() for name, value in tensors.items()} for tensors in first.state()]
+    results = []
+    for kind in (OnePass, Kernels):
+        others, _, second = make(settings, kind, rate)
+        for other, parameter in zip(others, parameters, strict=True):
+            other.data.copy_(parameter.data)
+        second.restore(state)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(3):
+            set_grads(others, generator)
+            second.step(math.inf)
+        results.append(others)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(3):
+        set_grads(copies, generator)
+        first.step(math.inf)
+    for expected, one_pass, kernels in zip(parameters, *results, strict=True):
+        assert torch.equal(expected, one_pass)
+        torch.testing.assert_close(expected, kernels, rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_over_a_batch_with_a_scaled_epsilon_is_the_sum_of_the_paper():
@@ -106,9 +167,28 @@ def test_pytorch_has_another():
     assert abs(theirs.item() / ours.item()) > 5
 
 
-def test_parameters_without_a_gradient_stay():
+def test_a_gradient_may_lie_in_another_layout():
+    rate = torch.tensor(0.01)
+    (one, _, first), (two, _, second) = (make(Settings("adam", 1e-8), OnePass, rate) for _ in range(2))
+    set_grads(one, torch.Generator().manual_seed(0))
+    for ours, theirs in zip(one, two, strict=True):
+        theirs.grad = ours.grad.contiguous()
+    first.step(math.inf)
+    second.step(math.inf)
+    assert all(map(torch.equal, one, two))
+
+
+@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "rmsprop_tf"])
+def test_parameters_without_a_gradient_stay(name, kind):
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     used.grad = torch.ones(2)
-    RMSProp([used, unused], 0.1, decay=0.9, eps=1e-6).step()
+    kind(Settings(name, 1e-6), [used, unused], [used, unused], torch.tensor(0.1)).step(math.inf)
     assert torch.equal(unused.detach(), torch.ones(2))
     assert not torch.equal(used.detach(), torch.ones(2))
+
+
+def test_parameters_are_float32():
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="^network: expected float32"):
+        make_optimizer(Settings("adam", 1e-6), [parameter], [parameter], torch.tensor(0.1))
