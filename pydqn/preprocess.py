@@ -64,7 +64,9 @@ def crop_nearest(rgb: Frames, out: Frames | None = None) -> Frames:
     """
     _require("rgb", rgb, axes=3, least=(_CROP_TOP + _CROP_ROWS, 1))
     result, written = _output(out, rgb.shape[:-3])
-    _crop_nearest(_lanes(rgb, 3), written)
+    height, width = rgb.shape[-3:-1]
+    cells = np.arange(SIZE, dtype=np.uint64)
+    _crop_nearest(_lines(rgb), written, _CROP_TOP + cells * _CROP_ROWS // SIZE, cells * width // SIZE)
     return result
 
 
@@ -84,9 +86,7 @@ def crop_area(rgb: Frames, out: Frames | None = None) -> Frames:
     _require("rgb", rgb, axes=3, least=(_TALL, SIZE))
     height, width = rgb.shape[-3:-1]
     result, written = _output(out, rgb.shape[:-3])
-    columns = _area_table(width, SIZE)
-    rows = tuple(table[_TALL_TOP : _TALL_TOP + SIZE] for table in _area_table(height, _TALL))
-    _crop_area(_lanes(rgb, 3), written, *rows, *columns)
+    _crop_area(_lines(rgb), written, *_tall_plan(height, width))
     return result
 
 
@@ -112,6 +112,12 @@ def _require(name: str, frames: Any, axes: int, least: tuple[int, int]) -> None:
 def _lanes(frames: Frames, axes: int) -> Frames:
     """Flatten the leading axes into one."""
     return np.ascontiguousarray(frames).reshape(-1, *frames.shape[frames.ndim - axes :])
+
+
+def _lines(rgb: Frames) -> Frames:
+    """The same with the colours side by side: (N, H, 3 W)."""
+    height, width = rgb.shape[-3:-1]
+    return _lanes(rgb, 3).reshape(-1, height, 3 * width)
 
 
 def _output(out: Frames | None, leading: tuple[int, ...]) -> tuple[Frames, Frames]:
@@ -160,22 +166,36 @@ def _area_table(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np
 
 @lru_cache(maxsize=32)
 def _plan(height: int, width: int) -> tuple[Any, ...]:
-    """Everything `_resize_area` needs to know about a source size.
+    """Everything that `_resize_area` needs to know about a source size.
 
     Area weights are rationals: with g = gcd(source, 84), every weight is a multiple of g / source. So the sum over
     the area is an exact integer out of a known total, and rounding it is integer arithmetic. OpenCV sums the same
     in float32, which can differ only next to a tie: those few pixels are redone its way.
     """
-    tables = (*_area_table(height, SIZE), *_area_table(width, SIZE))
-    shares = []
-    for source, weight in ((height, tables[2]), (width, tables[5])):
+    rows, columns = _area_table(height, SIZE), _area_table(width, SIZE)
+    shares, total = [], 1
+    for source, (_, _, weight) in ((height, rows), (width, columns)):
         unit = source // math.gcd(source, SIZE)
-        share = np.rint(weight * unit).astype(np.int32)
+        share = np.rint(weight * unit).astype(np.int64)
         assert (share.sum(axis=1) == unit).all(), "area weights are not the rationals they should be"
-        shares.append((share, unit))
-    (row_share, row_unit), (column_share, column_unit) = shares
-    whole = height % SIZE == 0 and width % SIZE == 0
-    return (*tables, row_share, column_share, row_unit * column_unit, whole)
+        shares.append(share)
+        total *= unit
+    number = np.int32 if 2 * 256 * total < 2**31 else np.int64  # of ALE's screens the former
+    return (
+        *rows,
+        *columns,
+        *(share.astype(number) for share in shares),
+        number(total),
+        number(max(1, total // 256)),
+        height % SIZE == 0 and width % SIZE == 0,
+    )
+
+
+@lru_cache(maxsize=32)
+def _tall_plan(height: int, width: int) -> tuple[Any, ...]:
+    """The same for `_crop_area`."""
+    rows = (table[_TALL_TOP : _TALL_TOP + SIZE] for table in _area_table(height, _TALL))
+    return (*rows, *_area_table(width, SIZE))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -192,6 +212,68 @@ def _area_exact(frame, previous, row, column, rows, row_count, row_weight, colum
     return total
 
 
+# The loops below are short, over whole arrays and free of slices, so that LLVM turns them into vector instructions: a
+# slice that is handed on counts references, and a longer body is compiled as it stands, pixel by pixel. Columns are
+# weighed as rows of the transposed image, which is faster than picking pixels from places that a table tells.
+
+
+@njit(cache=True, nogil=True)
+def _weigh_rows(frames, previous, lane, rows, row_count, share, sums):
+    """Add up the rows of the pixel-wise maximum that make up each row of the result: (H, W) to (84, W)."""
+    for row in range(SIZE):
+        for i in range(row_count[row]):
+            y, weight = np.uint64(rows[row] + i), share[row, i]
+            if i == 0:
+                for x in range(sums.shape[1]):
+                    sums[row, x] = weight * max(frames[lane, y, x], previous[lane, y, x])
+            else:
+                for x in range(sums.shape[1]):
+                    sums[row, x] += weight * max(frames[lane, y, x], previous[lane, y, x])
+
+
+@njit(cache=True, nogil=True)
+def _weigh(lines, first, count, share, sums):
+    """Add up the lines that make up each line of the result: (N, M) to (84, M)."""
+    for line in range(SIZE):
+        for i in range(count[line]):
+            source, weight = np.uint64(first[line] + i), share[line, i]
+            if i == 0:
+                for x in range(sums.shape[1]):
+                    sums[line, x] = weight * lines[source, x]
+            else:
+                for x in range(sums.shape[1]):
+                    sums[line, x] += weight * lines[source, x]
+
+
+@njit(cache=True, nogil=True)
+def _transpose(image, out):
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = image[j, i]
+
+
+@njit(cache=True, nogil=True)
+def _round(area, total, near, rounded, unsure):
+    """Round area / total; marks what is so near to a tie that float32 sums of at most 255 may round either way."""
+    twice, half = total + total, np.float32(0.5)
+    most = twice - near
+    reciprocal = np.float32(1) / np.float32(total)
+    for i in range(SIZE):
+        for j in range(SIZE):
+            nearest = np.int32(np.float32(area[i, j]) * reciprocal + half)
+            rest = area[i, j] + area[i, j] + total - nearest * twice  # within 0 and twice where that is right
+            rounded[i, j] = np.uint8(nearest)
+            unsure[i, j] = np.uint8((rest <= near) | (rest >= most))
+
+
+@njit(cache=True, nogil=True)
+def _any(marks, row):
+    found = np.uint8(0)
+    for c in range(SIZE):
+        found |= marks[row, c]
+    return found
+
+
 @njit(cache=True, nogil=True)
 def _resize_area(
     frames,
@@ -206,91 +288,101 @@ def _resize_area(
     row_share,
     column_share,
     total,
+    near,
     whole,
 ):
-    width = frames.shape[2]
-    sums = np.empty(width, np.int32)
-    most = column_share.shape[1]
-    # Within this distance of a tie (in units of 1 / (2 * total)), float32 sums of at most 255 may round either way.
-    near = max(1, total // 256)
+    height, width = frames.shape[1:]
+    sums = np.empty((SIZE, width), row_share.dtype)
+    turned = np.empty((width, SIZE), row_share.dtype)
+    area = np.empty((SIZE, SIZE), row_share.dtype)  # from here on, the first axis is that of the columns
+    rounded = np.empty((SIZE, SIZE), np.uint8)
+    unsure = np.zeros((SIZE, SIZE), np.uint8)
     reciprocal = np.float32(1) / np.float32(total)
-    halves = frames.shape[1] == 2 * SIZE and width == 2 * SIZE
+    halves = height == 2 * SIZE and width == 2 * SIZE
     for lane in range(frames.shape[0]):
-        frame, before = frames[lane], previous[lane]
+        _weigh_rows(frames, previous, lane, rows, row_count, row_share, sums)
+        _transpose(sums, turned)
+        _weigh(turned, columns, column_count, column_share, area)
+        if whole:  # OpenCV has a path of its own for whole factors
+            for c in range(SIZE):
+                for row in range(SIZE):
+                    a = area[c, row]
+                    rounded[c, row] = (a + 2) >> 2 if halves else np.rint(np.float32(a) * reciprocal)
+        else:
+            _round(area, total, near, rounded, unsure)
+        for c in range(SIZE):
+            if not whole and _any(unsure, c):
+                for row in range(SIZE):
+                    if unsure[c, row]:
+                        exact = _area_exact(
+                            frames[lane],
+                            previous[lane],
+                            row,
+                            c,
+                            rows,
+                            row_count,
+                            row_weight,
+                            columns,
+                            column_count,
+                            column_weight,
+                        )
+                        rounded[c, row] = np.uint8(np.rint(exact))
         for row in range(SIZE):
-            sums[:] = 0
-            for i in range(row_count[row]):
-                y = rows[row] + i
-                share = row_share[row, i]
-                for x in range(width):
-                    sums[x] += share * np.int32(max(frame[y, x], before[y, x]))
-            for column in range(SIZE):
-                x = columns[column]
-                area = np.int32(0)
-                for j in range(min(most, width - x)):
-                    area += column_share[column, j] * sums[x + j]
-                if whole:  # OpenCV has a path of its own for whole factors
-                    out[lane, row, column] = (area + 2) >> 2 if halves else np.rint(np.float32(area) * reciprocal)
-                    continue
-                # Round to nearest: floor((2 area + total) / (2 total)).
-                doubled = 2 * np.int64(area) + total
-                rounded = doubled // (2 * total)
-                off = doubled - rounded * 2 * total
-                if off <= near or 2 * total - off <= near:
-                    exact = _area_exact(
-                        frame,
-                        before,
-                        row,
-                        column,
-                        rows,
-                        row_count,
-                        row_weight,
-                        columns,
-                        column_count,
-                        column_weight,
-                    )
-                    rounded = np.int64(np.rint(exact))
-                out[lane, row, column] = rounded
+            for c in range(SIZE):
+                out[lane, row, c] = rounded[c, row]
 
 
 # --- gray and crop ---
 
 
 @njit(cache=True, nogil=True)
-def _crop_nearest(frames, out):
-    width = frames.shape[2]
+def _gray_whole(frames, lane, rows, gray):
+    """ITU-R BT.601 in 15 bits, as OpenCV computes it. `frames` are (N, H, 3 W), which LLVM can take apart."""
+    for row in range(gray.shape[0]):
+        y = rows[row]
+        for x in range(np.uint64(gray.shape[1])):
+            i = np.uint64(3) * x
+            red, green, blue = frames[lane, y, i], frames[lane, y, i + np.uint64(1)], frames[lane, y, i + np.uint64(2)]
+            mixed = np.uint32(red) * np.uint32(9798) + np.uint32(green) * np.uint32(19235)
+            gray[row, x] = (mixed + np.uint32(blue) * np.uint32(3735) + np.uint32(1 << 14)) >> np.uint32(15)
+
+
+@njit(cache=True, nogil=True)
+def _gray_float(frames, lane, top, gray):
+    for row in range(gray.shape[0]):
+        y = np.uint64(top + row)
+        for x in range(np.uint64(gray.shape[1])):
+            i = np.uint64(3) * x
+            red, green, blue = frames[lane, y, i], frames[lane, y, i + np.uint64(1)], frames[lane, y, i + np.uint64(2)]
+            mixed = np.float32(red) * np.float32(0.299) + np.float32(green) * np.float32(0.587)
+            gray[row, x] = mixed + np.float32(blue) * np.float32(0.114)
+
+
+@njit(cache=True, nogil=True)
+def _crop_nearest(frames, out, rows, columns):
+    gray = np.empty((SIZE, frames.shape[2] // 3), np.uint8)
     for lane in range(frames.shape[0]):
+        _gray_whole(frames, lane, rows, gray)
         for row in range(SIZE):
-            y = _CROP_TOP + row * _CROP_ROWS // SIZE
-            for column in range(SIZE):
-                pixel = frames[lane, y, column * width // SIZE]
-                gray = np.int32(pixel[0]) * 9798 + np.int32(pixel[1]) * 19235 + np.int32(pixel[2]) * 3735
-                out[lane, row, column] = (gray + (1 << 14)) >> 15
+            for c in range(SIZE):
+                out[lane, row, c] = gray[row, columns[c]]
 
 
 @njit(cache=True, nogil=True)
 def _crop_area(frames, out, rows, row_count, row_weight, columns, column_count, column_weight):
-    width = frames.shape[2]
-    gray = np.empty(width, np.float32)
-    line = np.empty(SIZE, np.float32)
-    total = np.empty(SIZE, np.float32)
-    most = column_weight.shape[1]
-    red, green, blue = np.float32(0.299), np.float32(0.587), np.float32(0.114)
+    top = rows[0]
+    height, width = rows[-1] + row_count[-1] - top, frames.shape[2] // 3
+    gray = np.empty((height, width), np.float32)
+    turned = np.empty((width, height), np.float32)
+    narrow = np.empty((SIZE, height), np.float32)
+    lines = np.empty((height, SIZE), np.float32)
+    total = np.empty((SIZE, SIZE), np.float32)
     for lane in range(frames.shape[0]):
+        _gray_float(frames, lane, top, gray)
+        _transpose(gray, turned)
+        _weigh(turned, columns, column_count, column_weight, narrow)
+        _transpose(narrow, lines)
+        _weigh(lines, rows - top, row_count, row_weight, total)
         for row in range(SIZE):
-            total[:] = 0
-            for i in range(row_count[row]):
-                pixels = frames[lane, rows[row] + i]
-                for x in range(width):
-                    gray[x] = (np.float32(pixels[x, 0]) * red + np.float32(pixels[x, 1]) * green) + np.float32(
-                        pixels[x, 2]
-                    ) * blue
-                weight = row_weight[row, i]
-                for column in range(SIZE):
-                    x = columns[column]
-                    line[column] = 0
-                    for j in range(min(most, width - x)):
-                        line[column] += gray[x + j] * column_weight[column, j]
-                    total[column] += line[column] * weight
-            for column in range(SIZE):
-                out[lane, row, column] = np.uint8(total[column])
+            for c in range(SIZE):
+                out[lane, row, c] = np.uint8(total[row, c])
