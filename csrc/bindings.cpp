@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <optional>
 
 #include "frame_replay.hpp"
 
@@ -65,11 +66,12 @@ bool rows_are_contiguous(const py::array& array) {
 class Binding {
  public:
   Binding(std::int64_t capacity, std::vector<py::ssize_t> frame_shape, std::int64_t stack, std::int64_t n_step,
-          double gamma, std::int64_t lanes, const py::dtype& dtype, bool pad_with_first, std::uint64_t seed)
+          double gamma, std::int64_t lanes, const py::dtype& dtype, bool pad_with_first, std::optional<double> alpha,
+          std::uint64_t seed)
       : frame_shape_(std::move(frame_shape)),
         dtype_(dtype),
         core_({capacity / lanes, lanes, frame_bytes(), stack, n_step, gamma,
-               pad_with_first ? pydqn::Padding::kFirst : pydqn::Padding::kZero},
+               pad_with_first ? pydqn::Padding::kFirst : pydqn::Padding::kZero, alpha},
               seed) {}
 
   std::int64_t size() const {
@@ -142,11 +144,26 @@ class Binding {
                  terminateds.data(), truncateds.data(), firsts.data());
   }
 
-  void sample(std::int64_t count, py::array obs, py::array next_obs, py::array action, py::array reward,
+  void sample(std::int64_t count, double beta, py::array obs, py::array next_obs, py::array action, py::array reward,
               py::array discount, py::array index, py::array weight) {
     const BatchView view = batch_view(count, obs, next_obs, action, reward, discount, index, weight);
     py::gil_scoped_release release;
-    core_.sample(count, view);
+    core_.sample(count, beta, view);
+  }
+
+  void update_priorities(const py::array_t<std::int64_t, py::array::c_style>& index,
+                         const py::array_t<double, py::array::c_style>& priority) {
+    require_shape("priority", priority, {index.size()});
+    for (py::ssize_t i = 0; i < priority.size(); ++i) {
+      const double value = priority.data()[i];
+      if (!(value > 0.0 && value <= std::numeric_limits<float>::max()))
+        reject("priority", "positive finite float32 numbers", std::to_string(value));
+    }
+    const std::int64_t* indices = index.data();
+    const double* priorities = priority.data();
+    const std::int64_t count = index.size();
+    py::gil_scoped_release release;
+    core_.update_priorities(indices, priorities, count);
   }
 
   void gather(const py::array_t<std::int64_t, py::array::c_style>& wanted, py::array obs, py::array next_obs,
@@ -182,28 +199,31 @@ class Binding {
     py::array_t<float> reward(count);
     py::array_t<std::int32_t> action(count);
     py::array_t<std::uint8_t> flags(count);
+    py::array_t<double> priority(core_.shape().alpha ? count : 0);
     const FrameReplay::Columns out{static_cast<std::uint8_t*>(frames.mutable_data()), reward.mutable_data(),
-                                   action.mutable_data(), flags.mutable_data()};
+                                   action.mutable_data(), flags.mutable_data(), priority.mutable_data()};
     {
       py::gil_scoped_release release;
       core_.export_run(lane, position, count, ticks, out);
     }
-    return py::make_tuple(frames, reward, action, flags);
+    return py::make_tuple(frames, reward, action, flags, priority);
   }
 
   void import_run(std::int64_t lane, std::int64_t position, py::array frames,
                   py::array_t<float, py::array::c_style> reward, py::array_t<std::int32_t, py::array::c_style> action,
-                  py::array_t<std::uint8_t, py::array::c_style> flags) {
+                  py::array_t<std::uint8_t, py::array::c_style> flags,
+                  py::array_t<double, py::array::c_style> priority) {
     const std::int64_t count = reward.size();
     require_run(lane, position, count);
     require_shape("frames", frames, with_frame_shape({count}));
     require_dtype("frames", frames, dtype_);
     require_shape("action", action, {count});
     require_shape("flags", flags, {count});
+    require_shape("priority", priority, {core_.shape().alpha ? count : 0});
     frames = py::array::ensure(frames, py::array::c_style);
     const FrameReplay::Columns in{static_cast<std::uint8_t*>(const_cast<void*>(frames.data())),
                                   const_cast<float*>(reward.data()), const_cast<std::int32_t*>(action.data()),
-                                  const_cast<std::uint8_t*>(flags.data())};
+                                  const_cast<std::uint8_t*>(flags.data()), const_cast<double*>(priority.data())};
     py::gil_scoped_release release;
     core_.import_run(lane, position, count, in);
   }
@@ -223,6 +243,14 @@ class Binding {
   void set_generator_state(const std::string& state) {
     py::gil_scoped_release release;
     core_.set_generator_state(state);
+  }
+  double largest_priority() const {
+    py::gil_scoped_release release;
+    return core_.largest_priority();
+  }
+  void set_largest_priority(double value) {
+    py::gil_scoped_release release;
+    core_.set_largest_priority(value);
   }
 
  private:
@@ -287,9 +315,10 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of pydqn; use it through pydqn.FrameReplay.";
   py::class_<Binding>(module, "FrameReplay")
       .def(py::init<std::int64_t, std::vector<py::ssize_t>, std::int64_t, std::int64_t, double, std::int64_t,
-                    const py::dtype&, bool, std::uint64_t>(),
+                    const py::dtype&, bool, std::optional<double>, std::uint64_t>(),
            py::arg("capacity"), py::arg("frame_shape"), py::arg("stack"), py::arg("n_step"), py::arg("gamma"),
-           py::arg("num_envs"), py::arg("dtype"), py::arg("pad_with_first"), py::arg("seed"))
+           py::arg("num_envs"), py::arg("dtype"), py::arg("pad_with_first"), py::arg("alpha"),
+           py::arg("seed"))
       .def("__len__", &Binding::size)
       .def_property_readonly("ticks", &Binding::ticks)
       .def_property_readonly("stored", &Binding::stored)
@@ -297,6 +326,7 @@ PYBIND11_MODULE(_core, module) {
       .def("next_slot", [](const py::object& self) { return Binding::next_slot(self); })
       .def("append", &Binding::append)
       .def("sample", &Binding::sample)
+      .def("update_priorities", &Binding::update_priorities)
       .def("gather", &Binding::gather)
       .def("latest", &Binding::latest)
       .def("valid_indices", &Binding::valid_indices)
@@ -304,5 +334,14 @@ PYBIND11_MODULE(_core, module) {
       .def("import_run", &Binding::import_run)
       .def("set_ticks", &Binding::set_ticks)
       .def("end_import", &Binding::end_import)
-      .def_property("generator_state", &Binding::generator_state, &Binding::set_generator_state);
+      .def_property("generator_state", &Binding::generator_state, &Binding::set_generator_state)
+      .def_property("largest_priority", &Binding::largest_priority, &Binding::set_largest_priority);
+
+  // For its tests: what the memory does with it is too indirect to see every corner.
+  py::class_<pydqn::SumTree>(module, "SumTree")
+      .def(py::init<std::int64_t>())
+      .def("__getitem__", &pydqn::SumTree::operator[])
+      .def("__setitem__", &pydqn::SumTree::set)
+      .def_property_readonly("total", &pydqn::SumTree::total)
+      .def("find", &pydqn::SumTree::find);
 }

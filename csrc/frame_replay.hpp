@@ -1,11 +1,5 @@
 // Frame-indexed replay memory. This file knows no Python: the binding file checks what callers pass in.
-//
-// Every lane (environment) owns a ring of `slots` = capacity + 1 frames. `capacity` of them can be read;
-// the one at the write cursor is spare, so that the next frame may be written into it while samplers read the rest.
-//
-// Frames are named by the tick at which they were appended (0, 1, 2, ... without end); a frame lives in slot
-// tick % slots while tick is among the newest `capacity`. Action, reward and flags of a tick are those that led to
-// its frame, so a transition that starts at tick t reads its action and first reward from tick t + 1.
+// See rings.hpp for lanes, slots and ticks.
 #pragma once
 
 #include <algorithm>
@@ -14,15 +8,15 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <new>
-#include <random>
-#include <sstream>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "lazy_memory.hpp"
+#include "generator.hpp"
+#include "priorities.hpp"
+#include "rings.hpp"
 
 namespace pydqn {
 
@@ -36,6 +30,7 @@ struct Shape {
   std::int64_t n_step;
   double gamma;
   Padding padding;
+  std::optional<double> alpha;  // of prioritized sampling
 };
 
 // Where `gather` writes, sample by sample. `next_obs` may overlap `obs` shifted by one frame (see `shares_block`).
@@ -57,21 +52,22 @@ class FrameReplay {
  public:
   FrameReplay(const Shape& shape, std::uint64_t seed)
       : shape_(shape),
-        slots_(shape.capacity + 1),
-        frames_(checked_bytes(shape)),
-        records_(static_cast<std::size_t>(shape.lanes * slots_) * sizeof(Record)),
-        generator_(seed) {}
+        rings_(shape.capacity, shape.lanes, shape.frame_bytes),
+        generator_(seed) {
+    if (shape.alpha) priorities_.emplace(shape.lanes * rings_.slots(), *shape.alpha);
+  }
 
   const Shape& shape() const { return shape_; }
-  std::int64_t slots() const { return slots_; }
-  std::size_t bytes() const { return frames_.bytes() + records_.bytes(); }
+  std::size_t bytes() const {
+    return rings_.bytes() + (priorities_ ? priorities_->bytes() : 0);
+  }
 
   std::int64_t ticks() const { Lock lock(mutex_); return ticks_; }
   std::int64_t size() const { Lock lock(mutex_); return valid_; }
 
   // The slot that the next append fills, in lane 0; lane i's lies i * lane_bytes() further on.
   std::uint8_t* next_slot() const { Lock lock(mutex_); return frame(0, ticks_); }
-  std::int64_t lane_bytes() const { return slots_ * shape_.frame_bytes; }
+  std::int64_t lane_bytes() const { return rings_.slots() * shape_.frame_bytes; }
 
   // Appends one frame per lane. `frame_at(lane)` names the frame's bytes; bytes that already lie in the next slot
   // are not copied. The arrays have one entry per lane.
@@ -97,13 +93,31 @@ class FrameReplay {
     for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) refresh_after_append(lane);
   }
 
-  // Draws `count` transitions uniformly, with replacement, from exactly the valid ones.
-  void sample(std::int64_t count, const BatchView& batch) {
+  // Draws `count` transitions, with replacement, from exactly the valid ones: uniformly, or one from each of `count`
+  // equal shares of the priorities.
+  void sample(std::int64_t count, double beta, const BatchView& batch) {
     Lock lock(mutex_);
     if (valid_ == 0) throw std::runtime_error("sample: no transition can be sampled yet");
+    places_.resize(priorities_ ? static_cast<std::size_t>(count) : 0);
     for (std::int64_t i = 0; i < count; ++i) {
-      const auto [lane, tick] = draw();
+      const auto [lane, tick] = priorities_ ? draw_by_priority(i, count) : draw();
       gather_one(lane, tick, i, batch);
+    }
+    if (priorities_) priorities_->weigh(places_.data(), count, beta, batch.weight);
+  }
+
+  // Sets the priorities of transitions by index. Those that are gone meanwhile are passed over.
+  void update_priorities(const std::int64_t* index, const double* priority, std::int64_t count) {
+    Lock lock(mutex_);
+    if (!priorities_) throw std::runtime_error("update_priorities: this memory samples uniformly");
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (index[i] < 0 || index[i] / shape_.lanes >= ticks_)
+        throw std::invalid_argument("index: " + std::to_string(index[i]) + " has never been a transition");
+      priorities_->prefetch(rings_.place(index[i] % shape_.lanes, index[i] / shape_.lanes));
+    }
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t lane = index[i] % shape_.lanes, tick = index[i] / shape_.lanes;
+      if (tick >= oldest() && record(lane, tick).flags & kValid) priorities_->update(rings_.place(lane, tick), priority[i]);
     }
   }
 
@@ -151,6 +165,7 @@ class FrameReplay {
     float* reward;
     std::int32_t* action;
     std::uint8_t* flags;
+    double* priority;  // to the power of alpha, or null where sampling is uniform
   };
 
   // Reads `count` held ticks of a lane from the `position`th oldest on. `ticks` is what ticks() said when the export
@@ -160,12 +175,13 @@ class FrameReplay {
     Lock lock(mutex_);
     if (ticks != ticks_) throw std::runtime_error("save: another thread appended while the replay was being saved");
     const std::int64_t start = oldest() + position;
-    copy_run(lane, start, count, out.frames);
+    rings_.copy_run(lane, start, count, out.frames);
     for (std::int64_t i = 0; i < count; ++i) {
       const Record& entry = record(lane, start + i);
       out.reward[i] = entry.reward;
       out.action[i] = entry.action;
       out.flags[i] = entry.flags & kStoredFlags;
+      if (priorities_) out.priority[i] = priorities_->value(rings_.place(lane, start + i));
     }
   }
 
@@ -184,60 +200,41 @@ class FrameReplay {
       const std::int64_t tick = oldest() + position + i;
       std::memcpy(frame(lane, tick), in.frames + i * shape_.frame_bytes, static_cast<std::size_t>(shape_.frame_bytes));
       record(lane, tick) = Record{in.reward[i], in.action[i], static_cast<std::uint8_t>(in.flags[i] & kStoredFlags)};
+      if (priorities_) priorities_->set_value(rings_.place(lane, tick), in.priority[i]);
     }
   }
   void end_import() {
     Lock lock(mutex_);
     for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
-      for (std::int64_t tick = oldest(); tick < ticks_; ++tick) refresh(lane, tick);
+      for (std::int64_t tick = oldest(); tick < ticks_; ++tick) {
+        const double kept = priorities_ ? priorities_->value(rings_.place(lane, tick)) : 0.0;
+        refresh(lane, tick);
+        if (!priorities_) continue;
+        if ((record(lane, tick).flags & kValid) != 0 ? !(kept > 0.0 && kept <= kMostPriority) : kept != 0.0)
+          throw std::invalid_argument("priority: " + std::to_string(kept) + " does not fit its transition");
+        priorities_->set_value(rings_.place(lane, tick), kept);
+      }
   }
 
-  std::string generator_state() const {
+  // The largest priority so far, to the power of alpha; 1 where sampling is uniform.
+  double largest_priority() const { Lock lock(mutex_); return priorities_ ? priorities_->largest() : 1.0; }
+  void set_largest_priority(double value) {
     Lock lock(mutex_);
-    std::ostringstream text;
-    text << generator_;
-    return text.str();
+    if (!(value > 0.0 && value <= kMostPriority)) throw std::invalid_argument("largest_priority: out of range");
+    if (priorities_) priorities_->set_largest(value);
   }
-  void set_generator_state(const std::string& state) {
-    std::istringstream text(state);
-    std::mt19937_64 generator;
-    text >> generator;
-    // A state of zeros would give zeros for ever, and drawing below a bound would never end.
-    std::mt19937_64 ahead = generator;
-    bool alive = false;
-    for (std::size_t i = 0; i < std::mt19937_64::state_size; ++i) alive |= ahead() != 0;
-    if (text.fail() || !alive)
-      throw std::invalid_argument("generator: expected the state of a 64-bit Mersenne twister");
-    Lock lock(mutex_);
-    generator_ = generator;
-  }
+
+  std::string generator_state() const { Lock lock(mutex_); return generator_.state(); }
+  void set_generator_state(const std::string& state) { Lock lock(mutex_); generator_.set_state(state); }
 
  private:
-  enum Flag : std::uint8_t { kFirst = 1, kTerminated = 2, kTruncated = 4, kValid = 8 };
   static constexpr std::uint8_t kStoredFlags = kFirst | kTerminated | kTruncated;
-
-  struct Record {
-    float reward;
-    std::int32_t action;
-    std::uint8_t flags;
-  };
-
-  static std::size_t checked_bytes(const Shape& shape) {
-    const auto limit = static_cast<double>(std::numeric_limits<std::int64_t>::max()) / 4;
-    if (static_cast<double>(shape.capacity + 1) * static_cast<double>(shape.lanes) *
-            static_cast<double>(shape.frame_bytes) > limit)
-      throw std::bad_alloc();
-    return static_cast<std::size_t>((shape.capacity + 1) * shape.lanes * shape.frame_bytes);
-  }
+  static constexpr double kMostPriority = std::numeric_limits<float>::max();  // millions of them still add up
 
   std::int64_t oldest() const { return std::max<std::int64_t>(0, ticks_ - shape_.capacity); }
 
-  std::uint8_t* frame(std::int64_t lane, std::int64_t tick) const {
-    return frames_.data() + (lane * slots_ + tick % slots_) * shape_.frame_bytes;
-  }
-  Record& record(std::int64_t lane, std::int64_t tick) const {
-    return reinterpret_cast<Record*>(records_.data())[lane * slots_ + tick % slots_];
-  }
+  std::uint8_t* frame(std::int64_t lane, std::int64_t tick) const { return rings_.frame(lane, tick); }
+  Record& record(std::int64_t lane, std::int64_t tick) const { return rings_.record(lane, tick); }
   bool is_first(std::int64_t lane, std::int64_t tick) const { return record(lane, tick).flags & kFirst; }
 
   // How far the window that starts at `tick` reaches: k steps, ended early by the episode's end. 0 when the window is
@@ -264,7 +261,9 @@ class FrameReplay {
     const bool was = entry.flags & kValid;
     const bool is = stack_is_held(lane, tick) && reach(lane, tick) > 0;
     entry.flags = static_cast<std::uint8_t>(is ? entry.flags | kValid : entry.flags & ~kValid);
-    valid_ += static_cast<std::int64_t>(is) - static_cast<std::int64_t>(was);
+    if (is == was) return;
+    valid_ += is ? 1 : -1;
+    if (priorities_) is ? priorities_->enter(rings_.place(lane, tick)) : priorities_->leave(rings_.place(lane, tick));
   }
 
   // One append can change validity in three places only: the tick that just became unreadable, the ticks whose
@@ -273,7 +272,10 @@ class FrameReplay {
     const std::int64_t start = oldest();
     if (start > 0) {
       Record& gone = record(lane, start - 1);  // still in the spare slot
-      if (gone.flags & kValid) --valid_;
+      if (gone.flags & kValid) {
+        --valid_;
+        if (priorities_) priorities_->leave(rings_.place(lane, start - 1));
+      }
       gone.flags = static_cast<std::uint8_t>(gone.flags & ~kValid);
       const std::int64_t stop = std::min(start + shape_.stack - 1, ticks_);
       for (std::int64_t tick = start; tick < stop; ++tick) refresh(lane, tick);
@@ -281,42 +283,30 @@ class FrameReplay {
     for (std::int64_t tick = std::max(start, ticks_ - 1 - shape_.n_step); tick < ticks_; ++tick) refresh(lane, tick);
   }
 
-  // Uniform on [0, bound): multiply-shift with rejection (Lemire 2019), so that it is exact and the same everywhere,
-  // which std::uniform_int_distribution is not.
-  std::uint64_t below(std::uint64_t bound) {
-    __extension__ using Product = unsigned __int128;
-    const std::uint64_t threshold = (0 - bound) % bound;
-    for (;;) {
-      const Product product = static_cast<Product>(generator_()) * bound;
-      if (static_cast<std::uint64_t>(product) >= threshold) return static_cast<std::uint64_t>(product >> 64);
-    }
-  }
-
+  // The lane and the tick of a valid transition.
   std::pair<std::int64_t, std::int64_t> draw() {
     const std::int64_t start = oldest();
     const auto held = static_cast<std::uint64_t>((ticks_ - start) * shape_.lanes);
     // Nearly every stored frame starts a transition, so the first draw mostly succeeds. Where few do (episodes of
     // one step, say), counting them out is bounded and just as uniform.
     for (int attempt = 0; attempt < 256; ++attempt) {
-      const auto drawn = static_cast<std::int64_t>(below(held));
+      const auto drawn = static_cast<std::int64_t>(generator_.below(held));
       const std::int64_t lane = drawn % shape_.lanes, tick = start + drawn / shape_.lanes;
       if (record(lane, tick).flags & kValid) return {lane, tick};
     }
-    auto remaining = static_cast<std::int64_t>(below(static_cast<std::uint64_t>(valid_)));
+    auto remaining = static_cast<std::int64_t>(generator_.below(static_cast<std::uint64_t>(valid_)));
     for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
       for (std::int64_t tick = start; tick < ticks_; ++tick)
         if (record(lane, tick).flags & kValid && remaining-- == 0) return {lane, tick};
     throw std::logic_error("sample: the count of valid transitions is wrong");  // unreachable
   }
 
-  // Copies the held ticks [from, from + count) of a lane, which wrap at most once.
-  void copy_run(std::int64_t lane, std::int64_t from, std::int64_t count, std::uint8_t* out) const {
-    const std::int64_t before_wrap = std::min(count, slots_ - from % slots_);
-    const auto bytes = static_cast<std::size_t>(shape_.frame_bytes);
-    std::memcpy(out, frame(lane, from), static_cast<std::size_t>(before_wrap) * bytes);
-    if (before_wrap < count)
-      std::memcpy(out + static_cast<std::size_t>(before_wrap) * bytes, frame(lane, from + before_wrap),
-                  static_cast<std::size_t>(count - before_wrap) * bytes);
+  // One from the `i`th of `count` equal shares.
+  std::pair<std::int64_t, std::int64_t> draw_by_priority(std::int64_t i, std::int64_t count) {
+    const double fraction = (static_cast<double>(i) + generator_.fraction()) / static_cast<double>(count);
+    const std::int64_t place = priorities_->find(fraction);
+    places_[static_cast<std::size_t>(i)] = place;
+    return {rings_.lane_of(place), rings_.tick_of(place, ticks_)};
   }
 
   void gather_stack(std::int64_t lane, std::int64_t tick, std::uint8_t* out) const {
@@ -330,7 +320,7 @@ class FrameReplay {
     else
       for (std::int64_t i = 0; i < missing; ++i)
         std::memcpy(out + static_cast<std::size_t>(i) * bytes, frame(lane, from), bytes);
-    copy_run(lane, from, tick - from + 1, out + static_cast<std::size_t>(missing) * bytes);
+    rings_.copy_run(lane, from, tick - from + 1, out + static_cast<std::size_t>(missing) * bytes);
   }
 
   void gather_one(std::int64_t lane, std::int64_t tick, std::int64_t i, const BatchView& batch) const {
@@ -358,10 +348,10 @@ class FrameReplay {
   }
 
   const Shape shape_;
-  const std::int64_t slots_;
-  LazyMemory frames_;
-  LazyMemory records_;
-  std::mt19937_64 generator_;
+  Rings rings_;
+  std::optional<Priorities> priorities_;
+  Generator generator_;
+  std::vector<std::int64_t> places_;  // where the priorities of the batch lie
   std::int64_t ticks_ = 0;   // appends so far
   std::int64_t valid_ = 0;   // transitions that can be sampled now
   mutable std::mutex mutex_;  // guards everything but the bytes of the spare slot

@@ -14,7 +14,7 @@ from pydqn import _core
 from pydqn.checkpoint import RecordReader, RecordWriter, atomic_write
 
 _FILE_KIND = "pydqn-replay"
-_FILE_VERSION = 1
+_FILE_VERSION = 2
 _MOST_LANES = 1 << 20
 _MOST_WINDOW = 1 << 20
 _MOST_BYTES = 1 << 60
@@ -33,11 +33,11 @@ class Batch(NamedTuple):
     discount: NDArray[np.float32]  # (B,): gamma^k, or 0 after termination
     next_obs: NDArray[Any]  # (B, stack, *frame_shape): k steps later
     index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): names the transition; never used again for another one
-    weight: NDArray[np.float32]  # (B,): importance weights; 1 when sampling uniformly
+    weight: NDArray[np.float32]  # (B,): importance weights, at most 1; all 1 when sampling uniformly
 
 
 class FrameReplay:
-    """A ring of single frames per environment, from which stacked n-step transitions are sampled uniformly.
+    """A ring of single frames per environment, from which stacked n-step transitions are sampled.
 
     `append` takes what the environments *returned*: the newest frame, and the action, reward and flags that led to it.
     A transition can be sampled when its frame's successor exists in the same episode and neither its stack nor its
@@ -58,6 +58,12 @@ class FrameReplay:
         dtype: of the frames: bool, integer or real.
         padding: what stands before an episode's first frame: "zero" or "first" (copies of it).
         seed: of the sampler's own generator.
+        prioritized: whether transitions are drawn in proportion to p^alpha, p being their priorities (proportional
+            prioritized replay, Schaul et al. 2016, https://arxiv.org/abs/1511.05952), one from each of B equal shares
+            of the whole. A new transition gets the largest priority so far; `update_priorities` changes it.
+        alpha: from 0 (uniform) to 1.
+        beta: of the importance weights (N P(i))^-beta, divided by the largest of the batch; from 0 (none) to 1 (full
+            compensation). May be changed at any time.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -75,6 +81,9 @@ class FrameReplay:
         dtype: DTypeLike = "uint8",
         padding: str = "zero",
         seed: int = 0,
+        prioritized: bool = False,
+        alpha: float = 0.6,
+        beta: float = 0.4,
     ) -> None:
         self.num_envs = _integer("num_envs", num_envs, 1, _MOST_LANES)
         self.capacity = _integer("capacity", capacity, self.num_envs)
@@ -83,9 +92,12 @@ class FrameReplay:
         self.frame_shape = tuple(_integer("frame_shape", axis, 1) for axis in frame_shape)
         self.stack = _integer("stack", stack, 1, _MOST_WINDOW)
         self.n_step = _integer("n_step", n_step, 1, _MOST_WINDOW)
-        if not isinstance(gamma, (int, float, np.floating)) or not 0 <= gamma <= 1:
-            raise ValueError(f"gamma: expected a number from 0 to 1, got {gamma!r}")
-        self.gamma = float(gamma)
+        self.gamma = _fraction("gamma", gamma)
+        if not isinstance(prioritized, (bool, np.bool_)):
+            raise ValueError(f"prioritized: expected True or False, got {prioritized!r}")
+        self.prioritized = bool(prioritized)
+        self.alpha = _fraction("alpha", alpha)
+        self.beta = beta
         try:
             self.dtype = np.dtype(dtype)
         except TypeError:
@@ -108,6 +120,7 @@ class FrameReplay:
                 num_envs=self.num_envs,
                 dtype=self.dtype,
                 pad_with_first=padding == "first",
+                alpha=self.alpha if prioritized else None,
                 seed=_integer("seed", seed, 0) % (1 << 64),
             )
         except MemoryError:
@@ -123,6 +136,15 @@ class FrameReplay:
     def nbytes(self) -> int:
         """Bytes held when full (address space now; memory as frames arrive)."""
         return self._core.nbytes
+
+    @property
+    def beta(self) -> float:
+        """How far importance weights undo the bias of prioritized sampling, from 0 to 1."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta = _fraction("beta", value)
 
     def append(
         self,
@@ -175,7 +197,7 @@ class FrameReplay:
         )
 
     def sample(self, batch_size: int, out: Batch | None = None) -> Batch:
-        """Draw transitions uniformly, with replacement, from exactly those that are valid now.
+        """Draw transitions, with replacement, from exactly those that are valid now.
 
         Args:
             batch_size: B.
@@ -186,8 +208,27 @@ class FrameReplay:
             RuntimeError: nothing can be sampled yet (`len(replay) == 0`).
         """
         batch = self.empty_batch(batch_size) if out is None else out
-        self._core.sample(_integer("batch_size", batch_size, 1), *_columns(batch))
+        self._core.sample(_integer("batch_size", batch_size, 1), self._beta, *_columns(batch))
         return batch
+
+    def update_priorities(self, index: ArrayLike, priority: ArrayLike) -> None:
+        """Set the priorities of sampled transitions, once their TD errors are known.
+
+        Args:
+            index: (B,) as in `Batch.index`. Transitions that have been overwritten meanwhile are passed over.
+            priority: (B,) positive: |TD error| plus something small, not yet to the power of alpha.
+
+        Raises:
+            ValueError: a priority is not positive or not finite, or an index names nothing that ever was.
+            RuntimeError: the memory was not made with `prioritized=True`.
+        """
+        wanted = np.asarray(index)
+        if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
+            raise ValueError(f"index: expected a list of integers, got {index!r}")
+        values = np.asarray(priority)
+        if values.dtype.kind not in "iuf":
+            raise ValueError(f"priority: expected real numbers, got {priority!r}")
+        self._core.update_priorities(wanted.astype(np.int64, copy=False), values.astype(np.float64))
 
     def gather(self, index: ArrayLike) -> Batch:
         """Return the named transitions, as `sample` would (`index` as in `Batch.index` or `valid_indices`).
@@ -231,6 +272,10 @@ class FrameReplay:
             "num_envs": self.num_envs,
             "dtype": self.dtype.name,
             "padding": self.padding,
+            "prioritized": self.prioritized,
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "largest_priority": core.largest_priority,
             "ticks": ticks,
             "generator": core.generator_state,
         }
@@ -238,7 +283,8 @@ class FrameReplay:
             writer = RecordWriter(file, header)
             for lane in range(self.num_envs):
                 for position, count in self._runs(stored):
-                    for column in core.export_run(lane, position, count, ticks):
+                    *columns, priority = core.export_run(lane, position, count, ticks)
+                    for column in [*columns, priority] if self.prioritized else columns:
                         writer.block(column.data)
 
     @classmethod
@@ -258,8 +304,10 @@ class FrameReplay:
             del header["kind"]
             try:
                 ticks, generator = header.pop("ticks"), header.pop("generator")
+                largest = header.pop("largest_priority")
                 replay = cls(**header)
                 replay._core.generator_state = generator
+                replay._core.largest_priority = largest
                 stored = min(_integer("ticks", ticks, 0), replay.capacity // replay.num_envs)
                 frame_bytes = math.prod(replay.frame_shape) * replay.dtype.itemsize
                 # A header may claim anything: the file must be large enough for it before memory is touched.
@@ -269,15 +317,22 @@ class FrameReplay:
             except (KeyError, TypeError, ValueError, MemoryError) as error:
                 raise ValueError(f"{name}: the header is not that of a replay memory ({error})") from None
             shapes = [(replay.frame_shape, replay.dtype), ((), np.float32), ((), np.int32), ((), np.uint8)]
+            if replay.prioritized:
+                shapes.append(((), np.float64))
             for lane in range(replay.num_envs):
                 for position, count in replay._runs(stored):
                     columns = []
                     for shape, dtype in shapes:
                         data = reader.block(count * math.prod(shape) * np.dtype(dtype).itemsize)
                         columns.append(np.frombuffer(data, dtype).reshape(count, *shape))
+                    if not replay.prioritized:
+                        columns.append(np.zeros(0))
                     replay._core.import_run(lane, position, *columns)
             reader.end()
-        replay._core.end_import()
+        try:
+            replay._core.end_import()
+        except ValueError as error:
+            raise ValueError(f"{name}: damaged ({error})") from None
         return replay
 
     def _runs(self, stored: int) -> list[tuple[int, int]]:
@@ -285,6 +340,12 @@ class FrameReplay:
         frame_bytes = math.prod(self.frame_shape) * self.dtype.itemsize
         length = max(1, _BYTES_PER_RUN // frame_bytes)
         return [(start, min(length, stored - start)) for start in range(0, stored, length)]
+
+
+def _fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return float(value)
 
 
 def _integer(name: str, value: object, least: int, most: int | None = None) -> int:

@@ -124,3 +124,22 @@ def fill(replay, ticks, ends=(), seed=0):
         replay.append(frame, lanes_of(0, lanes), lanes_of(1.0, lanes), end, ~lanes_of(True, lanes), first)
         first = end
     return replay
+
+
+class NaiveSumTree:
+    """A list of numbers."""
+
+    def __init__(self, leaves: int) -> None:
+        self.values = [0.0] * leaves
+
+    def find(self, mass: float) -> int:
+        """The first leaf whose share ends beyond `mass`; the last one that has any share, if none does."""
+        last = None
+        for leaf, value in enumerate(self.values):
+            if value:
+                last = leaf
+                if mass < value:
+                    return leaf
+                mass -= value
+        assert last is not None
+        return last
