@@ -74,8 +74,13 @@ class Config:
     stack: int = _field(4, "successive frames in an observation", least=1, most=2**16)
     padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
     replay_capacity_frames: int = _field(100_000, "frames held by the replay memory, over all lanes", least=1)
-
     skip_first_steps: int = _field(0, "decisions at the start of an episode that are not stored", least=0)
+    prioritized: bool = _field(False, "transitions are drawn by their TD errors (proportional, Schaul et al. 2016)")
+    priority_alpha: float = _field(0.6, "how much priorities count: 0 (uniform) to 1", least=0)
+    priority_beta: float = _field(
+        0.4, "how much importance weights undo that, at the start; rises to 1 at total_steps", least=0
+    )
+    priority_epsilon: float = _field(1e-6, "added to the size of a TD error for its priority")
 
     # The network
     network: str = _field(
@@ -151,10 +156,10 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        for name in ("sticky_actions", "gamma", "rmsprop_decay", *_EPSILONS):
+        for name in ("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", *_EPSILONS):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "steps_per_update", "pixel_std"):
+        for name in ("learning_rate", "steps_per_update", "pixel_std", "priority_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if 0 < self.frame_skip_max < self.frame_skip:

@@ -61,6 +61,9 @@ def memory_for(config: Config, lanes: Lanes, capacity: int, seed: int = 0) -> Fr
         dtype=lanes.dtype,
         padding=config.padding,
         seed=seed,
+        prioritized=config.prioritized,
+        alpha=config.priority_alpha,
+        beta=config.priority_beta,
     )
 
 

@@ -171,7 +171,7 @@ class Learner:
         self._loss = LOSSES[config.loss]
         self._metrics = torch.zeros(4, device=device)
         # What the latest update saw; after a capture, memory that every replay writes again.
-        self._losses = self._values = torch.zeros(0, device=device)
+        self._errors = self._losses = self._values = torch.zeros(0, device=device)
         self._batch = [torch.from_numpy(part) for part in example]
         self._host: list[Tensor] = []
         self._uploaded: torch.cuda.Event | None = None
@@ -209,6 +209,10 @@ class Learner:
     def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the latest update's (B,) losses per sample and (B, A) action values (waits for the device)."""
         return self._losses.cpu().numpy(), self._values.cpu().numpy()
+
+    def errors(self) -> NDArray[np.float32]:
+        """Return the (B,) sizes of the latest update's TD errors, unweighted (waits for the device)."""
+        return self._errors.cpu().numpy()
 
     @property
     def learning_rate(self) -> float:
@@ -264,7 +268,8 @@ class Learner:
             with torch.no_grad():
                 q_t = self.target(next_obs)
                 selector_t = self._computing(next_obs) if self._config.double else None
-        losses = self._loss(td_error(q_tm1, action, reward, discount, q_t, selector_t))
+        errors = td_error(q_tm1, action, reward, discount, q_t, selector_t)
+        losses = self._loss(errors)
         loss = (weight * losses).mean()
         for copy_ in self._copies:
             copy_.grad = None
@@ -273,7 +278,7 @@ class Learner:
         with torch.no_grad():
             mean_q = q_tm1.gather(1, action.unsqueeze(1)).mean()
             self._metrics.copy_(torch.stack([loss, mean_q, norm, q_tm1.max()]))
-        self._losses, self._values = losses.detach(), q_tm1.detach()
+        self._errors, self._losses, self._values = errors.detach().abs(), losses.detach(), q_tm1.detach()
 
     # --- the CUDA graph ---
 

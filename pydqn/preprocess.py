@@ -64,7 +64,7 @@ def crop_nearest(rgb: Frames, out: Frames | None = None) -> Frames:
     """
     _require("rgb", rgb, axes=3, least=(_CROP_TOP + _CROP_ROWS, 1))
     result, written = _output(out, rgb.shape[:-3])
-    height, width = rgb.shape[-3:-1]
+    width = rgb.shape[-2]
     cells = np.arange(SIZE, dtype=np.uint64)
     _crop_nearest(_lines(rgb), written, _CROP_TOP + cells * _CROP_ROWS // SIZE, cells * width // SIZE)
     return result

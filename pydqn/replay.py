@@ -316,7 +316,12 @@ class FrameReplay:
                 replay._core.set_ticks(ticks)
             except (KeyError, TypeError, ValueError, MemoryError) as error:
                 raise ValueError(f"{name}: the header is not that of a replay memory ({error})") from None
-            shapes = [(replay.frame_shape, replay.dtype), ((), np.float32), ((), np.int32), ((), np.uint8)]
+            shapes: list[tuple[tuple[int, ...], DTypeLike]] = [
+                (replay.frame_shape, replay.dtype),
+                ((), np.float32),
+                ((), np.int32),
+                ((), np.uint8),
+            ]
             if replay.prioritized:
                 shapes.append(((), np.float64))
             for lane in range(replay.num_envs):

@@ -49,3 +49,8 @@ def learning_rate(config: Config, step: int) -> float:
     if not config.learning_rate_decay_steps:
         return config.learning_rate
     return linear(step, config.learning_rate, config.learning_rate_end, config.learning_rate_decay_steps)
+
+
+def priority_beta(config: Config, step: int) -> float:
+    """Return the exponent of the importance weights at `step`: from `config.priority_beta` to 1 at the end."""
+    return linear(step, config.priority_beta, 1.0, config.total_steps)

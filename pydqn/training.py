@@ -23,10 +23,23 @@ from pydqn.learner import Learner, resolve_device
 from pydqn.logs import Report
 from pydqn.replay import FrameReplay
 from pydqn.runs import BaseRun, Due, Learned, Result
-from pydqn.schedules import epsilon, learning_rate
+from pydqn.schedules import epsilon, learning_rate, priority_beta
 from pydqn.tabular import TabularRun
 
 VIDEOS = Path("videos")
+# What a loaded memory must have in common with the one that the config asks for.
+_MEMORY = [
+    "capacity",
+    "num_envs",
+    "frame_shape",
+    "stack",
+    "n_step",
+    "gamma",
+    "dtype",
+    "padding",
+    "prioritized",
+    "alpha",
+]
 
 
 def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
@@ -150,8 +163,12 @@ class Run(BaseRun):
         if len(self.replay) < config.batch_size:
             self._learning_since = max(self._learning_since, self.steps)
         learner.learning_rate = learning_rate(config, self.steps)
+        self.replay.beta = priority_beta(config, self.steps)
         while learner.updates < self.updates_due():
-            learner.update(self.replay.sample(config.batch_size, self._batch))
+            batch = self.replay.sample(config.batch_size, self._batch)
+            learner.update(batch)
+            if config.prioritized:
+                self.replay.update_priorities(batch.index, learner.errors() + config.priority_epsilon)
         slot = self.replay.next_slot()
         step = self.lanes.recv(slot)
         self._age = np.where(step.first, 0, self._age + 1)
@@ -208,7 +225,7 @@ class Run(BaseRun):
             return
         self._learning_since, self._updates_before = state["learning_since"], state["updates_before"]
         replay = FrameReplay.load(checkpoint.replay)
-        for name in ("capacity", "num_envs", "frame_shape", "stack", "n_step", "gamma", "dtype", "padding"):
+        for name in _MEMORY:
             ours, theirs = getattr(self.replay, name), getattr(replay, name)
             if ours != theirs:
                 raise ValueError(f"checkpoint: its replay memory has {name} {theirs}, the config says {ours}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import EpisodeReplay, Entry, NaiveSumTree
+from oracles import Entry, EpisodeReplay, NaiveSumTree
 
 from pydqn import FrameReplay
 from pydqn._core import SumTree
@@ -50,7 +50,6 @@ def filled(count=40, capacity=64, **settings):
     for tick in range(count):
         replay.append([[tick, 1]], [tick % 5], [1.0], [False], [False], [tick == 0])
     return replay
-
 
 
 def test_draws_follow_the_priorities_once_to_the_power_of_alpha():
@@ -142,8 +141,11 @@ def test_nothing_invalid_is_ever_drawn(stream):
     seen, opens = [], [True] * lanes
     for tick, kinds in enumerate(ticks):
         frame = generator.random((lanes, 1), np.float32)
-        ends = [(kind == "t", kind == "c") if not first else (False, False) for kind, first in zip(kinds, opens)]
-        firsts = [first or kind == "e" for first, kind in zip(opens, kinds)]
+        ends = [
+            (kind == "t", kind == "c") if not first else (False, False)
+            for kind, first in zip(kinds, opens, strict=True)
+        ]
+        firsts = [first or kind == "e" for first, kind in zip(opens, kinds, strict=True)]
         entries = [
             Entry(frame[lane], tick, 1.0, *(ends[lane] if not firsts[lane] else (False, False)), firsts[lane])
             for lane in range(lanes)

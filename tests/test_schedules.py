@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pydqn import preset
-from pydqn.schedules import epsilon, exponential, learning_rate, linear, piecewise
+from pydqn.schedules import epsilon, exponential, learning_rate, linear, piecewise, priority_beta
 
 
 def test_linear():
@@ -52,3 +52,8 @@ def test_the_learning_rate():
     config = preset("pong", learning_rate=1e-3, learning_rate_end=1e-4, learning_rate_decay_steps=100)
     assert [learning_rate(config, step) for step in (0, 50, 100, 1000)] == pytest.approx([1e-3, 5.5e-4, 1e-4, 1e-4])
     assert learning_rate(preset("pong"), 10**7) == preset("pong").learning_rate
+
+
+def test_importance_weights_reach_full_compensation_at_the_end():
+    config = preset("pong", total_steps=1000, priority_beta=0.4)
+    assert [priority_beta(config, step) for step in (0, 500, 1000, 1008)] == pytest.approx([0.4, 0.7, 1.0, 1.0])

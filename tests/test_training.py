@@ -93,6 +93,39 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert load_run(tmp_path) == tiny
 
 
+@pytest.mark.parametrize("pixels", [True, False])
+def test_a_prioritized_run(tiny, tmp_path, pixels):
+    """Every update hands its own TD errors back to the transitions that it saw."""
+    config = (
+        tiny
+        if pixels
+        else preset("cartpole", **{**CARTPOLE, "total_steps": 200, "learning_starts_steps": 50, "steps_per_update": 1})
+    )
+    config = dataclasses.replace(config, prioritized=True, priority_alpha=1.0, batch_size=8)
+    with Run(config, tmp_path) as run:
+        expected = {}
+        update = run.replay.update_priorities
+
+        def watched(index, priority):
+            np.testing.assert_allclose(priority, run.learner.errors() + 1e-6)
+            assert (run.learner.errors() > 0).any()
+            expected.update(zip(index.tolist(), priority.tolist(), strict=True))
+            update(index, priority)
+
+        run.replay.update_priorities = watched
+        list(run.reports())
+        assert run.learner.updates > 20
+        assert run.replay.beta == pytest.approx(1.0, abs=0.05)
+        run.replay.beta = 1.0
+        batch = run.replay.sample(64)
+    held = [row for row, index in enumerate(batch.index.tolist()) if index in expected]
+    priority = np.array([expected[index] for index in batch.index[held].tolist()])
+    assert len(held) > 5
+    assert len(set(priority)) > 2
+    weight = batch.weight[held] * priority  # w is in proportion to 1 / p
+    np.testing.assert_allclose(weight, weight[0], rtol=1e-4)
+
+
 def test_every_number_has_its_chart():
     charted = sorted(name for names in GROUPS.values() for name in names)
     assert charted == sorted(set(Report.__annotations__) - {"steps"})
