@@ -337,6 +337,8 @@ PYBIND11_MODULE(_core, module) {
       .def_property("generator_state", &Binding::generator_state, &Binding::set_generator_state)
       .def_property("largest_priority", &Binding::largest_priority, &Binding::set_largest_priority);
 
+  module.def("keep_freed_memory", &pydqn::keep_freed_memory);
+
   // For its tests: what the memory does with it is too indirect to see every corner.
   py::class_<pydqn::SumTree>(module, "SumTree")
       .def(py::init<std::int64_t>())

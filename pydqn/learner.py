@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pydqn.config import Config
 from pydqn.losses import LOSSES, td_error
-from pydqn.networks import Table, VectorTorso, lowered
+from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
 from pydqn.optimizers import Settings, State, make_optimizer
 from pydqn.replay import Batch
 
@@ -92,8 +92,8 @@ class Policy:
         self.computing = self.network if self._dtype == torch.float32 else lowered(self.network, self._dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which the network runs."""
-        if self._dtype == torch.float32:
+        """Return the context in which `computing` runs."""
+        if self._dtype == torch.float32 or isinstance(getattr(self.network, "torso", None), PixelTorso):
             return nullcontext()
         # A graph must cast the weights each time that it is replayed, so a cast may not be remembered.
         return torch.autocast(self.device.type, self._dtype, cache_enabled=self.device.type == "cpu")
@@ -124,6 +124,17 @@ class Metrics(NamedTuple):
     mean_q: float  # mean over the batch of the values of the actions taken
     grad_norm: float  # before clipping
     max_q: float  # largest action value of the batch
+
+
+class _Seen(NamedTuple):
+    """The same as tensors, worked out when someone asks; after a capture, memory that every replay writes again."""
+
+    loss: Tensor
+    norm: Tensor
+    action: Tensor  # (B,)
+    errors: Tensor  # (B,)
+    losses: Tensor  # (B,)
+    values: Tensor  # (B, A)
 
 
 class Learner:
@@ -159,7 +170,7 @@ class Learner:
         self.policy = Policy(network, device, config.precision)
         self.online, self._computing = self.policy.network, self.policy.computing
         self.target = copy.deepcopy(self._computing).requires_grad_(False)
-        self._prepare: Callable[[Tensor], Tensor] = getattr(network, "prepare", lambda obs: obs)
+        self._prepare: Callable[[Tensor], Tensor] = getattr(self._computing, "prepare", lambda obs: obs)
         self._learning_rate = torch.tensor(config.learning_rate, dtype=torch.float32, device=device)
         self._parameters, self._copies = list(self.online.parameters()), list(self._computing.parameters())
         self._optimizer = make_optimizer(
@@ -169,9 +180,7 @@ class Learner:
             self._learning_rate,
         )
         self._loss = LOSSES[config.loss]
-        self._metrics = torch.zeros(4, device=device)
-        # What the latest update saw; after a capture, memory that every replay writes again.
-        self._errors = self._losses = self._values = torch.zeros(0, device=device)
+        self._seen: _Seen | None = None
         self._batch = [torch.from_numpy(part) for part in example]
         self._host: list[Tensor] = []
         self._uploaded: torch.cuda.Event | None = None
@@ -203,16 +212,22 @@ class Learner:
         torch._foreach_copy_(_state(self.target), _state(self._computing))
 
     def metrics(self) -> Metrics:
-        """Return what the latest update saw (waits for the device)."""
-        return Metrics(*self._metrics.tolist())
+        """Return what the latest update saw (waits for the device). Before the first one there is nothing: NaN."""
+        if self._seen is None:
+            return Metrics(*[math.nan] * 4)
+        taken = self._seen.values.gather(1, self._seen.action.unsqueeze(1))
+        parts = [self._seen.loss, taken.mean(), self._seen.norm.to(self.device), self._seen.values.max()]
+        return Metrics(*torch.stack(parts).tolist())
 
     def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the latest update's (B,) losses per sample and (B, A) action values (waits for the device)."""
-        return self._losses.cpu().numpy(), self._values.cpu().numpy()
+        if self._seen is None:
+            return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+        return self._seen.losses.cpu().numpy(), self._seen.values.cpu().numpy()
 
     def errors(self) -> NDArray[np.float32]:
         """Return the (B,) sizes of the latest update's TD errors, unweighted (waits for the device)."""
-        return self._errors.cpu().numpy()
+        return np.zeros(0, np.float32) if self._seen is None else self._seen.errors.abs().cpu().numpy()
 
     @property
     def learning_rate(self) -> float:
@@ -275,10 +290,7 @@ class Learner:
             copy_.grad = None
         loss.backward()
         norm = self._optimizer.step(self._config.max_grad_norm or torch.inf)
-        with torch.no_grad():
-            mean_q = q_tm1.gather(1, action.unsqueeze(1)).mean()
-            self._metrics.copy_(torch.stack([loss, mean_q, norm, q_tm1.max()]))
-        self._errors, self._losses, self._values = errors.detach().abs(), losses.detach(), q_tm1.detach()
+        self._seen = _Seen(loss.detach(), norm, action, errors.detach(), losses.detach(), q_tm1.detach())
 
     # --- the CUDA graph ---
 

@@ -65,12 +65,14 @@ class PixelTorso(nn.Module):
 
         `forward` does it where it has not been done; a learner does it once for all the networks that see a batch.
         """
-        kind = obs.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return obs if obs.is_floating_point() else to_channels_last(obs, dtype)
+        if obs.is_floating_point():
+            return obs
+        weight = self.convs[-1].weight
+        assert isinstance(weight, Tensor)
+        return to_channels_last(obs, weight.dtype)
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Return the features of `obs`, in the dtype of the surrounding autocast."""
+        """Return the features of `obs`, in the dtype of the layers behind the first one."""
         first = self.convs[0]
         assert isinstance(first, nn.Conv2d)
         weight = first.weight * (1 / (255 * self.pixel_std))
@@ -78,9 +80,10 @@ class PixelTorso(nn.Module):
         if self.pixel_mean:
             shift = self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
             bias = -shift if bias is None else bias - shift
-        x = F.relu(F.conv2d(self.prepare(obs), weight, bias, first.stride))
+        x = self.prepare(obs)
+        x = F.relu_(F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), first.stride))
         for conv in self.convs[1:]:
-            x = F.relu(conv(x))
+            x = F.relu_(conv(x))
         return x.flatten(1)
 
 
@@ -104,7 +107,7 @@ class VectorTorso(nn.Module):
 def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in units:
-        layers += [nn.Linear(features, width), nn.ReLU()]
+        layers += [nn.Linear(features, width), nn.ReLU(inplace=True)]
         features = width
     return nn.Sequential(*layers, nn.Linear(features, out))
 
@@ -193,11 +196,12 @@ def make_network(
 
 
 def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a network whose layers keep their parameters in `dtype`, to be run under autocast of that dtype.
+    """Return a network whose layers keep their parameters in `dtype`.
 
-    Autocast would convert them anyway, each time that they are used; whoever changes the parameters of `network` has to
-    change these, too. What autocast leaves alone is shared with `network`, and so is the first convolution over pixels,
-    whose weights are scaled before they are rounded.
+    Autocast would convert them each time that they are used; whoever changes the parameters of `network` has to change
+    these, too. What autocast leaves alone is shared with `network`, and so is the first convolution over pixels, whose
+    weights are scaled before they are rounded. A `QNetwork` over pixels then computes in `dtype` as it is; other
+    modules are to be run under autocast.
     """
     other: nn.Module = copy.deepcopy(network, {id(part): part for part in _parts(network)})
     firsts = [module.convs[0] for module in other.modules() if isinstance(module, PixelTorso)]

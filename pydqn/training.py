@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pydqn import _core
 from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
 from pydqn.envs import make_lanes
@@ -85,6 +86,8 @@ class Run(BaseRun):
     def _open(self, seeds: np.random.SeedSequence) -> None:
         config = self.config
         self._device = resolve_device(config.device)
+        if self._device.type == "cpu":
+            _core.keep_freed_memory()
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         own, evaluation, lanes, replay, network = (int(seed) for seed in seeds.generate_state(5))
