@@ -17,7 +17,7 @@ def bench_pong_160_steps(benchmark, tmp_path):
 
         def ten_steps():
             for _ in range(10):
-                run._step()
+                run.step()
 
         benchmark(ten_steps)
         done = (run.learner.updates - updates) * config.steps_per_update

@@ -86,8 +86,7 @@ class Run(BaseRun):
     def _open(self, seeds: np.random.SeedSequence) -> None:
         config = self.config
         self._device = resolve_device(config.device)
-        if self._device.type == "cpu":
-            _core.keep_freed_memory()
+        _core.keep_freed_memory()  # ALE, too, allocates its frames anew at every step
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         own, evaluation, lanes, replay, network = (int(seed) for seed in seeds.generate_state(5))
@@ -117,7 +116,7 @@ class Run(BaseRun):
         while not self._finished():
             if self._film is not None and not self._age[0] and video(len(self.returns)):
                 self._film.start(self.lanes.picture())
-            self._step()
+            self.step()
             if evaluation(self.steps):
                 played = evaluate_policy(config, self.learner.policy, config.evaluation_episodes, self._evaluation_seed)
                 self._evaluation = float(np.mean(played))
@@ -158,8 +157,8 @@ class Run(BaseRun):
             self._film.drop()
         self.lanes.close()
 
-    def _step(self) -> None:
-        """One step of every lane, and the updates that are due, while the emulators run."""
+    def step(self) -> None:
+        """Take one step in every lane, and make the updates that are due while the emulators run."""
         config, learner = self.config, self.learner
         action = learner.policy.act(self.replay.latest(), epsilon(config, self.steps), self._generator)
         self.lanes.send(action)

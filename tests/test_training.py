@@ -137,7 +137,7 @@ def test_the_replay_ratio_does_not_drift(tiny, tmp_path):
         open_episodes(run.lanes, run.replay)
         for _ in range(60):
             before = run.steps
-            run._step()
+            run.step()
             assert run.learner.updates == max(0, int((before - 37) / 0.7))
 
 
@@ -214,7 +214,7 @@ def test_an_interrupted_run_leaves_usable_weights_and_closed_files(tiny, tmp_pat
 def test_an_interruption_between_reports_loses_no_row(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt), Run(tiny, tmp_path) as run:
         next(run.reports())
-        run._step()
+        run.step()
         raise KeyboardInterrupt
     steps = read_csv(tmp_path / "progress.csv")["steps"]
     assert steps[-1] == run.steps > steps[-2]
