@@ -5,6 +5,7 @@ Each gets transitions as its users give them: most take two stacks of four frame
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import numpy as np
@@ -135,7 +136,9 @@ class Tianshou:
 
         options = {"stack_num": 4, "ignore_obs_next": True}
         self.buffer = (
-            PrioritizedReplayBuffer(size, alpha=0.6, beta=0.4, **options) if prioritized else ReplayBuffer(size, **options)
+            PrioritizedReplayBuffer(size, alpha=0.6, beta=0.4, **options)
+            if prioritized
+            else ReplayBuffer(size, **options)
         )
         rest = {"act": 1, "rew": 1.0, "terminated": False, "truncated": False, "info": {}}
         self.items = [Batch(obs=FRAMES[i], obs_next=FRAMES[i + 1], **rest) for i in range(250)]
@@ -165,24 +168,35 @@ MEMORIES = {
 
 
 class PlainCopy:
-    """What no sampler can beat: 32 runs of five frames from random places of as large a ring, one memcpy each."""
+    """What no sampler can beat: runs of five frames from random places of a ring, one memcpy for each."""
 
     def __init__(self, size, huge_pages):
-        import ctypes
-
-        self.run = 5 * 84 * 84
-        self.places = (size - 5, 84 * 84)
         self.memory = mmap.mmap(-1, size * 84 * 84, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else getattr(mmap, "MADV_NOHUGEPAGE", 15))
+        self.memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
         array = np.frombuffer(self.memory, np.uint8)
         array[::4096] = 1
-        self.source, self.out = array.ctypes.data, np.empty(BATCH * self.run, np.uint8)
-        self.target, self.move = self.out.ctypes.data, ctypes.memmove
+        self._copy_from(array.ctypes.data, size)
+
+    def _copy_from(self, address, size):
+        self.address, self.size = address, size
+        self.out = np.empty((BATCH, 5 * 84 * 84), np.uint8)
         self.generator = np.random.default_rng(0)
 
     def sample(self):
-        most, frame = self.places
-        for i, place in enumerate(self.generator.integers(most, size=BATCH).tolist()):
-            self.move(self.target + i * self.run, self.source + place * frame, self.run)
+        target, run = self.out.ctypes.data, 5 * 84 * 84
+        for i, place in enumerate(self.generator.integers(self.size - 5, size=BATCH).tolist()):
+            ctypes.memmove(target + i * run, self.address + place * 84 * 84, run)
         return self.out
+
+
+class RingCopy(PlainCopy):
+    """The same from the memory of a full ring of ours, of one lane."""
+
+    def __init__(self, replay):
+        self.replay = replay
+        slots = replay.capacity + 1
+        self._copy_from(replay.next_slot().ctypes.data - replay._core.ticks % slots * 84 * 84, slots)
+        before, batch = replay.latest()[0, -1], self.out
+        place = (replay._core.ticks - 1) % slots
+        ctypes.memmove(batch.ctypes.data, self.address + place * 84 * 84, 84 * 84)
+        np.testing.assert_array_equal(batch[0, : 84 * 84].reshape(84, 84), before)  # it is that memory

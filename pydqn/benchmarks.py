@@ -31,8 +31,7 @@ class Measurement(NamedTuple):
 def measure(config: Config, seconds: float = 3.0) -> Iterator[Measurement]:
     """Yield the stages of `config` one after another, each measured for about `seconds` on an otherwise idle machine.
 
-    The memory holds what a run has stored when it begins to learn, and no more: stages of a run that has gone on for long
-    touch more memory.
+    The memory holds what a run has stored when it begins to learn; a run that has gone on for long touches more.
 
     Raises:
         ValueError: the configuration cannot run on this machine, or has no network.

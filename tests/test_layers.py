@@ -19,8 +19,9 @@ LAYERS = [
     {"evaluation"},
     {"runs", "values"},
     {"tabular"},
-    {"training"},
-    {"cli", "adapters"},
+    {"training", "options"},
+    {"adapters", "benchmarks"},
+    {"cli"},
 ]
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
@@ -52,7 +53,7 @@ def test_rooms_import_only_lower_rooms(path):
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
 def test_foreign_packages_stay_in_their_rooms(path):
-    homes = {"gymnasium": {"envs"}, "ale_py": {"atari"}, "argparse": {"cli"}, "matplotlib": {"plots"}}
+    homes = {"gymnasium": {"envs"}, "ale_py": {"atari"}, "argparse": {"cli", "options"}, "matplotlib": {"plots"}}
     for name in imports(path):
         home = homes.get(name.split(".")[0])
         assert home is None or path.stem in home, f"{path.name} imports {name}"

@@ -1,0 +1,119 @@
+"""From the emulators to a preprocessed frame."""
+
+from __future__ import annotations
+
+import importlib
+import time
+
+import ale_py
+import bench_preprocess as cases
+import numpy as np
+from ale_py import AtariVectorEnv, roms
+from timing import in_turns, missing, rates_in_turns, row, us
+
+from pydqn import FrameReplay, preset
+from pydqn.envs import make_lanes
+
+LANES, STEPS = 32, 40
+ACTIONS = np.random.default_rng(0).integers(4, size=(64, LANES))
+
+
+def timed(play):
+    """Turn a function that plays STEPS steps of all lanes into one that returns emulator frames per second."""
+
+    def rate():
+        started = time.perf_counter()
+        play()
+        return 4 * LANES * STEPS / (time.perf_counter() - started)
+
+    return rate
+
+
+def ours():
+    lanes = make_lanes(preset("pong", env_id="breakout", num_envs=LANES, noop_max_frames=0), LANES, 0)
+    replay = FrameReplay(100 * LANES, num_envs=LANES)
+    everything, nothing = np.ones(LANES, bool), np.zeros(LANES, np.int64)
+    slot = replay.next_slot()
+    lanes.reset(slot)
+    replay.append(slot, nothing, nothing, ~everything, ~everything, everything)
+
+    def play():
+        for i in range(STEPS):
+            lanes.send(ACTIONS[i])
+            slot = replay.next_slot()
+            step = lanes.recv(slot)
+            replay.append(slot, ACTIONS[i], step.reward, step.terminated, step.truncated, step.first)
+
+    for _ in range(3):  # round the ring once, so that all of its memory is there
+        play()
+    return play
+
+
+def theirs():
+    env = AtariVectorEnv("breakout", LANES)
+    env.reset()
+
+    def play():
+        for i in range(STEPS):
+            env.step(ACTIONS[i])
+
+    return play
+
+
+def envpool():
+    env = importlib.import_module("envpool").make_gymnasium("Breakout-v5", num_envs=LANES, num_threads=2)
+    env.reset()
+
+    def play():
+        for i in range(STEPS):
+            env.step(ACTIONS[i])
+
+    return play
+
+
+def bare():
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    console = ale_py.ALEInterface()
+    console.loadROM(roms.get_rom_path("breakout"))
+    minimal = console.getMinimalActionSet()
+
+    def play():
+        for i in range(STEPS):
+            for action in ACTIONS[i]:
+                for _ in range(4):
+                    console.act(minimal[action])
+                if console.game_over():
+                    console.reset_game()
+
+    return play
+
+
+def emulators(quick):
+    """Breakout, random actions, frames of the emulator per second."""
+    players = {"pydqn": timed(ours())}
+    aims = {
+        "AtariVectorEnv, 84x84, stack of 4": (theirs, 1.2),
+        "EnvPool, 84x84, stack of 4": (envpool, 1.35),
+        "bare ALEInterface.act, one core": (bare, 1.8),
+    }
+    for name, (make, _) in aims.items():
+        try:
+            players[name] = timed(make())
+        except Exception as error:
+            missing(name, error)
+    rate = rates_in_turns(players, 3 if quick else 15)
+    mine = rate.pop("pydqn")
+    for name, value in rate.items():
+        aim = (">=", aims[name][1])
+        row("emulators, 32 lanes, frames/s", f"{mine:,.0f}", f"{name}: {value:,.0f}", mine / value, aim)
+
+
+def preprocess(quick):
+    """Eight frames at a time, against the definitions in NumPy and OpenCV."""
+    for name, target in (("resize_area", 0.3), ("crop_area", 0.15), ("crop_nearest", 0.5)):
+        ours, theirs = cases.CASES[name]
+        out = np.empty((cases.LANES, 84, 84), np.uint8)
+        times = in_turns({"ours": lambda f=ours, o=out: f(o), "cv2": theirs}, 20 if quick else 100, 5)
+        np.testing.assert_array_equal(out, np.stack(theirs()))
+        mine, other = (times[key] / cases.LANES for key in ("ours", "cv2"))
+        row(f"{name}, one frame of 8", us(mine), f"NumPy and OpenCV: {us(other)}", mine / other, ("<=", target))

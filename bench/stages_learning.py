@@ -1,0 +1,197 @@
+"""The update, the whole loop, and the start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ale_py
+import gymnasium
+import numpy as np
+import torch
+from peers import BATCH, MEMORIES
+from timing import in_turns, missing, ms, rates_in_turns, row
+from torch import nn
+
+from pydqn import Learner, preset
+from pydqn.learner import resolve_device
+from pydqn.networks import make_network
+from pydqn.training import Run
+
+# Nature's network and plain Q-learning, as the peers have them.
+NATURE = {
+    "network": "nature",
+    "hidden_units": (512,),
+    "dueling": False,
+    "double": False,
+    "n_step": 1,
+    "max_grad_norm": 0.0,
+    "pixel_mean": 0.0,
+    "pixel_std": 1.0,
+    "learning_rate": 1e-4,
+    "optimizer_epsilon": 1e-8,
+}
+
+
+def default_network():
+    torch.manual_seed(0)
+    convs = nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1), nn.ReLU()
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 4))
+
+
+def default_update(online):
+    """What one writes first: float32, NCHW, `torch.optim.Adam`."""
+    target = default_network()
+    optimizer = torch.optim.Adam(online.parameters(), lr=1e-4)
+
+    def update(batch):
+        obs, next_obs = torch.as_tensor(batch.obs) / 255.0, torch.as_tensor(batch.next_obs) / 255.0
+        with torch.no_grad():
+            y = torch.as_tensor(batch.reward) + torch.as_tensor(batch.discount) * target(next_obs).max(1).values
+        q = online(obs).gather(1, torch.as_tensor(batch.action)[:, None]).squeeze(1)
+        loss = nn.functional.smooth_l1_loss(q, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return update
+
+
+def update(quick):
+    """One update of 32, Nature's network. After 20 updates both have come to the same loss, within a tolerance."""
+    memory = MEMORIES["pydqn"][0](5_000)
+    for i in range(5_000):
+        memory.add(i)
+    out = memory.replay.empty_batch(BATCH)
+    threads = torch.get_num_threads()
+    for precision, tolerance in (("float32", 1e-4), ("auto", 0.05)):
+        online, network = default_network(), make_network("nature", 4, (84, 84), 4)
+        with torch.no_grad():
+            for mine, other in zip(network.parameters(), online.parameters(), strict=True):
+                mine.copy_(other)
+        config = preset("pong", precision=precision, target_sync_updates=0, **NATURE)
+        learner, theirs = Learner(network, config, resolve_device("cpu"), out), default_update(online)
+        for _ in range(20):
+            batch = memory.replay.sample(BATCH, out)
+            learner.update(batch)
+            expected = theirs(batch)
+        np.testing.assert_allclose(learner.metrics().loss, expected, rtol=tolerance, atol=tolerance / 10)
+        kind = str(learner.policy.computing.torso.convs[-1].weight.dtype).removeprefix("torch.")
+        for count in sorted({1, threads}, reverse=True):
+            torch.set_num_threads(count)
+            both = {
+                "pydqn": lambda learner=learner: learner.update(memory.replay.sample(BATCH, out)),
+                "eager": lambda theirs=theirs: theirs(memory.replay.sample(BATCH, out)),
+            }
+            times = in_turns(both, 30 if quick else 80, 3)
+            mine, value = times["pydqn"], times["eager"]
+            target = ("<=", 0.45) if precision == "auto" else None
+            stage = f"update of 32, {kind}, {count} thread" + "s" * (count > 1)
+            note = f"losses within {tolerance:g}"
+            row(stage, ms(mine), f"PyTorch eager, float32: {ms(value)}", mine / value, target, note)
+    torch.set_num_threads(threads)
+
+
+def our_loop(lanes, seconds, folder):
+    config = preset(
+        "pong",
+        **NATURE,
+        env_id="breakout",
+        num_envs=lanes,
+        target_sync_updates=250,
+        steps_per_update=4,
+        learning_starts_steps=1_000,
+        replay_capacity_frames=20_000,
+        log_every_steps=1_000,
+    )
+    run = Run(config, Path(folder) / str(lanes))
+    next(run.reports())
+
+    def rate():
+        started, steps, updates = time.perf_counter(), run.steps, run.learner.updates
+        while time.perf_counter() - started < seconds:
+            run.step()
+        taken = time.perf_counter() - started
+        assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= lanes
+        return (run.steps - steps) / taken
+
+    return rate
+
+
+def stable_baselines3(count, seconds):
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    class Clock(BaseCallback):
+        until = 0.0
+
+        def _on_step(self):
+            return time.perf_counter() < self.until
+
+    gymnasium.register_envs(ale_py)
+    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=count, seed=0), 4)
+    model = DQN(
+        "CnnPolicy",
+        env,
+        buffer_size=20_000,
+        learning_rate=1e-4,
+        batch_size=32,
+        learning_starts=1_000,
+        target_update_interval=1_000,
+        exploration_final_eps=0.01,
+        train_freq=4 if count == 1 else 1,
+        gradient_steps=1 if count == 1 else count // 4,
+    )
+    model.learn(1_200)
+
+    def rate():
+        clock = Clock()
+        steps, started = model.num_timesteps, time.perf_counter()
+        clock.until = started + seconds
+        model.learn(10**7, callback=clock, reset_num_timesteps=False)
+        return (model.num_timesteps - steps) / (time.perf_counter() - started)
+
+    return rate
+
+
+def loop(quick):
+    """Breakout, Nature's network, one update of 32 per 4 steps."""
+    seconds = 4 if quick else 8
+    with tempfile.TemporaryDirectory() as folder:
+        players = {f"pydqn, {lanes} lanes": our_loop(lanes, seconds, folder) for lanes in (8, 16)}
+        for count in (1, 8):
+            name = f"stable-baselines3, {count} env" + "s" * (count > 1)
+            try:
+                players[name] = stable_baselines3(count, seconds)
+            except Exception as error:
+                missing(name, error)
+        rate = rates_in_turns(players, 2 if quick else 7)
+    best = max((name for name in rate if name.startswith("pydqn")), key=rate.get)
+    mine = rate.pop(best)
+    for name, value in rate.items():
+        target = (">=", 4.0) if name == "stable-baselines3, 1 env" else None
+        row("whole loop, steps/s", f"{mine:.0f}", f"{name}: {value:.0f}", mine / value, target, f"({best})")
+
+
+def start(quick):
+    """`pydqn train pong` to its first steps and out again: the first time, and the median of the times after it."""
+    spent = []
+    for _ in range(2 if quick else 4):
+        with tempfile.TemporaryDirectory() as folder:
+            program = str(Path(sys.executable).parent / "pydqn")
+            started = time.perf_counter()
+            subprocess.run(
+                [program, "train", "pong", "--total-steps", "8", "--logdir", folder + "/run"],
+                check=True,
+                capture_output=True,
+            )
+            spent.append(time.perf_counter() - started)
+    again = float(np.median(spent[1:]))
+    note = "(seconds, not a ratio)"
+    row("start, second time", f"{again:.2f} s", f"the first: {spent[0]:.2f} s", again, ("<=", 5.0), note)
