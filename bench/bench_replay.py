@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import peers
 import pytest
 
 from pydqn import FrameReplay
@@ -67,3 +68,17 @@ def bench_latest(benchmark, full):
     out = full.latest()
     benchmark(full.latest, out)
     assert out.shape == (LANES, 4, 84, 84)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def bench_sample_32_and_update(benchmark, prioritized):
+    """A ring of 100,000 frames; with priorities, their update too."""
+    memory = peers.Pydqn(100_000, prioritized=prioritized)
+    for i in range(100_001):
+        memory.add(i)
+    benchmark(memory.sample_and_update if prioritized else memory.sample)
+    if prioritized:
+        index = memory.replay.sample(32, memory.batch).index
+        memory.replay.update_priorities(index, np.full(32, 1e6))
+        # Most of all priorities lie on these few now.
+        assert np.isin(memory.replay.sample(32).index, index).mean() > 0.5

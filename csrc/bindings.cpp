@@ -5,8 +5,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 #include <optional>
 
 #include "frame_replay.hpp"
@@ -29,12 +31,24 @@ std::vector<py::ssize_t> shape_of(const py::array& array) { return {array.shape(
   throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
 }
 
-void require_shape(const char* name, const py::array& array, const std::vector<py::ssize_t>& expected) {
-  if (shape_of(array) != expected) reject(name, "shape " + shape_text(expected), "shape " + shape_text(shape_of(array)));
+// The shape `leading` + `rest`, without making a list of it: these checks run at every step.
+bool has_shape(const py::array& array, std::initializer_list<py::ssize_t> leading,
+               const std::vector<py::ssize_t>& rest = {}) {
+  return array.ndim() == static_cast<py::ssize_t>(leading.size() + rest.size()) &&
+         std::equal(leading.begin(), leading.end(), array.shape()) &&
+         std::equal(rest.begin(), rest.end(), array.shape() + leading.size());
+}
+
+void require_shape(const char* name, const py::array& array, std::initializer_list<py::ssize_t> leading,
+                   const std::vector<py::ssize_t>& rest = {}) {
+  if (has_shape(array, leading, rest)) return;
+  std::vector<py::ssize_t> expected(leading);
+  expected.insert(expected.end(), rest.begin(), rest.end());
+  reject(name, "shape " + shape_text(expected), "shape " + shape_text(shape_of(array)));
 }
 
 void require_dtype(const char* name, const py::array& array, const py::dtype& expected) {
-  if (!array.dtype().equal(expected))
+  if (!array.dtype().is(expected) && !array.dtype().equal(expected))
     reject(name, "dtype " + std::string(py::str(expected)), "dtype " + std::string(py::str(array.dtype())));
 }
 
@@ -42,6 +56,11 @@ void require_dtype(const char* name, const py::array& array, const py::dtype& ex
 template <typename T>
 py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lanes, const char* kinds,
                       const char* expected) {
+  using Column = py::array_t<T, py::array::c_style>;
+  if (py::isinstance<Column>(value)) {  // as it should be: nothing to convert
+    const auto ready = py::reinterpret_borrow<py::array_t<T>>(value);
+    if (has_shape(ready, {lanes})) return ready;
+  }
   const py::array array = py::array::ensure(value);
   if (!array) {
     PyErr_Clear();
@@ -109,12 +128,13 @@ class Binding {
   void append(const py::object& frame, const py::object& action, const py::object& reward,
               const py::object& terminated, const py::object& truncated, const py::object& first) {
     const py::ssize_t n = lanes();
-    py::array frames = py::array::ensure(frame);
+    py::array frames =
+        py::isinstance<py::array>(frame) ? py::reinterpret_borrow<py::array>(frame) : py::array::ensure(frame);
     if (!frames) {
       PyErr_Clear();
       reject("frame", "an array", std::string(py::str(py::type::of(frame))));
     }
-    require_shape("frame", frames, with_frame_shape({n}));
+    require_shape("frame", frames, {n}, frame_shape_);
     require_dtype("frame", frames, dtype_);
     if (!rows_are_contiguous(frames)) frames = py::array::ensure(frames, py::array::c_style);
 
@@ -176,7 +196,7 @@ class Binding {
   }
 
   void latest(py::array out) const {
-    require_shape("out", out, with_frame_shape({lanes(), core_.shape().stack}));
+    require_shape("out", out, {lanes(), core_.shape().stack}, frame_shape_);
     require_dtype("out", out, dtype_);
     if (!(out.flags() & py::array::c_style)) reject("out", "a C-contiguous array", "another layout");
     auto* data = static_cast<std::uint8_t*>(out.mutable_data());
@@ -215,7 +235,7 @@ class Binding {
                   py::array_t<double, py::array::c_style> priority) {
     const std::int64_t count = reward.size();
     require_run(lane, position, count);
-    require_shape("frames", frames, with_frame_shape({count}));
+    require_shape("frames", frames, {count}, frame_shape_);
     require_dtype("frames", frames, dtype_);
     require_shape("action", action, {count});
     require_shape("flags", flags, {count});
@@ -284,7 +304,7 @@ class Binding {
   BatchView batch_view(std::int64_t count, py::array& obs, py::array& next_obs, py::array& action, py::array& reward,
                        py::array& discount, py::array& index, py::array& weight) const {
     for (auto [name, array] : {std::pair{"obs", &obs}, std::pair{"next_obs", &next_obs}}) {
-      require_shape(name, *array, with_frame_shape({count, core_.shape().stack}));
+      require_shape(name, *array, {count, core_.shape().stack}, frame_shape_);
       require_dtype(name, *array, dtype_);
       if (!rows_are_contiguous(*array)) reject(name, "contiguous stacks", "another layout");
     }

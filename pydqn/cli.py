@@ -29,15 +29,7 @@ _BROKEN_PIPE = 141  # the same for SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    commands = {
-        "presets": _presets,
-        "train": _train,
-        "play": _play,
-        "evaluate": _evaluate,
-        "plot": _plot,
-        "bench": _bench,
-    }
-    arguments = make_parser(commands).parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
     except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
@@ -48,6 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    return make_parser(
+        {
+            "presets": _presets,
+            "train": _train,
+            "play": _play,
+            "evaluate": _evaluate,
+            "plot": _plot,
+            "bench": _bench,
+        }
+    )
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:

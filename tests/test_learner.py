@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pydqn import FrameReplay, Learner, preset
+from pydqn.checkpoint import load_weights, save_weights
 from pydqn.learner import Policy, resolve_device, resolve_precision
 from pydqn.networks import make_network
 
@@ -181,6 +182,39 @@ def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
         rough.update(batch)
     np.testing.assert_allclose(rough.metrics().loss, exact.metrics().loss, rtol=0.1)
     assert not any(map(torch.equal, before, parameters(rough.online)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
+def test_a_restored_learner_goes_on_as_the_saved_one(tmp_path, optimizer, precision):
+    saved, replay, _ = make(optimizer=optimizer, precision=precision, double=True)
+    for _ in range(10):  # the target has moved once since
+        saved.update(replay.sample(32))
+    save_weights(tmp_path / "state.safetensors", saved.state(), {})
+    tensors, _ = load_weights(tmp_path / "state.safetensors")
+    restored, _, _ = make(optimizer=optimizer, precision=precision, double=True)
+    restored.restore(tensors, saved.updates)
+    for _ in range(6):  # the target moves again
+        batch = replay.sample(32)
+        saved.update(batch)
+        restored.update(batch)
+        assert saved.metrics() == restored.metrics()
+    assert saved.state().keys() == restored.state().keys()
+    for name, value in saved.state().items():
+        assert torch.equal(value, restored.state()[name]), name
+
+
+def test_what_acts_is_what_learned():
+    """The copies in bfloat16 follow the parameters, and the policy sees them."""
+    learner, replay, _ = make(precision="bfloat16")
+    obs = replay.sample(32).obs
+    before = learner.policy.values(obs)
+    for _ in range(3):
+        learner.update(replay.sample(32))
+    values = learner.policy.values(obs)
+    assert not np.array_equal(before, values)
+    fresh = Policy(copy.deepcopy(learner.online), CPU, "bfloat16")
+    np.testing.assert_array_equal(values, fresh.values(obs))
 
 
 @needs_cuda
