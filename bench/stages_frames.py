@@ -9,9 +9,9 @@ import ale_py
 import bench_preprocess as cases
 import numpy as np
 from ale_py import AtariVectorEnv, roms
-from timing import in_turns, missing, rates_in_turns, row, us
+from timing import Elsewhere, in_turns, missing, rates_in_turns, row, us
 
-from pydqn import FrameReplay, preset
+from pydqn import FrameReplay, _core, preset
 from pydqn.envs import make_lanes
 
 LANES, STEPS = 32, 40
@@ -30,6 +30,7 @@ def timed(play):
 
 
 def ours():
+    _core.keep_freed_memory()  # as a training run does
     lanes = make_lanes(preset("pong", env_id="breakout", num_envs=LANES, noop_max_frames=0), LANES, 0)
     replay = FrameReplay(100 * LANES, num_envs=LANES)
     everything, nothing = np.ones(LANES, bool), np.zeros(LANES, np.int64)
@@ -46,7 +47,7 @@ def ours():
 
     for _ in range(3):  # round the ring once, so that all of its memory is there
         play()
-    return play
+    return timed(play)
 
 
 def theirs():
@@ -57,7 +58,7 @@ def theirs():
         for i in range(STEPS):
             env.step(ACTIONS[i])
 
-    return play
+    return timed(play)
 
 
 def envpool():
@@ -68,7 +69,7 @@ def envpool():
         for i in range(STEPS):
             env.step(ACTIONS[i])
 
-    return play
+    return timed(play)
 
 
 def bare():
@@ -85,12 +86,12 @@ def bare():
                 if console.game_over():
                     console.reset_game()
 
-    return play
+    return timed(play)
 
 
 def emulators(quick):
     """Breakout, random actions, frames of the emulator per second."""
-    players = {"pydqn": timed(ours())}
+    players = {"pydqn": Elsewhere(ours)}
     aims = {
         "AtariVectorEnv, 84x84, stack of 4": (theirs, 1.2),
         "EnvPool, 84x84, stack of 4": (envpool, 1.35),
@@ -98,10 +99,12 @@ def emulators(quick):
     }
     for name, (make, _) in aims.items():
         try:
-            players[name] = timed(make())
+            players[name] = Elsewhere(make)
         except Exception as error:
             missing(name, error)
     rate = rates_in_turns(players, 3 if quick else 15)
+    for player in players.values():
+        player.close()
     mine = rate.pop("pydqn")
     for name, value in rate.items():
         aim = (">=", aims[name][1])

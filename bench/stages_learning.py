@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 from peers import BATCH, MEMORIES
-from timing import in_turns, missing, ms, rates_in_turns, row
+from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
 from pydqn import Learner, preset
@@ -96,7 +96,7 @@ def update(quick):
     torch.set_num_threads(threads)
 
 
-def our_loop(lanes, seconds, folder):
+def our_loop(lanes, seconds):
     config = preset(
         "pong",
         **NATURE,
@@ -108,7 +108,8 @@ def our_loop(lanes, seconds, folder):
         replay_capacity_frames=20_000,
         log_every_steps=1_000,
     )
-    run = Run(config, Path(folder) / str(lanes))
+    folder = tempfile.TemporaryDirectory()
+    run = Run(config, Path(folder.name) / "run")
     next(run.reports())
 
     def rate():
@@ -116,7 +117,7 @@ def our_loop(lanes, seconds, folder):
         while time.perf_counter() - started < seconds:
             run.step()
         taken = time.perf_counter() - started
-        assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= lanes
+        assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= lanes, folder.name
         return (run.steps - steps) / taken
 
     return rate
@@ -163,15 +164,16 @@ def stable_baselines3(count, seconds):
 def loop(quick):
     """Breakout, Nature's network, one update of 32 per 4 steps."""
     seconds = 4 if quick else 8
-    with tempfile.TemporaryDirectory() as folder:
-        players = {f"pydqn, {lanes} lanes": our_loop(lanes, seconds, folder) for lanes in (8, 16)}
-        for count in (1, 8):
-            name = f"stable-baselines3, {count} env" + "s" * (count > 1)
-            try:
-                players[name] = stable_baselines3(count, seconds)
-            except Exception as error:
-                missing(name, error)
-        rate = rates_in_turns(players, 2 if quick else 7)
+    players = {f"pydqn, {lanes} lanes": Elsewhere(our_loop, lanes, seconds) for lanes in (8, 16)}
+    for count in (1, 8):
+        name = f"stable-baselines3, {count} env" + "s" * (count > 1)
+        try:
+            players[name] = Elsewhere(stable_baselines3, count, seconds)
+        except Exception as error:
+            missing(name, error)
+    rate = rates_in_turns(players, 2 if quick else 7)
+    for player in players.values():
+        player.close()
     best = max((name for name in rate if name.startswith("pydqn")), key=rate.get)
     mine = rate.pop(best)
     for name, value in rate.items():

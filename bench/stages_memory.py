@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 from peers import BATCH, MEMORIES, PlainCopy, RingCopy
-from timing import in_turns, missing, row, us
+from timing import Elsewhere, in_turns, missing, row, us
 
 
 def make(name, size, most_bytes, **options):
@@ -36,34 +37,64 @@ def append(quick):
         row("append, one frame", us(mine), f"{name}: {us(value)}", mine / value, ("<=", 0.25) if name == best else None)
 
 
+def sampler(name, size, most_bytes):
+    """Return a function that samples some times and returns the median seconds and the ring's size."""
+    memory, fits = make(name, size, most_bytes)
+
+    def some():
+        return in_turns({"": memory.sample}, 1, 20)[""], fits
+
+    return some
+
+
+def ring_copy(size):
+    copy = RingCopy(make("pydqn", size, 8e9)[0].replay)
+    return lambda: (in_turns({"": copy.sample}, 1, 20)[""], size)
+
+
+def plain_copy(size, huge_pages):
+    copy = PlainCopy(size, huge_pages)
+    return lambda: (in_turns({"": copy.sample}, 1, 20)[""], size)
+
+
+def medians_in_turns(players, rounds):
+    times = {name: [] for name in players}
+    for _ in range(rounds):
+        for name, play in players.items():
+            times[name].append(play()[0])
+    return {name: float(np.median(spent)) for name, spent in times.items()}
+
+
 def sample(quick):
-    """From a ring of a million frames; who needs more than 8 GB for so many gets a smaller one, which is easier."""
+    """From a ring of a million frames; who needs more than 8 GB for so many gets a smaller one, which is easier.
+
+    Each ring is in a process of its own, and no more than two at a time: they are gigabytes.
+    """
     size, rounds = (50_000, 20) if quick else (1_000_000, 60)
-    ours, _ = make("pydqn", size, 8e9)
     stage = f"sample({BATCH}), ring of {size:,}"
-    times = in_turns({"pydqn": ours.sample, "copy": RingCopy(ours.replay).sample}, rounds, 20)
-    mine, value = times["pydqn"], times["copy"]
-    row(stage, us(mine), f"memcpy from the same ring: {us(value)}", mine / value, ("<=", 1.5))
+    ours = Elsewhere(sampler, "pydqn", size, 8e9)
     found = {}
-    for name in MEMORIES:
-        if name == "pydqn":
-            continue
+    for name in ("memcpy from such a ring", *(name for name in MEMORIES if name != "pydqn")):
         try:
-            memory, fits = make(name, size, 8e9)
+            other = Elsewhere(sampler, name, size, 8e9) if name in MEMORIES else Elsewhere(ring_copy, size)
         except Exception as error:
             missing(name, error)
             continue
-        found[name] = (in_turns({"pydqn": ours.sample, name: memory.sample}, rounds, 20), fits)
-        del memory
-    whole = {name: times[name] for name, (times, fits) in found.items() if fits == size}
+        fits = other()[1]
+        found[name] = (medians_in_turns({"pydqn": ours, name: other}, rounds), fits)
+        other.close()
+    ours.close()
+    whole = {name: times[name] for name, (times, fits) in found.items() if fits == size and name in MEMORIES}
     best = min(whole, key=whole.get, default=None)
     for name, (times, fits) in found.items():
         mine, value = times["pydqn"], times[name]
         note = "" if fits == size else f"(theirs: {fits:,})"
-        row(stage, us(mine), f"{name}: {us(value)}", mine / value, ("<=", 0.5) if name == best else None, note)
-    del ours
-    copies = {"huge": PlainCopy(size // 4, True).sample, "small": PlainCopy(size // 4, False).sample}
-    times = in_turns(copies, rounds, 20)
+        target = ("<=", 0.5) if name == best else None if name in MEMORIES else ("<=", 1.5)
+        row(stage, us(mine), f"{name}: {us(value)}", mine / value, target, note)
+    pages = {"huge": Elsewhere(plain_copy, size, True), "small": Elsewhere(plain_copy, size, False)}
+    times = medians_in_turns(pages, rounds)
+    for page in pages.values():
+        page.close()
     huge, small = times["huge"], times["small"]
     row("memcpy from huge pages", us(huge), f"from 4 KiB pages: {us(small)}", huge / small)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 
 import numpy as np
@@ -50,6 +51,41 @@ def rates_in_turns(players, rounds):
         for name, play in players.items():
             rates[name].append(play())
     return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+class Elsewhere:
+    """A function in a process of its own, so that nobody's settings (of the allocator, say) reach the others.
+
+    `make` returns the function there; both have to be importable.
+    """
+
+    def __init__(self, make, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+        self._process.start()
+        problem = self._pipe.recv()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    def __call__(self):
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def close(self):
+        self._pipe.send(False)
+        self._process.join()
+
+
+def _serve(pipe, make, arguments):
+    try:
+        function = make(*arguments)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send(function())
 
 
 def us(seconds):
