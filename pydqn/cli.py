@@ -290,10 +290,6 @@ def _plot(arguments: argparse.Namespace) -> None:
     print(f"drawn: {os.fspath(arguments.output)}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def _bench(arguments: argparse.Namespace) -> None:
     import datetime
 
@@ -314,3 +310,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.output:
         about = {"date": datetime.date.today().isoformat(), **environment()}
         write_json(Path(arguments.output), {"about": about, "config": config.to_dict(), "stages": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

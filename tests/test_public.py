@@ -30,10 +30,10 @@ def test_public_names():
 
 def test_the_command_line_names_what_there_is():
     """It repeats the names of rooms that it imports only when they are needed."""
-    from pydqn import cli, evaluation, plots
+    from pydqn import evaluation, options, plots
 
-    assert tuple(plots.PANELS) == cli._PANELS
-    assert evaluation.WEIGHTS == cli._WEIGHTS
+    assert tuple(plots.PANELS) == options._PANELS
+    assert evaluation.WEIGHTS == options._WEIGHTS
 
 
 def test_functions_are_not_shadowed_by_rooms():
@@ -57,6 +57,9 @@ def test_contract_of_the_replay():
         "dtype",
         "padding",
         "seed",
+        "prioritized",
+        "alpha",
+        "beta",
     ]
     assert names["frame_shape"].default == (84, 84)
     assert names["stack"].kind is inspect.Parameter.KEYWORD_ONLY
