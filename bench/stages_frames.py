@@ -50,8 +50,7 @@ def ours():
     return timed(play)
 
 
-def theirs():
-    env = AtariVectorEnv("breakout", LANES)
+def stepping(env):
     env.reset()
 
     def play():
@@ -59,17 +58,14 @@ def theirs():
             env.step(ACTIONS[i])
 
     return timed(play)
+
+
+def theirs():
+    return stepping(AtariVectorEnv("breakout", LANES))
 
 
 def envpool():
-    env = importlib.import_module("envpool").make_gymnasium("Breakout-v5", num_envs=LANES, num_threads=2)
-    env.reset()
-
-    def play():
-        for i in range(STEPS):
-            env.step(ACTIONS[i])
-
-    return timed(play)
+    return stepping(importlib.import_module("envpool").make_gymnasium("Breakout-v5", num_envs=LANES, num_threads=2))
 
 
 def bare():

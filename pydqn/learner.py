@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pydqn.config import Config
 from pydqn.losses import LOSSES, td_error
-from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
+from pydqn.networks import PixelTorso, Table, VectorTorso, lowered, tensors_of
 from pydqn.optimizers import Settings, State, make_optimizer
 from pydqn.replay import Batch
 
@@ -209,7 +209,7 @@ class Learner:
     @torch.no_grad()
     def sync_target(self) -> None:
         """Copy the online network to the target network."""
-        torch._foreach_copy_(_state(self.target), _state(self._computing))
+        torch._foreach_copy_(tensors_of(self.target), tensors_of(self._computing))
 
     def metrics(self) -> Metrics:
         """Return what the latest update saw (waits for the device). Before the first one there is nothing: NaN."""
@@ -305,7 +305,10 @@ class Learner:
 
     def _record(self) -> None:
         """Capture `_update`. The warm-up updates are undone, so that capturing changes nothing."""
-        changed = [*_state(self.online), *(tensor for state in self._optimizer.state() for tensor in state.values())]
+        changed = [
+            *tensors_of(self.online),
+            *(tensor for state in self._optimizer.state() for tensor in state.values()),
+        ]
         before = [tensor.detach().clone() for tensor in changed]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -325,8 +328,3 @@ class Learner:
         with torch.cuda.graph(self._graph, stream=stream):
             self._update()
         self._step = self._graph.replay
-
-
-def _state(network: nn.Module) -> list[Tensor]:
-    """Everything of a network that a copy of it must have."""
-    return [*network.parameters(), *network.buffers()]

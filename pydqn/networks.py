@@ -203,7 +203,7 @@ def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     weights are scaled before they are rounded. A `QNetwork` over pixels then computes in `dtype` as it is; other
     modules are to be run under autocast.
     """
-    other: nn.Module = copy.deepcopy(network, {id(part): part for part in _parts(network)})
+    other: nn.Module = copy.deepcopy(network, {id(part): part for part in tensors_of(network)})
     firsts = [module.convs[0] for module in other.modules() if isinstance(module, PixelTorso)]
     made: dict[int, nn.Parameter] = {}  # layers may share a parameter
     for module in other.modules():
@@ -214,7 +214,8 @@ def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return other
 
 
-def _parts(network: nn.Module) -> list[torch.Tensor]:
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """Return everything of a network that a copy of it must have."""
     return [*network.parameters(), *network.buffers()]
 
 

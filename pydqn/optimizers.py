@@ -81,7 +81,7 @@ class Kernels:
     def __init__(
         self, settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
     ) -> None:
-        self._parameters, self._copies = list(parameters), list(copies)
+        self._parameters = list(parameters)
         self._apart = [(p, c) for p, c in zip(parameters, copies, strict=True) if p is not c]
         self._learning_rate = learning_rate
         self._optimizer: torch.optim.Optimizer
@@ -328,7 +328,7 @@ def _float32(grad, buffer):
     return grad.view(np.float32)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})  # in any order; a NaN stays one
 def _squares(grad):
     total = np.float32(0)
     for i in range(grad.size):
