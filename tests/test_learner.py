@@ -121,6 +121,19 @@ def test_weights_of_the_batch_scale_the_loss():
     assert learner.metrics().grad_norm == 0
 
 
+def test_errors_are_those_of_the_samples_whatever_their_weights():
+    """A loss, or one with its weights, would be the wrong priority."""
+    learner, replay, _ = make(double=False, n_step=1)
+    batch = replay.sample(32)
+    obs, next_obs = torch.tensor(batch.obs), torch.tensor(batch.next_obs)
+    with torch.no_grad():
+        y = torch.tensor(batch.reward) + torch.tensor(batch.discount) * learner.target(next_obs).max(dim=1).values
+        q = learner.online(obs)[torch.arange(32), torch.tensor(batch.action)]
+    learner.update(batch._replace(weight=np.zeros(32, np.float32)))
+    np.testing.assert_allclose(learner.errors(), (y - q).abs().numpy(), rtol=1e-3, atol=1e-5)
+    assert learner.errors().max() > 0.1
+
+
 def test_a_network_of_ones_own():
     """Any module from observations to action values will do."""
     _, replay, config = make()
