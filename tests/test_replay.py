@@ -360,9 +360,10 @@ def test_strided_frames_are_accepted():
 # --- threads ---
 
 
-def test_sampling_while_another_thread_appends():
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_sampling_while_another_thread_appends(prioritized):
     """Frames carry their tick, so that a torn or misplaced one is seen."""
-    replay = FrameReplay(256, (64, 64), stack=4, n_step=1, dtype="int32")
+    replay = FrameReplay(256, (64, 64), stack=4, n_step=1, dtype="int32", prioritized=prioritized)
     stop, wrong = threading.Event(), []
 
     def write():
@@ -384,6 +385,8 @@ def test_sampling_while_another_thread_appends():
                 wrong.append("a misplaced frame")
             if (batch.action != batch.index + 1).any():
                 wrong.append("a misplaced action")
+            if prioritized:  # of transitions that may be gone meanwhile
+                replay.update_priorities(batch.index, 1.0 + batch.index % 7)
 
     threads = [threading.Thread(target=target) for target in (write, read, read)]
     for thread in threads:
