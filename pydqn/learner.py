@@ -86,17 +86,17 @@ class Policy:
         # Pixels are whole numbers below 256, which bfloat16 holds; of other observations it would drop digits.
         if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
             precision = "float32"
-        self._dtype = resolve_precision(precision, device)
+        self.dtype = resolve_precision(precision, device)
         # The float32 parameters, and what computes: the same network, or one with copies of them in bfloat16.
         self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.computing = self.network if self._dtype == torch.float32 else lowered(self.network, self._dtype)
+        self.computing = self.network if self.dtype == torch.float32 else lowered(self.network, self.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which `computing` runs."""
-        if self._dtype == torch.float32 or isinstance(getattr(self.network, "torso", None), PixelTorso):
+        if self.dtype == torch.float32 or isinstance(getattr(self.network, "torso", None), PixelTorso):
             return nullcontext()
         # A graph must cast the weights each time that it is replayed, so a cast may not be remembered.
-        return torch.autocast(self.device.type, self._dtype, cache_enabled=self.device.type == "cpu")
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.device.type == "cpu")
 
     @torch.no_grad()
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:

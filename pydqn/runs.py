@@ -51,8 +51,9 @@ class Learned(NamedTuple):
 class BaseRun:
     """One training run; a context manager that leaves everything saved and closed, however the run ends.
 
-    `logdir` gets config.json, environment.json (versions and machine), progress.csv, episodes.csv, TensorBoard events,
-    checkpoints/ and weights/: best.safetensors, whenever the mean return improves, and last.safetensors.
+    `logdir` gets config.json, environment.json (versions, machine, precision and threads), progress.csv, episodes.csv,
+    TensorBoard events, checkpoints/ and weights/: best.safetensors, whenever the mean return improves, and
+    last.safetensors.
 
     Args:
         config: what to run.
@@ -93,7 +94,7 @@ class BaseRun:
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(parents=True, exist_ok=True)
         write_json(self.logdir / CONFIG, config.to_dict())
-        write_json(self.logdir / "environment.json", {**environment(), "device": self.device_name()})
+        write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic()})
         self._log = RunLog(self.logdir, self.steps, len(self.returns))
 
     # --- what a kind of run fills in ---
@@ -110,9 +111,9 @@ class BaseRun:
         """Return what a policy needs."""
         raise NotImplementedError
 
-    def device_name(self) -> str:
-        """Return where it learns."""
-        return "cpu"
+    def arithmetic(self) -> dict[str, str | int]:
+        """Return where and how numbers are worked out, as far as the machine decides it."""
+        return {"device": "cpu"}
 
     def close(self) -> None:
         """Release what the run holds."""

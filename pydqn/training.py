@@ -147,9 +147,10 @@ class Run(BaseRun):
         """Return those of the online network."""
         return dict(self.learner.online.state_dict())
 
-    def device_name(self) -> str:
-        """Return the device of the learner."""
-        return str(self._device)
+    def arithmetic(self) -> dict[str, str | int]:
+        """Return the learner's device, precision and threads."""
+        precision = str(self.learner.policy.dtype).removeprefix("torch.")
+        return {"device": str(self._device), "precision": precision, "torch_threads": torch.get_num_threads()}
 
     def close(self) -> None:
         """Release the environments; a film that was being made is dropped."""

@@ -18,6 +18,7 @@ from pydqn.checkpoint import load_weights
 from pydqn.config import Config
 from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
 from pydqn.lanes import Episode
+from pydqn.learner import resolve_precision
 from pydqn.logs import GROUPS, Report, read_csv
 from pydqn.training import Run
 
@@ -89,7 +90,10 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     histogram = board.Histograms("learning/loss_per_sample")[-1].histogram_value
     assert histogram.num == tiny.batch_size
     assert histogram.sum / histogram.num == pytest.approx(reports[-1].loss, rel=1e-4)
-    assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
+    machine = json.loads((tmp_path / "environment.json").read_text())
+    assert machine["torch"] == torch.__version__
+    assert machine["precision"] == str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+    assert (machine["device"], machine["torch_threads"]) == ("cpu", 1)
     assert load_run(tmp_path) == tiny
 
 
