@@ -247,7 +247,7 @@ def test_captured_equals_eager(optimizer):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(captured.target.parameters(), eager.target.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    states = zip(captured._optimizer.state.values(), eager._optimizer.state.values(), strict=True)
+    states = zip(captured._optimizer.state(), eager._optimizer.state(), strict=True)
     for ours, theirs in states:
         assert ours.keys() == theirs.keys()
         for name in ours:
