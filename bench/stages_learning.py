@@ -23,6 +23,7 @@ from pydqn.training import Run
 
 # Nature's network and plain Q-learning, as the peers have them.
 NATURE = {
+    "prioritized": False,
     "network": "nature",
     "hidden_units": (512,),
     "dueling": False,

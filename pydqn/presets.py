@@ -109,6 +109,7 @@ PRESETS: dict[str, Preset] = {
             total_steps=500_000,
             stop_return=18.0,
             replay_capacity_frames=100_000,
+            prioritized=True,
             network="small",
             hidden_units=(256,),
             dueling=True,
