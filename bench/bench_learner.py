@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pydqn import FrameReplay, Learner, preset
-from pydqn.learner import resolve_device
 from pydqn.networks import make_network
+from pydqn.policies import resolve_device
 
 
 @pytest.fixture(params=["auto", "float32"])

@@ -17,8 +17,8 @@ from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
 from pydqn import Learner, preset
-from pydqn.learner import resolve_device
 from pydqn.networks import make_network
+from pydqn.policies import resolve_device
 from pydqn.training import Run
 
 # Nature's network and plain Q-learning, as the peers have them.

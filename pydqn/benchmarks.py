@@ -74,7 +74,7 @@ def _stages(run: Run, seconds: float) -> Iterator[Measurement]:
     yield _time("append", lambda: replay.append(slot, zeros, zeros, none, none, none), seconds / 3, lanes, "frames")
     out = replay.empty_batch(size)
     yield _time(f"sample {size}", lambda: replay.sample(size, out), seconds / 3, size, "transitions")
-    yield _time("act", lambda: learner.policy.act(replay.latest(), 0.0, generator), seconds / 3, lanes, "actions")
+    yield _time("act", lambda: run.act(0.0), seconds / 3, lanes, "actions")
 
     def update() -> None:
         learner.update(out)

@@ -150,6 +150,9 @@ class Config:
     precision: str = _field(
         "auto", "of the network's arithmetic; weights stay float32", choices=("auto", "float32", "bfloat16")
     )
+    storage: str = _field(
+        "auto", "where frames are kept (auto: on a GPU if they fit)", choices=("auto", "host", "device")
+    )
     torch_threads: int = _field(0, "threads of PyTorch on the CPU; 0 for its own choice", least=0, most=2**10)
     emulator_threads: int = _field(0, "threads of the emulators; 0 for one per core", least=0, most=2**10)
 

@@ -19,8 +19,8 @@ from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from pydqn.config import Config
 from pydqn.envs import make_lanes
 from pydqn.lanes import Episode, Lanes
-from pydqn.learner import Policy, resolve_device
 from pydqn.networks import QNetwork, Table, make_network
+from pydqn.policies import Policy, resolve_device
 from pydqn.replay import FrameReplay
 from pydqn.scores import PROTOCOLS, human_normalized
 
@@ -49,22 +49,20 @@ def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork | Table
     )
 
 
-def memory_for(config: Config, lanes: Lanes, capacity: int, seed: int = 0) -> FrameReplay:
-    """Build a replay memory for these lanes, in which acting and learning find the same stacks."""
-    return FrameReplay(
-        capacity,
-        lanes.frame_shape,
-        stack=config.stack,
-        n_step=config.n_step,
-        gamma=config.gamma,
-        num_envs=lanes.num_envs,
-        dtype=lanes.dtype,
-        padding=config.padding,
-        seed=seed,
-        prioritized=config.prioritized,
-        alpha=config.priority_alpha,
-        beta=config.priority_beta,
-    )
+def memory_settings(config: Config, lanes: Lanes) -> dict[str, Any]:
+    """Return what a replay memory for these lanes is made with, so that acting and learning find the same stacks."""
+    return {
+        "frame_shape": lanes.frame_shape,
+        "stack": config.stack,
+        "n_step": config.n_step,
+        "gamma": config.gamma,
+        "num_envs": lanes.num_envs,
+        "dtype": lanes.dtype,
+        "padding": config.padding,
+        "prioritized": config.prioritized,
+        "alpha": config.priority_alpha,
+        "beta": config.priority_beta,
+    }
 
 
 def open_episodes(lanes: Lanes, memory: FrameReplay) -> None:
@@ -155,7 +153,7 @@ class Moment(NamedTuple):
 
 def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed: int) -> Iterator[Moment]:
     """Play on and on, yielding every step. The first frames are there when the first step is asked for."""
-    memory = memory_for(config, lanes, lanes.num_envs * (config.stack + config.n_step))
+    memory = FrameReplay(lanes.num_envs * (config.stack + config.n_step), **memory_settings(config, lanes))
     generator = np.random.default_rng(seed)
     open_episodes(lanes, memory)
     while True:

@@ -5,116 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pydqn.config import Config
 from pydqn.losses import LOSSES, td_error
-from pydqn.networks import PixelTorso, Table, VectorTorso, lowered, tensors_of
+from pydqn.networks import tensors_of
 from pydqn.optimizers import Settings, State, make_optimizer
+from pydqn.pixels import look_up
+from pydqn.policies import Policy
 from pydqn.replay import Batch
-
-_WARMUP_UPDATES = 3  # before a capture: lets libraries choose kernels and the optimizer make its state
-
-
-def resolve_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"device: {name!r} is not there; PyTorch sees {count} CUDA devices")
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
-
-    "auto" takes bfloat16 on processors that turn out to be faster with it, and float32 elsewhere. (A `Policy` whose
-    observations are not pixels takes float32 everywhere.)
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-@functools.cache
-@torch.no_grad()
-def _bfloat16_pays() -> bool:
-    """Time two of Nature's layers both ways: some milliseconds, once per process.
-
-    Processors with instructions for bfloat16 take about half as long with it, others several times as long: far enough
-    apart for the same answer each time, as the same run from the same seed needs it.
-    """
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(8):
-        for dtype in best:
-            image, features = torch.ones(32, 32, 20, 20, dtype=dtype), torch.ones(32, 3136, dtype=dtype)
-            image = image.contiguous(memory_format=torch.channels_last)
-            kernel, weight = torch.ones(64, 32, 4, 4, dtype=dtype), torch.ones(512, 3136, dtype=dtype)
-            started = time.perf_counter()
-            F.conv2d(image, kernel, stride=2)
-            F.linear(features, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - started)
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
-
-
-class Policy:
-    """Action values of a network, for acting: no gradients, the learner's own precision."""
-
-    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
-        self.device = device
-        # Pixels are whole numbers below 256, which bfloat16 holds; of other observations it would drop digits.
-        if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
-            precision = "float32"
-        self.dtype = resolve_precision(precision, device)
-        # The float32 parameters, and what computes: the same network, or one with copies of them in bfloat16.
-        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.computing = self.network if self.dtype == torch.float32 else lowered(self.network, self.dtype)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which `computing` runs."""
-        if self.dtype == torch.float32 or isinstance(getattr(self.network, "torso", None), PixelTorso):
-            return nullcontext()
-        # A graph must cast the weights each time that it is replayed, so a cast may not be remembered.
-        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.device.type == "cpu")
-
-    @torch.no_grad()
-    def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
-        """Return (B, A) action values of (B, stack, *frame_shape) observations."""
-        with self.autocast():
-            values: Tensor = self.computing(torch.from_numpy(obs).to(self.device))
-        return values.cpu().numpy()
-
-    @staticmethod
-    def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions for (B, A) action values; every lane tosses its own coin."""
-        explore = generator.random(len(values)) < epsilon
-        anything = generator.integers(values.shape[1], size=len(values))
-        return np.where(explore, anything, values.argmax(axis=1))
-
-    def act(self, obs: NDArray[Any], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions for (B, stack, *frame_shape) observations."""
-        return self.choose(self.values(obs), epsilon, generator)
+from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
 
 
 class Metrics(NamedTuple):
@@ -132,7 +38,6 @@ class _Seen(NamedTuple):
     loss: Tensor
     norm: Tensor
     action: Tensor  # (B,)
-    errors: Tensor  # (B,)
     losses: Tensor  # (B,)
     values: Tensor  # (B, A)
 
@@ -140,17 +45,19 @@ class _Seen(NamedTuple):
 class Learner:
     """Owns the online and the target network and the optimizer.
 
-    `update` runs one gradient step. On a CUDA device the whole step is captured once and replayed: batch, learning rate
-    and step counter live on the device. The host runs ahead by one update: it waits only until the batch before has
+    `update` runs one gradient step, or several in a row. On a CUDA device they are captured once and replayed: batches,
+    learning rate and step counter live on the device. The host runs ahead: it waits only until the batch before has
     left the pinned memory. On a CPU the same function runs eagerly.
 
     Args:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
             has a method `prepare`, observations go through that once for all the networks that see them.
-        config: the fields of the loss and the optimizer.
+        config: the fields of the loss and the optimizer, and the batch size.
         device: where to learn, as `resolve_device` gives it.
-        example: a batch of the replay memory, for shapes and dtypes (`replay.empty_batch(batch_size)`).
+        example: the largest batch that will come, for shapes and dtypes: `replay.empty_batch(n * config.batch_size)`,
+            where n is the number of steps that `update` may have to take at once.
         capture: whether to use a CUDA graph; None for wherever there is CUDA.
+        frames: where batches hold rows instead of observations, what they are rows of (`DeviceReplay.frames`).
     """
 
     def __init__(
@@ -160,6 +67,7 @@ class Learner:
         device: torch.device,
         example: Batch,
         capture: bool | None = None,
+        frames: Tensor | None = None,
     ) -> None:
         self.device = device
         self.updates = 0
@@ -180,31 +88,43 @@ class Learner:
             self._learning_rate,
         )
         self._loss = LOSSES[config.loss]
+        self.frames = frames
+        self._most = len(example.action) // config.batch_size  # steps at once
+        self._inbox = Inbox(example, device)
         self._seen: _Seen | None = None
-        self._batch = [torch.from_numpy(part) for part in example]
-        self._host: list[Tensor] = []
-        self._uploaded: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._batch = [torch.empty(part.shape, dtype=part.dtype, device=device) for part in self._batch]
-            self._host = [torch.empty_like(part, device="cpu", pin_memory=True) for part in self._batch]
-            self._uploaded = torch.cuda.Event()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._step: Callable[[], None] = self._update
+        self._errors = torch.zeros(len(example.action), device=device)
+        self._judged = Outbox(device)
+        self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
 
     def update(self, batch: Batch) -> None:
-        """Run one gradient step on `batch`, and copy the online network to the target when that is due."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            if self.device.type == "cuda":
-                self._upload(batch)
-            else:
-                self._batch = [torch.from_numpy(part) for part in batch]
-            if self._capture and self._graph is None:
-                self._record()
-            self._step()
-            self.updates += 1
-            every = self._config.target_sync_updates
-            if every and self.updates % every == 0:
-                self.sync_target()
+        """Take one gradient step for every `config.batch_size` transitions, in their order.
+
+        The online network is copied to the target whenever that is due, also between two of them.
+
+        Raises:
+            ValueError: the batch is not some whole number of batches, or longer than the `example`.
+        """
+        size = self._config.batch_size
+        count, rest = divmod(len(batch.action), size)
+        if rest or not 0 < count <= self._most:
+            raise ValueError(
+                f"batch: expected 1 to {self._most} times {size} transitions (config.batch_size), "
+                f"got {len(batch.action)}"
+            )
+        every = self._config.target_sync_updates
+        with on(self.device):
+            self._inbox.put(batch)
+            done = 0
+            while done < count:
+                # All at once, unless the target network changes in between.
+                until = every - self.updates % every if every else count
+                number = count - done if count - done <= until and not done else 1
+                self._seen = self._take(done, number)
+                self.updates += number
+                done += number
+                if number == until and every:
+                    self.sync_target()
+            self._judged.put(self._errors[: count * size])
 
     @torch.no_grad()
     def sync_target(self) -> None:
@@ -226,8 +146,11 @@ class Learner:
         return self._seen.losses.cpu().numpy(), self._seen.values.cpu().numpy()
 
     def errors(self) -> NDArray[np.float32]:
-        """Return the (B,) sizes of the latest update's TD errors, unweighted (waits for the device)."""
-        return np.zeros(0, np.float32) if self._seen is None else self._seen.errors.abs().cpu().numpy()
+        """Return the sizes of the TD errors, unweighted, of all transitions in the latest `update`.
+
+        They are on their way since then: asked for after the next actions have come, they cost no wait.
+        """
+        return np.zeros(0, np.float32) if self._seen is None else self._judged.get().copy()
 
     @property
     def learning_rate(self) -> float:
@@ -272,10 +195,30 @@ class Learner:
         self._optimizer.refresh()
         self.updates = updates
 
-    def _update(self) -> None:
-        """One gradient step on the static batch. No branch on data, no host synchronisation."""
-        obs, action, reward, discount, next_obs, _, weight = self._batch
+    def _take(self, start: int, count: int) -> _Seen:
+        """Take `count` steps, from the `start`th of the batches in the inbox."""
+        steps = functools.partial(self._steps, start, count)
+        if not self._capture:
+            return steps()
+        if not self._graphs:
+            self._warm_up()
+        if (start, count) not in self._graphs:
+            self._graphs[start, count] = Graph(steps, self.device, warms_up=False)
+        return self._graphs[start, count]()
+
+    def _steps(self, start: int, count: int) -> _Seen:
+        for number in range(start, start + count - 1):
+            self._step(number)
+        return self._step(start + count - 1)
+
+    def _step(self, number: int) -> _Seen:
+        """One gradient step on fixed tensors. No branch on data, no wait for the device."""
+        size = self._config.batch_size
+        part = slice(number * size, (number + 1) * size)
+        obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._inbox.tensors)
         with self.policy.autocast():
+            if self.frames is not None:
+                obs, next_obs = look_up(self.frames, obs), look_up(self.frames, next_obs)
             obs, next_obs = self._prepare(obs), self._prepare(next_obs)
             # With gradients first: autocast remembers its casts of the weights, and those made without gradients
             # would cut the graph (PyTorch before 2.10).
@@ -290,32 +233,20 @@ class Learner:
             copy_.grad = None
         loss.backward()
         norm = self._optimizer.step(self._config.max_grad_norm or torch.inf)
-        self._seen = _Seen(loss.detach(), norm, action, errors.detach(), losses.detach(), q_tm1.detach())
+        self._errors[part] = errors.detach().abs()
+        return _Seen(loss.detach(), norm, action, losses.detach(), q_tm1.detach())
 
-    # --- the CUDA graph ---
+    def _warm_up(self) -> None:
+        """Take some steps before the first capture, and undo them, so that capturing changes nothing.
 
-    def _upload(self, batch: Batch) -> None:
-        """Copy a batch to the static tensors through pinned memory."""
-        assert self._uploaded is not None
-        self._uploaded.synchronize()  # the upload before may still be reading the pinned memory
-        for part, host, device in zip(batch, self._host, self._batch, strict=True):
-            host.copy_(torch.from_numpy(part))
-            device.copy_(host, non_blocking=True)
-        self._uploaded.record()
-
-    def _record(self) -> None:
-        """Capture `_update`. The warm-up updates are undone, so that capturing changes nothing."""
+        Libraries choose their kernels meanwhile, and the optimizer makes its state.
+        """
         changed = [
             *tensors_of(self.online),
             *(tensor for state in self._optimizer.state() for tensor in state.values()),
         ]
         before = [tensor.detach().clone() for tensor in changed]
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP_UPDATES):
-                self._update()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        warm_up(functools.partial(self._step, 0), torch.cuda.Stream(self.device))
         with torch.no_grad():
             # What the warm-up made begins at zero; what was there is put back.
             for state in self._optimizer.state():
@@ -324,7 +255,3 @@ class Learner:
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
             self._optimizer.refresh()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._update()
-        self._step = self._graph.replay

@@ -10,6 +10,11 @@ from torch import Tensor
 _STACK = 4  # images that the kernel interleaves; a number that the compiler knows becomes vector instructions
 
 
+def look_up(frames: Tensor, rows: Tensor) -> Tensor:
+    """Return (B, stack, *frame_shape) observations: those (B, stack) rows of (R, *frame_shape) frames."""
+    return frames.index_select(0, rows.flatten()).view(*rows.shape, *frames.shape[1:])
+
+
 def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert uint8 images to floating point and interleave them, values unchanged.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydqn import _core
 from pydqn.checkpoint import RecordReader, RecordWriter, atomic_write
+
+Kind = TypeVar("Kind", bound="FrameReplay")
 
 _FILE_KIND = "pydqn-replay"
 _FILE_VERSION = 2
@@ -111,14 +113,15 @@ class FrameReplay:
         if frames > _MOST_BYTES:
             raise MemoryError(f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} are too many")
         try:
+            cell_shape, cell_dtype = self._cell()
             self._core = _core.FrameReplay(
                 capacity=self.capacity,
-                frame_shape=self.frame_shape,
+                frame_shape=cell_shape,
                 stack=self.stack,
                 n_step=self.n_step,
                 gamma=self.gamma,
                 num_envs=self.num_envs,
-                dtype=self.dtype,
+                dtype=cell_dtype,
                 pad_with_first=padding == "first",
                 alpha=self.alpha if prioritized else None,
                 seed=_integer("seed", seed, 0) % (1 << 64),
@@ -185,7 +188,8 @@ class FrameReplay:
         # One-step observations overlap in all but one frame, so that one block holds both. Longer windows may end
         # early, and then the two do not lie n frames apart.
         depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack
-        block = np.empty((size, depth, *self.frame_shape), self.dtype)
+        shape, dtype = self._cell()
+        block = np.empty((size, depth, *shape), dtype)
         return Batch(
             obs=block[:, : self.stack],
             action=np.empty(size, np.int64),
@@ -250,7 +254,8 @@ class FrameReplay:
     def latest(self, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return (num_envs, stack, *frame_shape): what a policy sees now, stacked as sampled observations are."""
         if out is None:
-            out = np.empty((self.num_envs, self.stack, *self.frame_shape), self.dtype)
+            shape, dtype = self._cell()
+            out = np.empty((self.num_envs, self.stack, *shape), dtype)
         self._core.latest(out)
         return out
 
@@ -283,7 +288,7 @@ class FrameReplay:
             writer = RecordWriter(file, header)
             for lane in range(self.num_envs):
                 for position, count in self._runs(stored):
-                    *columns, priority = core.export_run(lane, position, count, ticks)
+                    *columns, priority = self._export(lane, position, count, ticks)
                     for column in [*columns, priority] if self.prioritized else columns:
                         writer.block(column.data)
 
@@ -295,6 +300,10 @@ class FrameReplay:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a replay memory, is damaged, or is of another version.
         """
+        return cls._load(path)
+
+    @classmethod
+    def _load(cls: type[Kind], path: str | os.PathLike[str], **settings: Any) -> Kind:
         name = str(path)
         with open(path, "rb") as file:
             reader = RecordReader(file, name, _FILE_KIND)
@@ -305,7 +314,7 @@ class FrameReplay:
             try:
                 ticks, generator = header.pop("ticks"), header.pop("generator")
                 largest = header.pop("largest_priority")
-                replay = cls(**header)
+                replay = cls(**header, **settings)
                 replay._core.generator_state = generator
                 replay._core.largest_priority = largest
                 stored = min(_integer("ticks", ticks, 0), replay.capacity // replay.num_envs)
@@ -332,13 +341,28 @@ class FrameReplay:
                         columns.append(np.frombuffer(data, dtype).reshape(count, *shape))
                     if not replay.prioritized:
                         columns.append(np.zeros(0))
-                    replay._core.import_run(lane, position, *columns)
+                    replay._import(lane, position, *columns)
             reader.end()
         try:
             replay._core.end_import()
         except ValueError as error:
             raise ValueError(f"{name}: damaged ({error})") from None
         return replay
+
+    # --- what a memory that keeps its frames elsewhere does in its own way ---
+
+    def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of what the core holds of a frame."""
+        return self.frame_shape, self.dtype
+
+    def _export(self, lane: int, position: int, count: int, ticks: int) -> tuple[NDArray[Any], ...]:
+        """Return frames, rewards, actions, flags and priorities of `count` held ticks from the `position`th on."""
+        columns: tuple[NDArray[Any], ...] = self._core.export_run(lane, position, count, ticks)
+        return columns
+
+    def _import(self, lane: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
+        """Put back what `_export` gave."""
+        self._core.import_run(lane, position, frames, *rest)
 
     def _runs(self, stored: int) -> list[tuple[int, int]]:
         """Cut the stored ticks of a lane into (position, count) runs of bounded size."""

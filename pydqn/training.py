@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from pydqn import _core
 from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
+from pydqn.device_replay import DeviceReplay, resolve_storage
 from pydqn.envs import make_lanes
-from pydqn.evaluation import BEST_WEIGHTS, evaluate_policy, load_run, memory_for, network_for, open_episodes
+from pydqn.evaluation import BEST_WEIGHTS, evaluate_policy, load_run, memory_settings, network_for, open_episodes
 from pydqn.films import Film
 from pydqn.lanes import Episode, Lanes, Step
-from pydqn.learner import Learner, resolve_device
+from pydqn.learner import Learner
 from pydqn.logs import Report
+from pydqn.policies import Actor, Policy, resolve_device
 from pydqn.replay import FrameReplay
 from pydqn.runs import BaseRun, Due, Learned, Result
 from pydqn.schedules import epsilon, learning_rate, priority_beta
@@ -93,9 +95,20 @@ class Run(BaseRun):
         self._generator = np.random.default_rng(own)
         self._evaluation_seed = evaluation
         self.lanes: Lanes = make_lanes(config, config.num_envs, lanes, render=config.video_every_episodes > 0)
-        self.replay = memory_for(config, self.lanes, config.replay_capacity_frames, replay)
-        self._batch = self.replay.empty_batch(config.batch_size)
+        settings = memory_settings(config, self.lanes)
+        nbytes = config.replay_capacity_frames * math.prod(self.lanes.frame_shape) * self.lanes.dtype.itemsize
+        self._storage = resolve_storage(config.storage, self._device, nbytes)
+        if self._storage.where == "device":
+            self.replay = DeviceReplay(config.replay_capacity_frames, device=self._device, seed=replay, **settings)
+        else:
+            self.replay = FrameReplay(config.replay_capacity_frames, seed=replay, **settings)
+        # A graph holds all updates of a step; on a CPU, several at once would bring nothing.
+        most = round(config.num_envs / config.steps_per_update) if self._device.type == "cuda" else 1
+        self._batch = self.replay.empty_batch(max(1, most) * config.batch_size)
         self.learner = Learner(network_for(config, self.lanes, network), config, self._device, self._batch)
+        self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
+        self._share_frames()
+        self._judged: NDArray[np.int64] | None = None  # indices whose priorities are still to be set
         # Updates are counted from the step at which learning began, or began again.
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
         self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
@@ -125,6 +138,7 @@ class Run(BaseRun):
                 yield self._report()
             if any([checkpoint(self.steps), checkpoint_episode(len(self.returns))]):
                 self._checkpoint()
+        self._judge()
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
 
@@ -149,8 +163,12 @@ class Run(BaseRun):
 
     def arithmetic(self) -> dict[str, str | int]:
         """Return the learner's device, precision and threads."""
-        precision = str(self.learner.policy.dtype).removeprefix("torch.")
-        return {"device": str(self._device), "precision": precision, "torch_threads": torch.get_num_threads()}
+        return {
+            "device": str(self._device),
+            "precision": str(self.learner.policy.dtype).removeprefix("torch."),
+            "torch_threads": torch.get_num_threads(),
+            "storage": f"{self._storage.where} ({self._storage.why})",
+        }
 
     def close(self) -> None:
         """Release the environments; a film that was being made is dropped."""
@@ -158,20 +176,16 @@ class Run(BaseRun):
             self._film.drop()
         self.lanes.close()
 
+    def act(self, epsilon: float) -> NDArray[np.int64]:
+        """Return (num_envs,) epsilon-greedy actions for what the lanes show now."""
+        return Policy.choose(self._actor.values(self.replay.latest()), epsilon, self._generator)
+
     def step(self) -> None:
         """Take one step in every lane, and make the updates that are due while the emulators run."""
-        config, learner = self.config, self.learner
-        action = learner.policy.act(self.replay.latest(), epsilon(config, self.steps), self._generator)
+        config = self.config
+        action = self.act(epsilon(config, self.steps))
         self.lanes.send(action)
-        if len(self.replay) < config.batch_size:
-            self._learning_since = max(self._learning_since, self.steps)
-        learner.learning_rate = learning_rate(config, self.steps)
-        self.replay.beta = priority_beta(config, self.steps)
-        while learner.updates < self.updates_due():
-            batch = self.replay.sample(config.batch_size, self._batch)
-            learner.update(batch)
-            if config.prioritized:
-                self.replay.update_priorities(batch.index, learner.errors() + config.priority_epsilon)
+        self._learn()
         slot = self.replay.next_slot()
         step = self.lanes.recv(slot)
         self._age = np.where(step.first, 0, self._age + 1)
@@ -189,6 +203,36 @@ class Run(BaseRun):
         if step.episodes and self.mean_return() > self._best:
             self._best = self.mean_return()
             self._save(BEST_WEIGHTS)
+
+    def _learn(self) -> None:
+        """Make the updates that are due."""
+        config, learner = self.config, self.learner
+        if len(self.replay) < config.batch_size:
+            self._learning_since = max(self._learning_since, self.steps)
+        learner.learning_rate = learning_rate(config, self.steps)
+        self.replay.beta = priority_beta(config, self.steps)
+        most = len(self._batch.action)
+        while learner.updates < self.updates_due():
+            self._judge()
+            size = min(most, (self.updates_due() - learner.updates) * config.batch_size)
+            batch = self.replay.sample(size, self._batch if size == most else None)
+            learner.update(batch)
+            if config.prioritized:
+                self._judged = batch.index.copy()
+
+    def _judge(self) -> None:
+        """Set the priorities of what was learned from last; left until they matter, since errors take time to come."""
+        if self._judged is not None:
+            self.replay.update_priorities(self._judged, self.learner.errors() + self.config.priority_epsilon)
+            self._judged = None
+
+    def _share_frames(self) -> None:
+        frames = self.replay.frames if isinstance(self.replay, DeviceReplay) else None
+        self.learner.frames = self._actor.frames = frames
+
+    def _checkpoint(self) -> None:
+        self._judge()
+        super()._checkpoint()
 
     def _shaped(self, step: Step) -> NDArray[np.float64]:
         """Return 1 at the end of a game that was long enough, else 0."""
@@ -227,9 +271,16 @@ class Run(BaseRun):
             self._updates_before = state["updates"]
             return
         self._learning_since, self._updates_before = state["learning_since"], state["updates_before"]
-        replay = FrameReplay.load(checkpoint.replay)
-        for name in _MEMORY:
-            ours, theirs = getattr(self.replay, name), getattr(replay, name)
+        wanted = {name: getattr(self.replay, name) for name in _MEMORY}
+        if isinstance(self.replay, DeviceReplay):
+            # The empty frames go before the full ones come: there may not be room for both.
+            del self.replay, self.learner.frames, self._actor.frames
+            replay: FrameReplay = DeviceReplay.load(checkpoint.replay, device=self._device)
+        else:
+            replay = FrameReplay.load(checkpoint.replay)
+        for name, ours in wanted.items():
+            theirs = getattr(replay, name)
             if ours != theirs:
                 raise ValueError(f"checkpoint: its replay memory has {name} {theirs}, the config says {ours}")
         self.replay = replay
+        self._share_frames()

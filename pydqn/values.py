@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydqn.config import Config
 from pydqn.envs import Outline, make_lanes, outline
 from pydqn.evaluation import load_policy, load_run
-from pydqn.learner import Policy
 from pydqn.plots import Grid, Surface
+from pydqn.policies import Policy
 
 _POINTS = 60  # on each axis of a surface
 _NO_CHOICE = "HGC"  # cells of a map on which nothing is chosen: hole, goal, cliff

@@ -14,6 +14,7 @@ TINY = {
     "learning_starts_steps": 50,
     "steps_per_update": 4.0,
     "n_step": 3,
+    "prioritized": False,
     "stop_return": float("inf"),
     "network": "small",
     "hidden_units": (32,),

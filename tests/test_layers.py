@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pydqn"
 LAYERS = [
-    {"_core", "config", "lanes", "losses", "optimizers", "pixels", "preprocess", "checkpoint", "scores"},
+    {"_core", "config", "lanes", "losses", "optimizers", "pixels", "preprocess", "checkpoint", "scores", "transfers"},
     {"networks", "presets", "schedules", "replay", "atari", "logs", "recording"},
-    {"envs", "films", "learner", "plots"},
-    {"evaluation"},
+    {"envs", "films", "policies", "plots", "device_replay"},
+    {"learner", "evaluation"},
     {"runs", "values"},
     {"tabular"},
     {"training", "options"},

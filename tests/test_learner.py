@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from unittest import mock
 
 import numpy as np
@@ -8,15 +9,18 @@ import pytest
 import torch
 
 from pydqn import FrameReplay, Learner, preset
+from pydqn import learner as learner_room
 from pydqn.checkpoint import load_weights, save_weights
-from pydqn.learner import Policy, resolve_device, resolve_precision
+from pydqn.device_replay import DeviceReplay
 from pydqn.networks import make_network
+from pydqn.optimizers import Kernels
+from pydqn.policies import Actor, Policy, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def make(device=CPU, capture=None, **overrides):
+def make(device=CPU, capture=None, at_once=1, storage="host", **overrides):
     settings = {
         "precision": "float32",
         "network": "small",
@@ -25,14 +29,16 @@ def make(device=CPU, capture=None, **overrides):
         "learning_rate": 1e-4,
     }
     config = preset("pong", **{**settings, **overrides})
-    replay = FrameReplay(400, n_step=config.n_step, gamma=config.gamma, seed=1)
+    kind = FrameReplay if storage == "host" else functools.partial(DeviceReplay, device=device)
+    replay = kind(400, n_step=config.n_step, gamma=config.gamma, seed=1)
     generator = np.random.default_rng(0)
     for tick in range(300):
         frame = generator.integers(0, 255, (1, 84, 84), dtype=np.uint8)
         reward = float(generator.integers(-1, 2))
         replay.append(frame, [tick % 6], [reward], [tick % 50 == 49], [False], [tick % 50 == 0])
     network = make_network(config.network, 4, (84, 84), 6, hidden_units=config.hidden_units, dueling=config.dueling)
-    learner = Learner(network, config, device, replay.empty_batch(config.batch_size), capture)
+    example = replay.empty_batch(at_once * config.batch_size)
+    learner = Learner(network, config, device, example, capture, getattr(replay, "frames", None))
     return learner, replay, config
 
 
@@ -177,10 +183,10 @@ def test_capture_needs_cuda():
 def test_precision():
     assert resolve_precision("float32", CPU) == torch.float32
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
-    with mock.patch("pydqn.learner._bfloat16_pays", return_value=True):
+    with mock.patch("pydqn.policies._bfloat16_pays", return_value=True):
         assert resolve_precision("auto", CPU) == torch.bfloat16
         assert resolve_precision("auto", torch.device("cuda")) == torch.float32
-    with mock.patch("pydqn.learner._bfloat16_pays", return_value=False):
+    with mock.patch("pydqn.policies._bfloat16_pays", return_value=False):
         assert resolve_precision("auto", CPU) == torch.float32
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
 
@@ -230,28 +236,94 @@ def test_what_acts_is_what_learned():
     np.testing.assert_array_equal(values, fresh.values(obs))
 
 
+def assert_equal_learners(one, other, **tolerance):
+    """Networks, and what the optimizer remembers."""
+    ours, theirs = one.state(), other.state()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name].cpu(), theirs[name].cpu(), **tolerance)
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+def test_several_steps_at_once_are_the_same_steps(storage):
+    """With copies to the target network in between, and where rows stand for observations."""
+    plain, replay, _ = make(double=True, n_step=3)
+    several, same_replay, _ = make(double=True, n_step=3, at_once=5, storage=storage)
+    errors, at_once = [], []
+    for count in (5, 5, 3, 1, 5):
+        for _ in range(count):
+            plain.update(replay.sample(32))
+            errors.extend(plain.errors())
+        several.update(same_replay.sample(32 * count))
+        at_once.extend(several.errors())
+    assert plain.updates == several.updates == 19
+    np.testing.assert_array_equal(errors, at_once)
+    assert_equal_learners(plain, several, rtol=0, atol=0)
+    np.testing.assert_array_equal(plain.samples()[1], several.samples()[1])
+    assert plain.metrics() == several.metrics()
+
+
+@pytest.mark.parametrize("size", [0, 31, 33, 96])
+def test_a_batch_is_a_whole_number_of_batches(size):
+    learner, replay, _ = make(at_once=2)
+    batch = type(replay.empty_batch(1))(*(part[:0] for part in replay.empty_batch(1)))
+    with pytest.raises(ValueError, match=rf"^batch: expected 1 to 2 times 32 transitions .*, got {size}$"):
+        learner.update(replay.sample(size) if size else batch)
+    assert learner.updates == 0
+
+
+class Replayed:
+    """Stands for a CUDA graph on the CPU: whatever is called again and again is this function, with these tensors."""
+
+    made = 0
+
+    def __init__(self, function, device, warms_up=True):
+        Replayed.made += 1
+        self._function = function
+
+    def __call__(self):
+        return self._function()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop_centered"])
+def test_what_a_capture_does_changes_nothing(monkeypatch, optimizer):
+    """All but the recording: batches through packed memory, steps before the capture undone, graphs by length."""
+    monkeypatch.setattr(learner_room, "make_optimizer", Kernels)
+    eager, replay, _ = make(double=True, optimizer=optimizer)
+    monkeypatch.setattr(learner_room, "Inbox", functools.partial(learner_room.Inbox, packs=True))
+    monkeypatch.setattr(learner_room, "Graph", Replayed)
+    monkeypatch.setattr(learner_room, "warm_up", lambda function, stream: [function() for _ in range(3)])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    captured, same_replay, _ = make(double=True, optimizer=optimizer, at_once=4, storage="device")
+    captured._capture = True
+    for number in range(12):
+        for learner in (eager, captured):
+            learner.learning_rate = 1e-4 * (1 + number % 3)
+        for _ in range(4):
+            eager.update(replay.sample(32))
+        captured.update(same_replay.sample(128))
+    assert eager.updates == captured.updates == 48
+    assert_equal_learners(eager, captured, rtol=0, atol=0)
+    # Four at once; and wherever a copy to the target falls into the four, one at a time.
+    assert sorted(captured._graphs) == [(0, 1), (0, 4), (1, 1), (2, 1), (3, 1)]
+
+
 @needs_cuda
+@pytest.mark.parametrize("storage", ["host", "device"])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
-def test_captured_equals_eager(optimizer):
+def test_captured_equals_eager(optimizer, storage):
     """1,000 updates, the learning rate changing: parameters and the optimizer's state agree."""
     device = torch.device("cuda")
-    (eager, replay, _), (captured, _, _) = (
-        make(device, capture, optimizer=optimizer, double=True, dueling=True, n_step=3) for capture in (False, True)
-    )
-    for update in range(1000):
-        batch = replay.sample(32)
+    variant = {"optimizer": optimizer, "double": True, "dueling": True, "n_step": 3, "storage": storage}
+    eager, replay, _ = make(device, False, **variant)
+    captured, same_replay, _ = make(device, True, at_once=4, **variant)
+    for update in range(250):
         for learner in (eager, captured):
             learner.learning_rate = 1e-4 * (1 + update % 10)
-            learner.update(batch)
-    for ours, theirs in zip(captured.online.parameters(), eager.online.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    for ours, theirs in zip(captured.target.parameters(), eager.target.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    states = zip(captured._optimizer.state(), eager._optimizer.state(), strict=True)
-    for ours, theirs in states:
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-4)
+        for _ in range(4):
+            eager.update(replay.sample(32))
+        captured.update(same_replay.sample(128))
+    assert_equal_learners(eager, captured, rtol=1e-2, atol=1e-4)
 
 
 def test_buffers_reach_the_target_too():
@@ -289,6 +361,26 @@ def test_the_steady_state_never_synchronizes():
             learner.update(replay.sample(32))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_cuda)])
+def test_an_actor_gives_the_values_of_its_policy(device):
+    """Of observations and of rows, while the network learns."""
+    learner, replay, _ = make(device)
+    there = DeviceReplay(60, num_envs=3, device=device)
+    here = FrameReplay(60, num_envs=3)
+    actor = Actor(learner.policy, here.empty_batch(3).obs)
+    looking_up = Actor(learner.policy, there.empty_batch(3).obs, there.frames)
+    generator = np.random.default_rng(0)
+    for tick in range(30):
+        frame = generator.integers(0, 255, (3, 84, 84), dtype=np.uint8)
+        for memory in (here, there):
+            memory.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [tick == 0] * 3)
+        values = learner.policy.values(here.latest())
+        assert values.shape == (3, 6)
+        np.testing.assert_allclose(actor.values(here.latest()), values, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(looking_up.values(there.latest()), values, rtol=1e-3, atol=1e-5)
+        learner.update(replay.sample(32))
 
 
 def test_a_policy_acts_alone():

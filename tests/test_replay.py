@@ -64,11 +64,11 @@ def streams(draw):
     return shape, lanes, ends
 
 
-def play(stream, frame_shape=(2,), dtype="uint8", seed=0):
+def play(stream, frame_shape=(2,), dtype="uint8", seed=0, kind=FrameReplay):
     """Yield (replay, twin) after every tick of a stream."""
     shape, lanes, ends = stream
     generator = np.random.default_rng(seed)
-    replay = FrameReplay(frame_shape=frame_shape, num_envs=lanes, dtype=dtype, seed=seed, **shape)
+    replay = kind(frame_shape=frame_shape, num_envs=lanes, dtype=dtype, seed=seed, **shape)
     twin = EpisodeReplay(
         shape["capacity"] // lanes, lanes, shape["stack"], shape["n_step"], shape["gamma"], shape["padding"]
     )

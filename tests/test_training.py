@@ -7,19 +7,20 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pydqn import preset, train
+from pydqn import preset, resume, train
 from pydqn.checkpoint import load_weights
 from pydqn.config import Config
 from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
 from pydqn.lanes import Episode
-from pydqn.learner import resolve_precision
 from pydqn.logs import GROUPS, Report, read_csv
+from pydqn.policies import resolve_precision
 from pydqn.training import Run
 
 CARTPOLE = {
@@ -128,6 +129,22 @@ def test_a_prioritized_run(tiny, tmp_path, pixels):
     assert len(set(priority)) > 2
     weight = batch.weight[held] * priority  # w is in proportion to 1 / p
     np.testing.assert_allclose(weight, weight[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_where_frames_are_kept_changes_nothing(tiny, tmp_path, prioritized):
+    config = dataclasses.replace(tiny, prioritized=prioritized, checkpoint_replay=True)
+    for storage in ("host", "device"):
+        train(dataclasses.replace(config, storage=storage), tmp_path / storage)
+        machine = json.loads((tmp_path / storage / "environment.json").read_text())
+        assert machine["storage"].startswith(storage)
+    assert digest(tmp_path / "host") == digest(tmp_path / "device")
+    # Either goes on from the other's checkpoint.
+    (tmp_path / "both").mkdir()
+    for storage, other in (("host", "device"), ("device", "host")):
+        shutil.copytree(tmp_path / storage, tmp_path / "both" / storage)
+        resume(tmp_path / "both" / storage, storage=other, total_steps=600)
+    assert digest(tmp_path / "both" / "host") == digest(tmp_path / "both" / "device")
 
 
 def test_every_number_has_its_chart():

@@ -1,0 +1,291 @@
+"""The GPU path, row by row: checked against eager, then measured. Under ten minutes on a machine without a network.
+
+    pip install --no-build-isolation --no-deps .        # or: pip install .
+    python bench/gpu.py -o rows.json                    # all stages, then the whole loop
+    python bench/gpu.py --device cpu --quick            # the same code without a GPU: shows only that it runs
+
+Times are medians; where rows are compared, they take turns. "us" per update or per step, whatever ran beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from stages_learning import NATURE
+from timing import in_turns, rates_in_turns
+
+from pydqn import FrameReplay, Learner, preset
+from pydqn.checkpoint import write_json
+from pydqn.device_replay import DeviceReplay
+from pydqn.envs import make_lanes
+from pydqn.logs import environment
+from pydqn.networks import make_network
+from pydqn.policies import Actor, resolve_device
+from pydqn.training import Run
+
+ROWS = []
+FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint8)
+ROOT = Path(__file__).parents[1]
+
+
+def row(stage, value, unit, target=None, note=""):
+    """Print and keep a figure; `target` is ("<=" or ">=", number)."""
+    held = None if target is None else bool(value <= target[1] if target[0] == "<=" else value >= target[1])
+    ROWS.append({"stage": stage, "value": value, "unit": unit, "target": target, "held": held, "note": note})
+    aim = "" if target is None else f"{target[0]} {target[1]:g} {'held' if held else 'missed'}"
+    print(f"{stage:58s} {value:12,.1f} {unit:10s} {aim:16s} {note}".rstrip(), flush=True)
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def filled(kind, frames, lanes=32, **settings):
+    """A memory of either kind, full of noise."""
+    memory = kind(frames, num_envs=lanes, **settings)
+    zeros, off = np.zeros(lanes, np.int64), np.zeros(lanes, bool)
+    for tick in range(frames // lanes + 1):
+        start = tick * lanes % (len(FRAMES) - lanes)
+        memory.append(FRAMES[start : start + lanes], zeros, zeros, off, off, ~off if tick == 0 else off)
+    return memory
+
+
+def checks(device, quick):
+    """The tests that need a GPU: graph against eager, no waits, rows against observations, real streams."""
+    tests = ["tests/test_learner.py", "tests/test_device_replay.py", "tests/test_optimizers.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    if quick:
+        command += ["-k", "at_once or needed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-3000:])
+    row("tests of the GPU path", done.returncode, "exit code", ("<=", 0), done.stdout.strip().splitlines()[-1])
+
+
+def ceiling(device, quick):
+    """What the card itself does: a large copy, bytes read plus bytes written."""
+    size = 2**20 if quick else 2**31
+    source, target = torch.randint(256, (2, size), dtype=torch.uint8, device=device)
+
+    def copy():
+        target.copy_(source)
+        wait(device)
+
+    row("copy within the device", 2 * size / in_turns({"": copy}, 10, 1)[""] / 1e9, "GB/s")
+
+
+def update(device, quick):
+    """One update of 32, Nature's network: frames on the host or on the device, eager or as a graph, one or eight."""
+    captures = (False, True) if device.type == "cuda" else (False,)
+    size = 20_000 if quick else 1_000_000
+    memories = {
+        "frames on the host": filled(FrameReplay, 20_000),
+        "frames on the device": filled(DeviceReplay, size, device=device),
+    }
+    calls, counts = {}, {}
+    for precision, (where, memory), capture, at_once in itertools.product(
+        ("float32", "bfloat16"), memories.items(), captures, (1, 8)
+    ):
+        if at_once > 1 and (not capture and not quick):
+            continue
+        config = preset("nature", precision=precision, target_sync_updates=0, batch_size=32)
+        batch = memory.empty_batch(32 * at_once)
+        network = make_network("nature", 4, (84, 84), 4)
+        learner = Learner(network, config, device, batch, capture, getattr(memory, "frames", None))
+
+        def call(learner=learner, memory=memory, batch=batch):
+            learner.update(memory.sample(len(batch.action), batch))
+            wait(device)
+
+        how = "graph" if capture else "eager"
+        name = f"update, {precision}, {where}, {how}" + (f" of {at_once}" if at_once > 1 else "")
+        calls[name], counts[name] = call, at_once
+    times = in_turns(calls, 3 if quick else 100, 3)
+    for name, seconds in times.items():
+        best = "float32, frames on the device, graph of 8" in name
+        row(name, seconds / counts[name] * 1e6, "us", ("<=", 120) if best else None, "sampling and upload included")
+    if len(captures) == 2:
+        ratio = 8 * times["update, float32, frames on the device, eager"]
+        ratio /= times["update, float32, frames on the device, graph of 8"]
+        row("graph of 8 beside eager", ratio, "times", (">=", 3))
+
+
+def act(device, quick):
+    """Action values of all lanes, there and back."""
+    calls = {}
+    for lanes in (8, 32, 128):
+        memory = filled(DeviceReplay, 100 * lanes, lanes, device=device)
+        config = preset("nature", precision="float32")
+        network = make_network("nature", 4, (84, 84), 4)
+        learner = Learner(network, config, device, memory.empty_batch(32), frames=memory.frames)
+        for capture in (False, True) if device.type == "cuda" else (False,):
+            actor = Actor(learner.policy, memory.latest(), memory.frames, capture)
+            name = f"act, {lanes} lanes, {'graph' if capture else 'eager'}"
+            calls[name] = lambda actor=actor, memory=memory: actor.values(memory.latest())
+    for name, seconds in in_turns(calls, 3 if quick else 200, 3).items():
+        row(name, seconds * 1e6, "us")
+
+
+def emulators(device, quick):
+    """Breakout, random actions, nothing else running: by threads and lanes."""
+    threads = (1, 2) if quick else (4, 8, 12, 16)
+    players = {}
+    for lanes, count in itertools.product((16,) if quick else (16, 32, 64, 128), threads):
+        config = preset("nature", num_envs=lanes, emulator_threads=count)
+        players[f"emulators, {lanes} lanes, {count} threads"] = emulator_rate(config, 0.2 if quick else 0.4)
+    for name, rate in rates_in_turns(players, 3).items():
+        row(name, rate, "steps/s")
+
+
+def emulator_rate(config, seconds):
+    lanes = make_lanes(config, config.num_envs, 0)
+    slot = np.empty((config.num_envs, 84, 84), np.uint8)
+    lanes.reset(slot)
+    actions = np.random.default_rng(0).integers(lanes.num_actions, size=(64, config.num_envs))
+
+    def rate():
+        started, steps = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            lanes.send(actions[steps % 64])
+            lanes.recv(slot)
+            steps += 1
+        return steps * config.num_envs / (time.perf_counter() - started)
+
+    return rate
+
+
+def loop_config(device, lanes, quick, **changes):
+    """Breakout, Nature's network and replay ratio: one update of 32 per 4 steps, the memory full from the start."""
+    settings = {
+        **NATURE,
+        "env_id": "breakout",
+        "num_envs": lanes,
+        "device": str(device),
+        "precision": "float32",
+        "storage": "device",
+        "steps_per_update": 4,
+        "target_sync_updates": 2_500,
+        "learning_starts_steps": 64 * lanes,
+        "replay_capacity_frames": 20_000 if quick else 1_000_000,
+        "log_every_steps": 64 * lanes,
+        "checkpoint_every_steps": 0,
+    }
+    return preset("pong", **{**settings, **changes})
+
+
+def opened(config, folder):
+    """A run whose memory is full and whose graphs are made."""
+    run = Run(config, folder)
+    lanes, replay = config.num_envs, run.replay
+    next(run.reports())
+    zeros, off = np.zeros(lanes, np.int64), np.zeros(lanes, bool)
+    for tick in range(config.replay_capacity_frames // lanes):
+        start = tick * lanes % (len(FRAMES) - lanes)
+        replay.append(FRAMES[start : start + lanes], zeros, zeros, off, off, off)
+    for _ in range(5):
+        run.step()
+    return run
+
+
+def loop(device, quick):
+    """The whole loop, where frames are kept and in what precision."""
+    players = {}
+    with tempfile.TemporaryDirectory() as folder:
+        variants = [(lanes, {}) for lanes in ((8,) if quick else (16, 32, 64, 128))]
+        variants += [(8 if quick else 32, {"storage": "host", "replay_capacity_frames": 20_000 if quick else 200_000})]
+        variants += [(8 if quick else 64, {"precision": "bfloat16"})]
+        for number, (lanes, changes) in enumerate(variants):
+            run = opened(loop_config(device, lanes, quick, **changes), Path(folder) / str(number))
+            players[" ".join([f"loop, {lanes} lanes", *map(str, changes.values())])] = run
+
+        def rate(run):
+            wait(device)
+            started, steps, updates = time.perf_counter(), run.steps, run.learner.updates
+            while time.perf_counter() - started < (0.5 if quick else 3):
+                run.step()
+            wait(device)
+            taken = time.perf_counter() - started
+            assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= run.config.num_envs
+            return (run.steps - steps) / taken
+
+        rates = rates_in_turns({name: lambda run=run: rate(run) for name, run in players.items()}, 3)
+        best = max((name for name in rates if "host" not in name and "bfloat16" not in name), key=rates.get)
+        for name, value in rates.items():
+            row(name, value, "steps/s", (">=", 30_000) if name == best else None)
+        traffic(players[best])
+        timeline(players[best], device)
+        for run in players.values():
+            run.close()
+
+
+def traffic(run):
+    """Bytes to the device per step: new frames, rows of batches, rows to act on."""
+    lanes, batch = run.config.num_envs, run._batch
+    updates = lanes / run.config.steps_per_update * run.config.batch_size / len(batch.action)
+    sent = 84 * 84 * lanes + sum(part.nbytes for part in batch) * updates + run.replay.latest().nbytes
+    row("host to device, per step", sent / lanes, "bytes", ("<=", 8_192))
+
+
+def timeline(run, device, steps=50):
+    """Where the time of a step goes: the device's kernels beside the clock, and every call that waits."""
+    wait(device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        started = time.perf_counter()
+        for _ in range(steps):
+            run.step()
+        wait(device)
+        taken = time.perf_counter() - started
+    events = profile.key_averages()
+    busy = {event.key: getattr(event, "self_device_time_total", 0.0) for event in events}
+    row("profiled: clock per step of all lanes", taken / steps * 1e6, "us")
+    row("profiled: device busy per step of all lanes", sum(busy.values()) / steps, "us")
+    for key in sorted(busy, key=busy.get, reverse=True)[:12]:
+        if busy[key]:
+            row(f"  {key[:54]}", busy[key] / steps, "us")
+    for event in events:
+        if "Synchronize" in event.key:
+            row(f"  calls of {event.key} per step", event.count / steps, "calls")
+
+
+STAGES = {f.__name__: f for f in (checks, ceiling, update, act, emulators, loop)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of: {', '.join(STAGES)}")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small and rough, to see that it runs")
+    parser.add_argument("-o", "--output", help="JSON file for the rows, versions and machine")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.stages) - set(STAGES))
+    if unknown:
+        parser.error(f"stages: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        print("skipped: PyTorch sees no CUDA device (--device cpu --quick shows that the script runs)")
+        return
+    device = resolve_device(arguments.device)
+    about = {"date": datetime.date.today().isoformat(), **environment(), "device": str(device)}
+    if device.type == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    for name in arguments.stages or STAGES:
+        started = time.perf_counter()
+        STAGES[name](device, arguments.quick)
+        print(f"({name}: {time.perf_counter() - started:.0f} s)", flush=True)
+        if arguments.output:
+            write_json(Path(arguments.output), {"about": about, "rows": ROWS})
+
+
+if __name__ == "__main__":
+    main()

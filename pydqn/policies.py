@@ -1,0 +1,148 @@
+"""Policies: a network on its device, in the arithmetic that suits it, for acting."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
+from pydqn.pixels import look_up
+from pydqn.transfers import Graph, Inbox, Outbox, on
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: {name!r} is not there; PyTorch sees {count} CUDA devices")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
+
+    "auto" takes bfloat16 on processors that turn out to be faster with it, and float32 elsewhere. (A `Policy` whose
+    observations are not pixels takes float32 everywhere.)
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@functools.cache
+@torch.no_grad()
+def _bfloat16_pays() -> bool:
+    """Time two of Nature's layers both ways: some milliseconds, once per process.
+
+    Processors with instructions for bfloat16 take about half as long with it, others several times as long: far enough
+    apart for the same answer each time, as the same run from the same seed needs it.
+    """
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for _ in range(8):
+        for dtype in best:
+            image, features = torch.ones(32, 32, 20, 20, dtype=dtype), torch.ones(32, 3136, dtype=dtype)
+            image = image.contiguous(memory_format=torch.channels_last)
+            kernel, weight = torch.ones(64, 32, 4, 4, dtype=dtype), torch.ones(512, 3136, dtype=dtype)
+            started = time.perf_counter()
+            F.conv2d(image, kernel, stride=2)
+            F.linear(features, weight)
+            best[dtype] = min(best[dtype], time.perf_counter() - started)
+    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+
+
+class Policy:
+    """Action values of a network, for acting: no gradients, the learner's own precision."""
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
+        self.device = device
+        # Pixels are whole numbers below 256, which bfloat16 holds; of other observations it would drop digits.
+        if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
+            precision = "float32"
+        self.dtype = resolve_precision(precision, device)
+        # The float32 parameters, and what computes: the same network, or one with copies of them in bfloat16.
+        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.computing = self.network if self.dtype == torch.float32 else lowered(self.network, self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which `computing` runs."""
+        if self.dtype == torch.float32 or isinstance(getattr(self.network, "torso", None), PixelTorso):
+            return nullcontext()
+        # A graph must cast the weights each time that it is replayed, so a cast may not be remembered.
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=self.device.type == "cpu")
+
+    @torch.no_grad()
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return (B, A) action values of (B, stack, *frame_shape) observations, both on the device."""
+        with self.autocast():
+            values: Tensor = self.computing(obs)
+        return values
+
+    def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
+        """Return (B, A) action values of (B, stack, *frame_shape) observations."""
+        return self.forward(torch.from_numpy(obs).to(self.device)).cpu().numpy()
+
+    @staticmethod
+    def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return (B,) epsilon-greedy actions for (B, A) action values; every lane tosses its own coin."""
+        explore = generator.random(len(values)) < epsilon
+        anything = generator.integers(values.shape[1], size=len(values))
+        return np.where(explore, anything, values.argmax(axis=1))
+
+    def act(self, obs: NDArray[Any], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return (B,) epsilon-greedy actions for (B, stack, *frame_shape) observations."""
+        return self.choose(self.values(obs), epsilon, generator)
+
+
+class Actor:
+    """A policy for the same number of lanes again and again: on a GPU a graph, for which one wait is all that is lost.
+
+    Args:
+        policy: whose values; its network may go on learning.
+        example: what a memory's `latest` gives, for its shape and dtype.
+        frames: where `latest` gives rows instead of observations, what they are rows of (`DeviceReplay.frames`).
+        capture: whether to use a CUDA graph; None for wherever there is CUDA.
+    """
+
+    def __init__(
+        self, policy: Policy, example: NDArray[Any], frames: Tensor | None = None, capture: bool | None = None
+    ) -> None:
+        self._policy = policy
+        self.frames = frames
+        self._inbox, self._outbox = Inbox([example], policy.device), Outbox(policy.device)
+        self._captures = policy.device.type == "cuda" if capture is None else capture
+        self._graph: Graph[Tensor] | None = None
+
+    def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
+        """Return (num_envs, A) action values; they are good until the next call."""
+        with on(self._policy.device):
+            self._inbox.put([obs])
+            if self._captures and self._graph is None:
+                self._graph = Graph(self._forward, self._policy.device)
+            self._outbox.put(self._graph() if self._graph is not None else self._forward())
+            return self._outbox.get()
+
+    def _forward(self) -> Tensor:
+        (obs,) = self._inbox.tensors
+        return self._policy.forward(obs if self.frames is None else look_up(self.frames, obs))

@@ -1,0 +1,135 @@
+"""What crosses between host and device, and functions of fixed tensors that become CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+T = TypeVar("T")
+
+_WARMUPS = 3  # before a capture, so that libraries choose their kernels
+_ALIGNMENT = 64  # bytes; every array of an inbox begins at a multiple
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which work is launched on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Inbox:
+    """Arrays on their way to the device: packed in pinned memory, sent in one copy, unpacked by being views.
+
+    `tensors` stay where they are, so that a graph may read them. On a CPU nothing is copied: `tensors` are the arrays
+    that were put last.
+
+    Args:
+        examples: arrays with the shapes and dtypes of all that will be put.
+        device: where `tensors` are.
+        packs: whether to copy; None for wherever there is CUDA.
+    """
+
+    def __init__(self, examples: Sequence[NDArray[Any]], device: torch.device, packs: bool | None = None) -> None:
+        self._packs = device.type == "cuda" if packs is None else packs
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+        if not self._packs:
+            self.tensors = [torch.from_numpy(array) for array in examples]
+            return
+        starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in examples)]).tolist()
+        self._here = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._there = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        self._arrays, self.tensors = [], []
+        for start, array in zip(starts, examples, strict=False):
+            dtype = torch.from_numpy(array[:0]).dtype
+            here, there = (
+                memory[start : start + array.nbytes].view(dtype).view(array.shape)
+                for memory in (self._here, self._there)
+            )
+            self._arrays.append(here.numpy())
+            self.tensors.append(there)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross at each `put`."""
+        return self._here.nbytes if self._packs else 0
+
+    def put(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """Send arrays; the leading axes may be shorter than the examples' (what lies behind is then undefined).
+
+        Waits only until the arrays before have left the pinned memory. Work launched on the current stream from now on
+        sees the new ones.
+        """
+        if not self._packs:
+            self.tensors = [torch.from_numpy(array) for array in arrays]
+            return
+        if self._sent is not None:
+            self._sent.synchronize()
+        for here, array in zip(self._arrays, arrays, strict=True):
+            here[: len(array)] = array
+        self._there.copy_(self._here, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+
+class Outbox:
+    """A tensor on its way to the host: the copy is launched by `put`, and only `get` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+        self._here: Tensor | None = None
+
+    def put(self, tensor: Tensor) -> None:
+        """Launch the copy, behind what has been launched on the current stream."""
+        if self._arrived is None:
+            self._here = tensor
+            return
+        if self._here is None or self._here.shape != tensor.shape:
+            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._here.copy_(tensor, non_blocking=True)
+        self._arrived.record()
+
+    def get(self) -> NDArray[Any]:
+        """Return what was put last, once it is here. It is good until the next `put`."""
+        assert self._here is not None, "nothing has been put"
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._here.numpy()
+
+
+class Graph(Generic[T]):
+    """A function of fixed tensors, recorded as a CUDA graph: a call replays it, and gives the same tensors each time.
+
+    Args:
+        function: launches kernels on the current stream, never waits for them, branches on no data.
+        device: a CUDA device.
+        warms_up: whether to run the function some times before it is recorded. Whatever the function changes has
+            changed then; without it, libraries must have been used before.
+    """
+
+    def __init__(self, function: Callable[[], T], device: torch.device, warms_up: bool = True) -> None:
+        with on(device):
+            stream = torch.cuda.Stream(device)
+            if warms_up:
+                warm_up(function, stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._result = function()
+
+    def __call__(self) -> T:
+        self._graph.replay()
+        return self._result
+
+
+def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    """Run a function some times on a stream of its own, as a capture wants it."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(_WARMUPS):
+            function()
+    current.wait_stream(stream)
