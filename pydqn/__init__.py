@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydqn import preprocess as preprocess
     from pydqn.config import Config as Config
+    from pydqn.device_replay import DeviceReplay as DeviceReplay
     from pydqn.evaluation import evaluate as evaluate
     from pydqn.learner import Learner as Learner
     from pydqn.presets import preset as preset
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Batch": "replay",
     "Config": "config",
+    "DeviceReplay": "device_replay",
     "FrameReplay": "replay",
     "Learner": "learner",
     "Result": "runs",
@@ -33,7 +35,19 @@ _HOMES = {
 }
 _MODULES = ("preprocess",)
 
-__all__ = ["Batch", "Config", "FrameReplay", "Learner", "Result", "evaluate", "preprocess", "preset", "resume", "train"]
+__all__ = [
+    "Batch",
+    "Config",
+    "DeviceReplay",
+    "FrameReplay",
+    "Learner",
+    "Result",
+    "evaluate",
+    "preprocess",
+    "preset",
+    "resume",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,6 +83,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ValueError("train: expected a PRESET, or --resume RUN")
     config, logdir, resume = _to_resume(arguments, arguments.resume) if arguments.resume else _to_start(arguments)
     with open_run(config, logdir, resume=resume) as run:
+        print(", ".join(f"{name} {value}" for name, value in run.arithmetic().items()), file=sys.stderr)
         code = _follow(run)
     result = run.result()
     recent = result.returns[-config.mean_episodes :]

@@ -72,8 +72,8 @@ class Learner:
         self.device = device
         self.updates = 0
         self._config = config
-        self._capture = device.type == "cuda" if capture is None else capture
-        if self._capture and device.type != "cuda":
+        captures = device.type == "cuda" if capture is None else capture
+        if captures and device.type != "cuda":
             raise ValueError(f"capture: a CUDA graph needs a CUDA device, got {device}")
         self.policy = Policy(network, device, config.precision)
         self.online, self._computing = self.policy.network, self.policy.computing
@@ -95,6 +95,7 @@ class Learner:
         self._errors = torch.zeros(len(example.action), device=device)
         self._judged = Outbox(device)
         self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
+        self._stream = torch.cuda.Stream(device) if captures else None  # to record on
 
     def update(self, batch: Batch) -> None:
         """Take one gradient step for every `config.batch_size` transitions, in their order.
@@ -198,12 +199,12 @@ class Learner:
     def _take(self, start: int, count: int) -> _Seen:
         """Take `count` steps, from the `start`th of the batches in the inbox."""
         steps = functools.partial(self._steps, start, count)
-        if not self._capture:
+        if self._stream is None:
             return steps()
         if not self._graphs:
-            self._warm_up()
+            self._warm_up(self._stream)
         if (start, count) not in self._graphs:
-            self._graphs[start, count] = Graph(steps, self.device, warms_up=False)
+            self._graphs[start, count] = Graph(steps, self._stream)
         return self._graphs[start, count]()
 
     def _steps(self, start: int, count: int) -> _Seen:
@@ -236,7 +237,7 @@ class Learner:
         self._errors[part] = errors.detach().abs()
         return _Seen(loss.detach(), norm, action, losses.detach(), q_tm1.detach())
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, stream: torch.cuda.Stream) -> None:
         """Take some steps before the first capture, and undo them, so that capturing changes nothing.
 
         Libraries choose their kernels meanwhile, and the optimizer makes its state.
@@ -246,7 +247,7 @@ class Learner:
             *(tensor for state in self._optimizer.state() for tensor in state.values()),
         ]
         before = [tensor.detach().clone() for tensor in changed]
-        warm_up(functools.partial(self._step, 0), torch.cuda.Stream(self.device))
+        warm_up(functools.partial(self._step, 0), stream)
         with torch.no_grad():
             # What the warm-up made begins at zero; what was there is put back.
             for state in self._optimizer.state():

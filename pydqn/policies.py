@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
 from pydqn.pixels import look_up
-from pydqn.transfers import Graph, Inbox, Outbox, on
+from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
 
 
 def resolve_device(name: str) -> torch.device:
@@ -139,7 +139,9 @@ class Actor:
         with on(self._policy.device):
             self._inbox.put([obs])
             if self._captures and self._graph is None:
-                self._graph = Graph(self._forward, self._policy.device)
+                stream = torch.cuda.Stream(self._policy.device)
+                warm_up(self._forward, stream)
+                self._graph = Graph(self._forward, stream)
             self._outbox.put(self._graph() if self._graph is not None else self._forward())
             return self._outbox.get()
 

@@ -105,20 +105,15 @@ class Graph(Generic[T]):
     """A function of fixed tensors, recorded as a CUDA graph: a call replays it, and gives the same tensors each time.
 
     Args:
-        function: launches kernels on the current stream, never waits for them, branches on no data.
-        device: a CUDA device.
-        warms_up: whether to run the function some times before it is recorded. Whatever the function changes has
-            changed then; without it, libraries must have been used before.
+        function: launches kernels on the current stream, never waits for them, branches on no data. Libraries must have
+            been used before (`warm_up`), on the same stream.
+        stream: to record on; of a CUDA device.
     """
 
-    def __init__(self, function: Callable[[], T], device: torch.device, warms_up: bool = True) -> None:
-        with on(device):
-            stream = torch.cuda.Stream(device)
-            if warms_up:
-                warm_up(function, stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._result = function()
+    def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._result = function()
 
     def __call__(self) -> T:
         self._graph.replay()
@@ -126,7 +121,7 @@ class Graph(Generic[T]):
 
 
 def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
-    """Run a function some times on a stream of its own, as a capture wants it."""
+    """Run a function some times before it is recorded. Whatever it changes has changed then."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

@@ -275,10 +275,7 @@ def test_a_batch_is_a_whole_number_of_batches(size):
 class Replayed:
     """Stands for a CUDA graph on the CPU: whatever is called again and again is this function, with these tensors."""
 
-    made = 0
-
-    def __init__(self, function, device, warms_up=True):
-        Replayed.made += 1
+    def __init__(self, function, stream):
         self._function = function
 
     def __call__(self):
@@ -293,9 +290,8 @@ def test_what_a_capture_does_changes_nothing(monkeypatch, optimizer):
     monkeypatch.setattr(learner_room, "Inbox", functools.partial(learner_room.Inbox, packs=True))
     monkeypatch.setattr(learner_room, "Graph", Replayed)
     monkeypatch.setattr(learner_room, "warm_up", lambda function, stream: [function() for _ in range(3)])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     captured, same_replay, _ = make(double=True, optimizer=optimizer, at_once=4, storage="device")
-    captured._capture = True
+    captured._stream = "a stream"
     for number in range(12):
         for learner in (eager, captured):
             learner.learning_rate = 1e-4 * (1 + number % 3)

@@ -12,6 +12,7 @@ def test_public_names():
     assert pydqn.__all__ == [
         "Batch",
         "Config",
+        "DeviceReplay",
         "FrameReplay",
         "Learner",
         "Result",
