@@ -35,10 +35,10 @@ class Metrics(NamedTuple):
 class _Seen(NamedTuple):
     """The same as tensors, worked out when someone asks; after a capture, memory that every replay writes again."""
 
-    loss: Tensor
     norm: Tensor
     action: Tensor  # (B,)
-    losses: Tensor  # (B,)
+    weight: Tensor  # (B,)
+    errors: Tensor  # (B,)
     values: Tensor  # (B, A)
 
 
@@ -93,7 +93,7 @@ class Learner:
         self._inbox = Inbox(example, device)
         self._seen: _Seen | None = None
         self._errors = torch.zeros(len(example.action), device=device)
-        self._judged = Outbox(device)
+        self._outbox = Outbox(device)  # of errors
         self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
         self._stream = torch.cuda.Stream(device) if captures else None  # to record on
 
@@ -125,7 +125,7 @@ class Learner:
                 done += number
                 if number == until and every:
                     self.sync_target()
-            self._judged.put(self._errors[: count * size])
+            self._outbox.put(self._errors[: count * size])
 
     @torch.no_grad()
     def sync_target(self) -> None:
@@ -136,22 +136,23 @@ class Learner:
         """Return what the latest update saw (waits for the device). Before the first one there is nothing: NaN."""
         if self._seen is None:
             return Metrics(*[math.nan] * 4)
-        taken = self._seen.values.gather(1, self._seen.action.unsqueeze(1))
-        parts = [self._seen.loss, taken.mean(), self._seen.norm.to(self.device), self._seen.values.max()]
-        return Metrics(*torch.stack(parts).tolist())
+        norm, action, weight, errors, values = self._seen
+        loss = (weight * self._loss.value(errors)).mean()
+        taken = values.gather(1, action.unsqueeze(1))
+        return Metrics(*torch.stack([loss, taken.mean(), norm.to(self.device), values.max()]).tolist())
 
     def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the latest update's (B,) losses per sample and (B, A) action values (waits for the device)."""
         if self._seen is None:
             return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
-        return self._seen.losses.cpu().numpy(), self._seen.values.cpu().numpy()
+        return self._loss.value(self._seen.errors).cpu().numpy(), self._seen.values.cpu().numpy()
 
     def errors(self) -> NDArray[np.float32]:
         """Return the sizes of the TD errors, unweighted, of all transitions in the latest `update`.
 
         They are on their way since then: asked for after the next actions have come, they cost no wait.
         """
-        return np.zeros(0, np.float32) if self._seen is None else self._judged.get().copy()
+        return np.zeros(0, np.float32) if self._seen is None else self._outbox.get().copy()
 
     @property
     def learning_rate(self) -> float:
@@ -218,24 +219,27 @@ class Learner:
         part = slice(number * size, (number + 1) * size)
         obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._inbox.tensors)
         with self.policy.autocast():
-            if self.frames is not None:
-                obs, next_obs = look_up(self.frames, obs), look_up(self.frames, next_obs)
-            obs, next_obs = self._prepare(obs), self._prepare(next_obs)
+            if self.frames is None:
+                obs, next_obs = self._prepare(obs), self._prepare(next_obs)
+            else:
+                obs, next_obs = self._prepare(look_up(self.frames, torch.cat([obs, next_obs]))).chunk(2)
             # With gradients first: autocast remembers its casts of the weights, and those made without gradients
             # would cut the graph (PyTorch before 2.10).
             q_tm1 = self._computing(obs)
             with torch.no_grad():
                 q_t = self.target(next_obs)
                 selector_t = self._computing(next_obs) if self._config.double else None
-        errors = td_error(q_tm1, action, reward, discount, q_t, selector_t)
-        losses = self._loss(errors)
-        loss = (weight * losses).mean()
+        values = q_tm1.detach()
+        errors = td_error(values, action, reward, discount, q_t, selector_t)
+        # The gradient of the weighted mean of the losses. Only the actions that were taken have one.
+        slope = (weight * self._loss.slope(errors)).mul_(-1 / size).to(values.dtype)
+        gradient = torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope.unsqueeze(1))
         for copy_ in self._copies:
             copy_.grad = None
-        loss.backward()
+        q_tm1.backward(gradient)
         norm = self._optimizer.step(self._config.max_grad_norm or torch.inf)
-        self._errors[part] = errors.detach().abs()
-        return _Seen(loss.detach(), norm, action, losses.detach(), q_tm1.detach())
+        torch.abs(errors, out=self._errors[part])
+        return _Seen(norm, action, weight, errors, values)
 
     def _warm_up(self, stream: torch.cuda.Stream) -> None:
         """Take some steps before the first capture, and undo them, so that capturing changes nothing.

@@ -111,7 +111,10 @@ class Kernels:
         """See `Optimizer`."""
         for parameter, copy in self._apart:
             parameter.grad = None if copy.grad is None else copy.grad.to(torch.float32)
-        norm = nn.utils.clip_grad_norm_(self._parameters, max_norm, foreach=True)
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(grads, foreach=True)
+        if max_norm < math.inf:
+            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm, foreach=True)
         self._optimizer.step()
         self.refresh()
         return norm

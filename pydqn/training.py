@@ -69,6 +69,14 @@ def open_run(config: Config, logdir: str | os.PathLike[str], *, resume: bool = F
     return kind(config, logdir, resume=resume)
 
 
+def updates_at_once(config: Config, device: torch.device) -> int:
+    """How many updates are drawn, sent and launched together: on a GPU, all that a step of the lanes calls for.
+
+    On a CPU that would bring nothing, and prioritized sampling would lag behind by as many.
+    """
+    return max(1, round(config.num_envs / config.steps_per_update)) if device.type == "cuda" else 1
+
+
 def _finish(run: BaseRun) -> Result:
     with run:
         for _ in run.reports():
@@ -102,9 +110,7 @@ class Run(BaseRun):
             self.replay = DeviceReplay(config.replay_capacity_frames, device=self._device, seed=replay, **settings)
         else:
             self.replay = FrameReplay(config.replay_capacity_frames, seed=replay, **settings)
-        # A graph holds all updates of a step; on a CPU, several at once would bring nothing.
-        most = round(config.num_envs / config.steps_per_update) if self._device.type == "cuda" else 1
-        self._batch = self.replay.empty_batch(max(1, most) * config.batch_size)
+        self._batch = self.replay.empty_batch(updates_at_once(config, self._device) * config.batch_size)
         self.learner = Learner(network_for(config, self.lanes, network), config, self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
@@ -221,7 +227,10 @@ class Run(BaseRun):
                 self._judged = batch.index.copy()
 
     def _judge(self) -> None:
-        """Set the priorities of what was learned from last; left until they matter, since errors take time to come."""
+        """Set the priorities of what was learned from last.
+
+        Just before the next transitions are drawn, when they first matter: on a GPU the errors have arrived by then.
+        """
         if self._judged is not None:
             self.replay.update_priorities(self._judged, self.learner.errors() + self.config.priority_epsilon)
             self._judged = None

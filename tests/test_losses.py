@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracles import double_q_update
 
-from pydqn.losses import huber, mse, td_error
+from pydqn.losses import LOSSES, huber, huber_slope, mse, td_error
 
 
 def random_batch(seed, size=40, actions=5):
@@ -36,11 +36,17 @@ def test_no_gradient_flows_through_the_target():
     np.testing.assert_array_equal(q_tm1.grad.sum(dim=1), -np.ones(40))
 
 
-def test_the_gradient_of_huber_is_the_clipped_error():
-    error = torch.tensor([-3.0, -1.0, -0.2, 0.0, 0.5, 1.0, 7.0], requires_grad=True)
-    huber(error).sum().backward()
-    torch.testing.assert_close(error.grad, error.detach().clamp(-1, 1))
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_slope_is_the_gradient_of_its_loss(name):
+    error = torch.cat([torch.tensor([-3.0, -1.0, -0.2, 0.0, 0.5, 1.0, 7.0]), torch.randn(500) * 2]).requires_grad_()
+    LOSSES[name].value(error).sum().backward()
+    torch.testing.assert_close(error.grad, LOSSES[name].slope(error.detach()))
+
+
+def test_huber_is_pytorchs():
+    error = torch.linspace(-4, 4, 201)
     torch.testing.assert_close(huber(error), torch.nn.functional.huber_loss(error, 0 * error, reduction="none"))
+    torch.testing.assert_close(huber_slope(error), error.clamp(-1, 1))
 
 
 def test_mse_is_the_square():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pydqn import preset, resume, train
+from pydqn import Learner, preset, resume, train, training
 from pydqn.checkpoint import load_weights
 from pydqn.config import Config
 from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
@@ -98,31 +98,41 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert load_run(tmp_path) == tiny
 
 
-@pytest.mark.parametrize("pixels", [True, False])
-def test_a_prioritized_run(tiny, tmp_path, pixels):
-    """Every update hands its own TD errors back to the transitions that it saw."""
+@pytest.mark.parametrize(("pixels", "at_once"), [(True, 1), (True, 3), (False, 1)])
+def test_a_prioritized_run(tiny, tmp_path, monkeypatch, pixels, at_once):
+    """Every update hands its own TD errors back to the transitions that it saw, before the next ones are drawn."""
+    monkeypatch.setattr(training, "updates_at_once", lambda config, device: at_once)
     config = (
         tiny
         if pixels
         else preset("cartpole", **{**CARTPOLE, "total_steps": 200, "learning_starts_steps": 50, "steps_per_update": 1})
     )
     config = dataclasses.replace(config, prioritized=True, priority_alpha=1.0, batch_size=8)
+    if at_once > 1:
+        config = dataclasses.replace(config, num_envs=6, steps_per_update=2.0)
     with Run(config, tmp_path) as run:
         expected = {}
-        update = run.replay.update_priorities
+        update, sample, drawn = run.replay.update_priorities, run.replay.sample, []
+
+        def drawing(*arguments):
+            assert not drawn  # priorities first
+            batch = sample(*arguments)
+            drawn.append(batch.index.copy())
+            return batch
 
         def watched(index, priority):
+            np.testing.assert_array_equal(index, drawn.pop())
             np.testing.assert_allclose(priority, run.learner.errors() + 1e-6)
             assert (run.learner.errors() > 0).any()
             expected.update(zip(index.tolist(), priority.tolist(), strict=True))
             update(index, priority)
 
-        run.replay.update_priorities = watched
+        run.replay.update_priorities, run.replay.sample = watched, drawing
         list(run.reports())
         assert run.learner.updates > 20
         assert run.replay.beta == pytest.approx(1.0, abs=0.05)
         run.replay.beta = 1.0
-        batch = run.replay.sample(64)
+        batch = sample(64)
     held = [row for row, index in enumerate(batch.index.tolist()) if index in expected]
     priority = np.array([expected[index] for index in batch.index[held].tolist()])
     assert len(held) > 5
@@ -145,6 +155,20 @@ def test_where_frames_are_kept_changes_nothing(tiny, tmp_path, prioritized):
         shutil.copytree(tmp_path / storage, tmp_path / "both" / storage)
         resume(tmp_path / "both" / storage, storage=other, total_steps=600)
     assert digest(tmp_path / "both" / "host") == digest(tmp_path / "both" / "device")
+
+
+def test_updates_at_once_are_the_same_run(tiny, tmp_path, monkeypatch):
+    """All updates of a step drawn, sent and taken together, as on a GPU: nothing changes where sampling is uniform."""
+    config = dataclasses.replace(tiny, num_envs=6, steps_per_update=2.0, total_steps=300)
+    train(config, tmp_path / "one")
+    assert training.updates_at_once(config, torch.device("cuda")) == 3
+    monkeypatch.setattr(training, "updates_at_once", lambda config, device: 3)
+    taken = []
+    update = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda self, batch: (taken.append(len(batch.action)), update(self, batch)))
+    train(config, tmp_path / "three")
+    assert taken.count(3 * 8) > 20
+    assert digest(tmp_path / "one") == digest(tmp_path / "three")
 
 
 def test_every_number_has_its_chart():
