@@ -1,7 +1,7 @@
 """The GPU path, row by row: checked against eager, then measured. Under ten minutes on a machine without a network.
 
     pip install --no-build-isolation --no-deps .        # or: pip install .
-    python bench/gpu.py -o rows.json                    # all stages, then the whole loop
+    python bench/gpu.py -o rows.json                    # all stages, the whole loop, a learning run
     python bench/gpu.py --device cpu --quick            # the same code without a GPU: shows only that it runs
 
 Times are medians; where rows are compared, they take turns. "us" per update or per step, whatever ran beside it.
@@ -23,7 +23,7 @@ import torch
 from stages_learning import NATURE
 from timing import in_turns, rates_in_turns
 
-from pydqn import FrameReplay, Learner, preset
+from pydqn import FrameReplay, Learner, preset, train
 from pydqn.checkpoint import write_json
 from pydqn.device_replay import DeviceReplay
 from pydqn.envs import make_lanes
@@ -93,11 +93,12 @@ def update(device, quick):
     }
     calls, counts = {}, {}
     for precision, (where, memory), capture, at_once in itertools.product(
-        ("float32", "bfloat16"), memories.items(), captures, (1, 8)
+        ("float32", "tf32", "bfloat16"), memories.items(), captures, (1, 8)
     ):
-        if at_once > 1 and (not capture and not quick):
+        if not capture and not quick and (at_once > 1 or precision == "tf32"):
             continue
-        config = preset("nature", precision=precision, target_sync_updates=0, batch_size=32)
+        arithmetic = precision.replace("tf32", "float32")
+        config = preset("pong", **NATURE, precision=arithmetic, target_sync_updates=0)
         batch = memory.empty_batch(32 * at_once)
         network = make_network("nature", 4, (84, 84), 4)
         learner = Learner(network, config, device, batch, capture, getattr(memory, "frames", None))
@@ -106,6 +107,10 @@ def update(device, quick):
             learner.update(memory.sample(len(batch.action), batch))
             wait(device)
 
+        if precision == "tf32":  # convolutions may use it by default, matrix products may not; a graph keeps its choice
+            torch.set_float32_matmul_precision("high")
+            call()
+            torch.set_float32_matmul_precision("highest")
         how = "graph" if capture else "eager"
         name = f"update, {precision}, {where}, {how}" + (f" of {at_once}" if at_once > 1 else "")
         calls[name], counts[name] = call, at_once
@@ -124,7 +129,7 @@ def act(device, quick):
     calls = {}
     for lanes in (8, 32, 128):
         memory = filled(DeviceReplay, 100 * lanes, lanes, device=device)
-        config = preset("nature", precision="float32")
+        config = preset("pong", **NATURE, precision="float32")
         network = make_network("nature", 4, (84, 84), 4)
         learner = Learner(network, config, device, memory.empty_batch(32), frames=memory.frames)
         for capture in (False, True) if device.type == "cuda" else (False,):
@@ -259,7 +264,17 @@ def timeline(run, device, steps=50):
             row(f"  calls of {event.key} per step", event.count / steps, "calls")
 
 
-STAGES = {f.__name__: f for f in (checks, ceiling, update, act, emulators, loop)}
+def pong(device, quick):
+    """`pydqn train pong`, as it is, to a mean of 18."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = preset("pong", device=str(device), **({"total_steps": 600} if quick else {}))
+        result = train(config, folder)
+    row("pong to 18", result.seconds, "s", ("<=", 120), f"{result.steps:,} steps, {len(result.returns)} games")
+    recent = result.returns[-config.mean_episodes :]
+    row("  mean return at the end", float(np.mean(recent)) if recent else float("nan"), "points", (">=", 18))
+
+
+STAGES = {f.__name__: f for f in (checks, ceiling, update, act, emulators, loop, pong)}
 
 
 def main():

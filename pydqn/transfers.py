@@ -53,11 +53,6 @@ class Inbox:
             self._arrays.append(here.numpy())
             self.tensors.append(there)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that cross at each `put`."""
-        return self._here.nbytes if self._packs else 0
-
     def put(self, arrays: Sequence[NDArray[Any]]) -> None:
         """Send arrays; the leading axes may be shorter than the examples' (what lies behind is then undefined).
 

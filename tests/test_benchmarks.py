@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from pydqn import preset
 from pydqn.benchmarks import measure
@@ -47,6 +52,27 @@ def test_the_command(tmp_path, capsys):
     assert [row["stage"] for row in written["stages"]] == STAGES
     assert written["config"]["batch_size"] == 4
     assert "torch" in written["about"]
+
+
+def script(*arguments):
+    command = [sys.executable, str(Path(__file__).parents[1] / "bench" / "gpu.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_gpu_script_runs_without_one(tmp_path):
+    out = script("--device", "cpu", "--quick", "ceiling", "act", "-o", str(tmp_path / "rows.json"))
+    assert "act, 32 lanes, eager" in out
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["unit"] for row in written["rows"]] == ["GB/s", "us", "us", "us"]
+    assert all(row["value"] > 0 for row in written["rows"])
+    assert written["about"]["device"] == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_the_gpu_script_says_that_it_skips():
+    assert script().startswith("skipped: PyTorch sees no CUDA device")
 
 
 @pytest.mark.parametrize(
