@@ -83,9 +83,7 @@ class BaseRun:
         checkpoint = load_checkpoint(self.logdir) if resume else None
         if checkpoint is None and (self.logdir / PROGRESS).exists():
             raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
-        # A resumed run draws new numbers, not those that it has drawn already.
-        entropy = [config.seed] if checkpoint is None else [config.seed, int(checkpoint.state.get("steps", 0))]
-        self._open(np.random.SeedSequence(entropy))
+        self._open(self._seeds(None if checkpoint is None else int(checkpoint.state.get("steps", 0))))
         if checkpoint is not None:
             try:
                 self._restore(checkpoint)
@@ -117,6 +115,10 @@ class BaseRun:
 
     def close(self) -> None:
         """Release what the run holds."""
+
+    def _seeds(self, checkpoint: int | None) -> np.random.SeedSequence:
+        """Seeds of a new run, or of what goes on from the checkpoint at so many steps."""
+        return np.random.SeedSequence([self.config.seed] if checkpoint is None else [self.config.seed, checkpoint])
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         """Make the environments and the learner."""

@@ -87,11 +87,15 @@ def _finish(run: BaseRun) -> Result:
 class Run(BaseRun):
     """One training run of a DQN; its folder gets videos/, too, where the config asks for them.
 
-    When it is resumed, new games are opened; and unless the checkpoint holds the replay memory, that is filled anew
-    before the updates go on.
+    When it is resumed, new games are opened, and the memory is filled anew before the updates go on. Where checkpoints
+    hold the replay memory, a run opens new games at each one that is due, and whatever is resumed from that is on a CPU
+    the very run that would have gone on: the same games, the same weights, bit for bit. (A checkpoint that an
+    interruption writes was not due.) Games that are cut off there are in no mean, so checkpoints should be rare beside
+    games.
     """
 
     replay: FrameReplay
+    lanes: Lanes
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         config = self.config
@@ -102,7 +106,7 @@ class Run(BaseRun):
         own, evaluation, lanes, replay, network = (int(seed) for seed in seeds.generate_state(5))
         self._generator = np.random.default_rng(own)
         self._evaluation_seed = evaluation
-        self.lanes: Lanes = make_lanes(config, config.num_envs, lanes, render=config.video_every_episodes > 0)
+        self.lanes = self._make_lanes(lanes)
         settings = memory_settings(config, self.lanes)
         nbytes = config.replay_capacity_frames * math.prod(self.lanes.frame_shape) * self.lanes.dtype.itemsize
         self._storage = resolve_storage(config.storage, self._device, nbytes)
@@ -110,7 +114,9 @@ class Run(BaseRun):
             self.replay = DeviceReplay(config.replay_capacity_frames, device=self._device, seed=replay, **settings)
         else:
             self.replay = FrameReplay(config.replay_capacity_frames, seed=replay, **settings)
-        self._batch = self.replay.empty_batch(updates_at_once(config, self._device) * config.batch_size)
+        size, most = config.batch_size, updates_at_once(config, self._device)
+        self._batch = self.replay.empty_batch(most * size)
+        self._parts = [self._batch.part(i * size, (i + 1) * size) for i in range(most)]
         self.learner = Learner(network_for(config, self.lanes, network), config, self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
@@ -144,6 +150,8 @@ class Run(BaseRun):
                 yield self._report()
             if any([checkpoint(self.steps), checkpoint_episode(len(self.returns))]):
                 self._checkpoint()
+                if config.checkpoint_replay and not self._finished():
+                    self._reopen()
         self._judge()
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
@@ -217,11 +225,13 @@ class Run(BaseRun):
             self._learning_since = max(self._learning_since, self.steps)
         learner.learning_rate = learning_rate(config, self.steps)
         self.replay.beta = priority_beta(config, self.steps)
-        most = len(self._batch.action)
         while learner.updates < self.updates_due():
             self._judge()
-            size = min(most, (self.updates_due() - learner.updates) * config.batch_size)
-            batch = self.replay.sample(size, self._batch if size == most else None)
+            count = min(len(self._parts), self.updates_due() - learner.updates)
+            # Drawn one by one: each has its own shares of the priorities.
+            for part in self._parts[:count]:
+                self.replay.sample(config.batch_size, part)
+            batch = self._batch.part(0, count * config.batch_size)
             learner.update(batch)
             if config.prioritized:
                 self._judged = batch.index.copy()
@@ -234,6 +244,24 @@ class Run(BaseRun):
         if self._judged is not None:
             self.replay.update_priorities(self._judged, self.learner.errors() + self.config.priority_epsilon)
             self._judged = None
+
+    def _make_lanes(self, seed: int) -> Lanes:
+        config = self.config
+        return make_lanes(config, config.num_envs, seed, render=config.video_every_episodes > 0)
+
+    def _reopen(self) -> None:
+        """Begin new games in all lanes, those that a run begins which is resumed from the checkpoint just written.
+
+        No emulator's inside can be saved, but so both are the same run. The games that are cut off here are truncated
+        for the learner, and count for nothing else.
+        """
+        self.lanes.close()
+        _, _, lanes, _, _ = (int(seed) for seed in self._seeds(self.steps).generate_state(5))
+        self.lanes = self._make_lanes(lanes)
+        self._age[:] = 0
+        if self._film is not None:
+            self._film.drop()
+        open_episodes(self.lanes, self.replay)
 
     def _share_frames(self) -> None:
         frames = self.replay.frames if isinstance(self.replay, DeviceReplay) else None
@@ -266,6 +294,7 @@ class Run(BaseRun):
             **super()._state(),
             "updates": self.learner.updates,
             "generator": self._generator.bit_generator.state,
+            "evaluation_seed": self._evaluation_seed,
             "learning_since": self._learning_since,
             "updates_before": self._updates_before,
         }
@@ -274,6 +303,7 @@ class Run(BaseRun):
         super()._restore(checkpoint)
         state = checkpoint.state
         self._generator.bit_generator.state = state["generator"]
+        self._evaluation_seed = int(state.get("evaluation_seed", self._evaluation_seed))
         self.learner.restore(checkpoint.tensors, state["updates"])
         if checkpoint.replay is None:  # the memory must fill again
             self._learning_since = self.steps + self.config.learning_starts_steps

@@ -14,13 +14,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_learner import make
+from test_training import CARTPOLE, digest
 
 from pydqn import resume, train
 from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights, read_state, save_weights
 from pydqn.envs import make_lanes
 from pydqn.evaluation import evaluate, load_policy, load_run
-from pydqn.logs import read_csv
+from pydqn.logs import Report, read_csv
 from pydqn.training import Run
+
+# Columns of progress.csv that say how fast, not what.
+CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
+EXACT = [name for name in Report.__annotations__ if name not in CLOCK]
 
 
 def rows(path, name):
@@ -82,6 +87,40 @@ def test_rows_after_the_checkpoint_are_written_again(tiny, tmp_path):
     assert progress["steps"][-1] == result.steps
     assert episodes["return"] == result.returns
     assert episodes["steps"] == sorted(episodes["steps"])
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"prioritized": True, "storage": "device"}, {"sticky_actions": 0.25}, CARTPOLE]
+)
+def test_a_resumed_run_is_the_same_run(tiny, tmp_path, variant):
+    """Bit for bit, and resumed more than once, where checkpoints hold the memory; as if killed in between."""
+    config = dataclasses.replace(
+        tiny,
+        **{**variant, "total_steps": 700, "checkpoint_every_steps": 150, "log_every_steps": 20},
+        checkpoint_replay=True,
+        evaluation_every_steps=200,
+        evaluation_episodes=1,
+        max_episode_steps=60,
+    )
+    train(config, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    for number, steps in enumerate((190, 480, 610)):
+        run = Run(config, folder, resume=number > 0)
+        assert number == 0 or 0 < run.steps < steps
+        for report in run.reports():
+            if report.steps >= steps:
+                break
+        run._log._progress_file.flush()
+        run._log._episodes_file.flush()
+        run.lanes.close()  # and nothing else: as if killed
+    resume(folder)
+    ours, theirs = rows(folder, "progress"), rows(tmp_path / "whole", "progress")
+    for name in EXACT:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert digest(folder) == digest(tmp_path / "whole")
+    states = [load_checkpoint(path) for path in (folder, tmp_path / "whole")]
+    for name, value in states[0].tensors.items():
+        assert torch.equal(value, states[1].tensors[name]), name
 
 
 def test_a_resumed_run_plays_other_games(tiny, tmp_path):
