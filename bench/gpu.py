@@ -10,6 +10,7 @@ Times are medians; where rows are compared, they take turns. "us" per update or 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import subprocess
@@ -62,13 +63,15 @@ def filled(kind, frames, lanes=32, **settings):
 
 def checks(device, quick):
     """The tests that need a GPU: graph against eager, no waits, rows against observations, real streams."""
-    tests = ["tests/test_learner.py", "tests/test_device_replay.py", "tests/test_optimizers.py"]
+    tests = ["test_learner.py", "test_device_replay.py", "test_optimizers.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     if quick:
         command += ["-k", "at_once or needed"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-3000:])
-    row("tests of the GPU path", done.returncode, "exit code", ("<=", 0), done.stdout.strip().splitlines()[-1])
+    # Not in the checkout's root, where the folder pydqn/ would hide the package that is installed.
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    text = (done.stdout + done.stderr).strip() or "no output"
+    print(text[-3000:])
+    row("tests of the GPU path", done.returncode, "exit code", ("<=", 0), text.splitlines()[-1])
 
 
 def ceiling(device, quick):
@@ -92,6 +95,7 @@ def update(device, quick):
         "frames on the device": filled(DeviceReplay, size, device=device),
     }
     calls, counts = {}, {}
+    # "float32" is PyTorch's own idea of it: convolutions may use TensorFloat-32, matrix products may not.
     for precision, (where, memory), capture, at_once in itertools.product(
         ("float32", "tf32", "bfloat16"), memories.items(), captures, (1, 8)
     ):
@@ -107,7 +111,7 @@ def update(device, quick):
             learner.update(memory.sample(len(batch.action), batch))
             wait(device)
 
-        if precision == "tf32":  # convolutions may use it by default, matrix products may not; a graph keeps its choice
+        if precision == "tf32":  # a graph keeps what held when it was captured
             torch.set_float32_matmul_precision("high")
             call()
             torch.set_float32_matmul_precision("highest")
@@ -178,7 +182,7 @@ def loop_config(device, lanes, quick, **changes):
         "precision": "float32",
         "storage": "device",
         "steps_per_update": 4,
-        "target_sync_updates": 2_500,
+        "target_sync_updates": 10 if quick else 2_500,
         "learning_starts_steps": 64 * lanes,
         "replay_capacity_frames": 20_000 if quick else 1_000_000,
         "log_every_steps": 64 * lanes,
@@ -187,16 +191,15 @@ def loop_config(device, lanes, quick, **changes):
     return preset("pong", **{**settings, **changes})
 
 
-def opened(config, folder):
-    """A run whose memory is full and whose graphs are made."""
-    run = Run(config, folder)
-    lanes, replay = config.num_envs, run.replay
+def opened(run):
+    """The run, when its memory is full and its graphs are made."""
+    config, lanes, replay = run.config, run.config.num_envs, run.replay
     next(run.reports())
     zeros, off = np.zeros(lanes, np.int64), np.zeros(lanes, bool)
     for tick in range(config.replay_capacity_frames // lanes):
         start = tick * lanes % (len(FRAMES) - lanes)
         replay.append(FRAMES[start : start + lanes], zeros, zeros, off, off, off)
-    for _ in range(5):
+    while run.learner.updates < 2 * config.target_sync_updates:  # graphs of every length that comes up
         run.step()
     return run
 
@@ -204,12 +207,12 @@ def opened(config, folder):
 def loop(device, quick):
     """The whole loop, where frames are kept and in what precision."""
     players = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         variants = [(lanes, {}) for lanes in ((8,) if quick else (16, 32, 64, 128))]
         variants += [(8 if quick else 32, {"storage": "host", "replay_capacity_frames": 20_000 if quick else 200_000})]
         variants += [(8 if quick else 64, {"precision": "bfloat16"})]
         for number, (lanes, changes) in enumerate(variants):
-            run = opened(loop_config(device, lanes, quick, **changes), Path(folder) / str(number))
+            run = opened(stack.enter_context(Run(loop_config(device, lanes, quick, **changes), f"{folder}/{number}")))
             players[" ".join([f"loop, {lanes} lanes", *map(str, changes.values())])] = run
 
         def rate(run):
@@ -228,8 +231,6 @@ def loop(device, quick):
             row(name, value, "steps/s", (">=", 30_000) if name == best else None)
         traffic(players[best])
         timeline(players[best], device)
-        for run in players.values():
-            run.close()
 
 
 def traffic(run):
@@ -253,11 +254,13 @@ def timeline(run, device, steps=50):
         wait(device)
         taken = time.perf_counter() - started
     events = profile.key_averages()
-    busy = {event.key: getattr(event, "self_device_time_total", 0.0) for event in events}
+    # Kernels and copies themselves; operations of the host would count those that they launch once more.
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = {event.key: event.self_device_time_total for event in kernels}
     row("profiled: clock per step of all lanes", taken / steps * 1e6, "us")
-    row("profiled: device busy per step of all lanes", sum(busy.values()) / steps, "us")
+    row("profiled: device time summed per step of all lanes", sum(busy.values()) / steps, "us")
     for key in sorted(busy, key=busy.get, reverse=True)[:12]:
-        if busy[key]:
+        if busy[key] > 0:
             row(f"  {key[:54]}", busy[key] / steps, "us")
     for event in events:
         if "Synchronize" in event.key:

@@ -45,9 +45,9 @@ class _Seen(NamedTuple):
 class Learner:
     """Owns the online and the target network and the optimizer.
 
-    `update` runs one gradient step, or several in a row. On a CUDA device they are captured once and replayed: batches,
-    learning rate and step counter live on the device. The host runs ahead: it waits only until the batch before has
-    left the pinned memory. On a CPU the same function runs eagerly.
+    `update` runs one gradient step, or several in a row. On a CUDA device they are captured and replayed, one graph for
+    each number of steps that occurs: batches, learning rate and step counter live on the device. The host runs ahead:
+    it waits only until the batch before has left the pinned memory. On a CPU the same function runs eagerly.
 
     Args:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
@@ -96,6 +96,8 @@ class Learner:
         self._outbox = Outbox(device)  # of errors
         self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
         self._stream = torch.cuda.Stream(device) if captures else None  # to record on
+        # One pool for all graphs, which never run at the same time; only what the latest one gave is read.
+        self._pool = torch.cuda.graph_pool_handle() if captures else None
 
     def update(self, batch: Batch) -> None:
         """Take one gradient step for every `config.batch_size` transitions, in their order.
@@ -172,11 +174,14 @@ class Learner:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Go on from what `state` gave when the learner had made `updates` updates. Nothing has been captured yet.
+        """Go on from what `state` gave when the learner had made `updates` updates; before its first one.
 
         Raises:
+            RuntimeError: graphs have been captured, which would go on writing to what is replaced.
             ValueError: the tensors are not those of such a learner.
         """
+        if self._graphs:
+            raise RuntimeError("restore: expected a learner that has made no update yet")
         state: State = [{} for _ in self._parameters]
         networks: dict[str, dict[str, Tensor]] = {"online": {}, "target": {}}
         for name, value in tensors.items():
@@ -205,7 +210,7 @@ class Learner:
         if not self._graphs:
             self._warm_up(self._stream)
         if (start, count) not in self._graphs:
-            self._graphs[start, count] = Graph(steps, self._stream)
+            self._graphs[start, count] = Graph(steps, self._stream, self._pool)
         return self._graphs[start, count]()
 
     def _steps(self, start: int, count: int) -> _Seen:
@@ -248,6 +253,7 @@ class Learner:
         """
         changed = [
             *tensors_of(self.online),
+            *self.target.buffers(),
             *(tensor for state in self._optimizer.state() for tensor in state.values()),
         ]
         before = [tensor.detach().clone() for tensor in changed]

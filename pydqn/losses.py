@@ -30,10 +30,10 @@ def td_error(
         (B,) float32: target minus estimate. No gradient flows through the target.
     """
     if selector_t is None:
-        best = q_t.amax(dim=1)
+        target = torch.addcmul(r_t, discount_t, q_t.amax(dim=1))
     else:
-        best = q_t.gather(1, selector_t.argmax(dim=1, keepdim=True)).squeeze(1)
-    target = torch.addcmul(r_t, discount_t, best)
+        a_t = selector_t.argmax(dim=1, keepdim=True)
+        target = torch.addcmul(r_t, discount_t, q_t.gather(1, a_t).squeeze(1))
     return target.detach() - q_tm1.gather(1, a_tm1.unsqueeze(1)).squeeze(1)
 
 

@@ -132,7 +132,8 @@ class Kernels:
     def restore(self, state: State) -> None:
         """See `Optimizer`."""
         whole = self._optimizer.state_dict()
-        whole["state"] = {
+        # A parameter of which nothing was saved keeps what its memory began with.
+        whole["state"] |= {
             number: {
                 # In the parameter's own memory layout, which a file does not keep.
                 name: torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
@@ -284,11 +285,10 @@ class OnePass:
     def restore(self, state: State) -> None:
         """See `Optimizer`."""
         for ours, theirs in zip(self._state, state, strict=True):
-            for name, value in theirs.items():
-                if name == "step":
-                    self._steps = int(value)
-                else:
-                    ours[name].copy_(value)
+            if theirs:  # `RMSProp` does not count its steps, but it has taken some
+                self._steps = int(theirs.get("step", torch.tensor(1)))
+            for name in ours.keys() & theirs.keys():
+                ours[name].copy_(theirs[name])
 
 
 def _laid_out(grad: Tensor, like: Tensor) -> Tensor:

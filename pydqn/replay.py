@@ -37,6 +37,10 @@ class Batch(NamedTuple):
     index: NDArray[np.int64]  # type: ignore[assignment]  # (B,): names the transition; never used again for another one
     weight: NDArray[np.float32]  # (B,): importance weights, at most 1; all 1 when sampling uniformly
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Return the transitions from `start` to before `stop`: views of the same memory."""
+        return Batch._make(column[start:stop] for column in self)
+
 
 class FrameReplay:
     """A ring of single frames per environment, from which stacked n-step transitions are sampled.

@@ -76,15 +76,17 @@ class Outbox:
 
     def __init__(self, device: torch.device) -> None:
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
-        self._here: Tensor | None = None
+        self._memory: Tensor | None = None
+        self._here: Tensor | None = None  # what was put last
 
     def put(self, tensor: Tensor) -> None:
-        """Launch the copy, behind what has been launched on the current stream."""
+        """Launch the copy, behind what has been launched on the current stream. Only the leading axis may change."""
         if self._arrived is None:
             self._here = tensor
             return
-        if self._here is None or self._here.shape != tensor.shape:
-            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if self._memory is None or len(self._memory) < len(tensor):
+            self._memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._here = self._memory[: len(tensor)]
         self._here.copy_(tensor, non_blocking=True)
         self._arrived.record()
 
@@ -103,11 +105,13 @@ class Graph(Generic[T]):
         function: launches kernels on the current stream, never waits for them, branches on no data. Libraries must have
             been used before (`warm_up`), on the same stream.
         stream: to record on; of a CUDA device.
+        pool: memory that it may share with graphs which never run at the same time (`torch.cuda.graph_pool_handle`);
+            what one gave is overwritten by the next then. None for memory of its own.
     """
 
-    def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream) -> None:
+    def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._result = function()
 
     def __call__(self) -> T:

@@ -141,6 +141,29 @@ def test_one_goes_on_where_the_other_stopped(settings):
         torch.testing.assert_close(expected, kernels, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", METHODS, ids=str)
+@pytest.mark.parametrize("taken", [0, 3])
+@pytest.mark.parametrize("saves", [OnePass, Kernels])
+@pytest.mark.parametrize("loads", [OnePass, Kernels])
+def test_what_is_restored_is_saved_again_and_goes_on(settings, taken, saves, loads):
+    """Also before the first step, when there may be nothing yet."""
+    rate = torch.tensor(0.1)
+    parameters, _, first = make(settings, saves, rate)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(taken):
+        set_grads(parameters, generator)
+        first.step(math.inf)
+    copies, _, second = make(settings, loads, rate)
+    second.restore([{name: value.clone() for name, value in row.items()} for row in first.state()])
+    if taken:
+        for ours, theirs in zip(second.state(), first.state(), strict=True):
+            for name in (ours.keys() | theirs.keys()) - {"step"}:
+                torch.testing.assert_close(ours[name], theirs[name])
+    set_grads(copies, generator)
+    second.step(math.inf)
+    assert all(torch.isfinite(copy).all() for copy in copies)
+
+
 def test_the_mean_over_a_batch_with_a_scaled_epsilon_is_the_sum_of_the_paper():
     """Mnih et al. 2015 add 0.01 to the variance of gradients summed over 32 samples; ours are means."""
     ours, theirs = (torch.nn.Parameter(torch.ones(6)) for _ in range(2))
