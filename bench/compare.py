@@ -19,7 +19,7 @@ from pathlib import Path
 import stages_frames
 import stages_learning
 import stages_memory
-from timing import ROWS, head
+from timing import ROWS, check_stages, head
 
 from pydqn.logs import environment
 
@@ -42,9 +42,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small and rough, to see that it runs")
     parser.add_argument("-o", "--output", help="JSON file for the rows, versions and machine")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.stages) - set(STAGES))
-    if unknown:
-        parser.error(f"stages: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
+    check_stages(parser, arguments.stages, STAGES)
     head()
     for name in arguments.stages or STAGES:
         STAGES[name](arguments.quick)

@@ -1,4 +1,4 @@
-"""The GPU path, row by row: checked against eager, then measured. Under ten minutes on a machine without a network.
+"""The GPU path, row by row: checked against eager, then measured. Meant for ten minutes on a machine without a network.
 
     pip install --no-build-isolation --no-deps .        # or: pip install .
     python bench/gpu.py -o rows.json                    # all stages, the whole loop, a learning run
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from stages_learning import NATURE
-from timing import in_turns, rates_in_turns
+from timing import check_stages, in_turns, rates_in_turns
 
 from pydqn import FrameReplay, Learner, preset, train
 from pydqn.checkpoint import write_json
@@ -287,9 +287,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small and rough, to see that it runs")
     parser.add_argument("-o", "--output", help="JSON file for the rows, versions and machine")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.stages) - set(STAGES))
-    if unknown:
-        parser.error(f"stages: expected some of {', '.join(STAGES)}, got {unknown[0]!r}")
+    check_stages(parser, arguments.stages, STAGES)
     if arguments.device != "cpu" and not torch.cuda.is_available():
         print("skipped: PyTorch sees no CUDA device (--device cpu --quick shows that the script runs)")
         return

@@ -10,6 +10,13 @@ import numpy as np
 ROWS = []
 
 
+def check_stages(parser, names, known):
+    """End with the parser's error if one of the names is not known."""
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        parser.error(f"stages: expected some of {', '.join(known)}, got {unknown[0]!r}")
+
+
 def head():
     print(f"{'stage':38s} {'pydqn':>11s} {'beside':>46s} {'ratio':>6s} {'target':>8s}")
 

@@ -110,10 +110,6 @@ class Policy:
         anything = generator.integers(values.shape[1], size=len(values))
         return np.where(explore, anything, values.argmax(axis=1))
 
-    def act(self, obs: NDArray[Any], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions for (B, stack, *frame_shape) observations."""
-        return self.choose(self.values(obs), epsilon, generator)
-
 
 class Actor:
     """A policy for the same number of lanes again and again: on a GPU a graph, for which one wait is all that is lost.

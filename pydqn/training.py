@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +84,20 @@ def _finish(run: BaseRun) -> Result:
     return run.result()
 
 
+class _Seeds(NamedTuple):
+    """One for each thing that is random; the order is part of what a seed means."""
+
+    own: int
+    evaluation: int
+    lanes: int
+    replay: int
+    network: int
+
+    @classmethod
+    def of(cls, seeds: np.random.SeedSequence) -> _Seeds:
+        return cls(*map(int, seeds.generate_state(5)))
+
+
 class Run(BaseRun):
     """One training run of a DQN; its folder gets videos/, too, where the config asks for them.
 
@@ -103,21 +117,21 @@ class Run(BaseRun):
         _core.keep_freed_memory()  # ALE, too, allocates its frames anew at every step
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        own, evaluation, lanes, replay, network = (int(seed) for seed in seeds.generate_state(5))
-        self._generator = np.random.default_rng(own)
-        self._evaluation_seed = evaluation
-        self.lanes = self._make_lanes(lanes)
+        seed = _Seeds.of(seeds)
+        self._generator = np.random.default_rng(seed.own)
+        self._evaluation_seed = seed.evaluation
+        self.lanes = self._make_lanes(seed.lanes)
         settings = memory_settings(config, self.lanes)
         nbytes = config.replay_capacity_frames * math.prod(self.lanes.frame_shape) * self.lanes.dtype.itemsize
         self._storage = resolve_storage(config.storage, self._device, nbytes)
         if self._storage.where == "device":
-            self.replay = DeviceReplay(config.replay_capacity_frames, device=self._device, seed=replay, **settings)
+            self.replay = DeviceReplay(config.replay_capacity_frames, device=self._device, seed=seed.replay, **settings)
         else:
-            self.replay = FrameReplay(config.replay_capacity_frames, seed=replay, **settings)
+            self.replay = FrameReplay(config.replay_capacity_frames, seed=seed.replay, **settings)
         size, most = config.batch_size, updates_at_once(config, self._device)
         self._batch = self.replay.empty_batch(most * size)
         self._parts = [self._batch.part(i * size, (i + 1) * size) for i in range(most)]
-        self.learner = Learner(network_for(config, self.lanes, network), config, self._device, self._batch)
+        self.learner = Learner(network_for(config, self.lanes, seed.network), config, self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
         self._judged: NDArray[np.int64] | None = None  # indices whose priorities are still to be set
@@ -256,8 +270,7 @@ class Run(BaseRun):
         for the learner, and count for nothing else.
         """
         self.lanes.close()
-        _, _, lanes, _, _ = (int(seed) for seed in self._seeds(self.steps).generate_state(5))
-        self.lanes = self._make_lanes(lanes)
+        self.lanes = self._make_lanes(_Seeds.of(self._seeds(self.steps)).lanes)
         self._age[:] = 0
         if self._film is not None:
             self._film.drop()

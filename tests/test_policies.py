@@ -20,10 +20,10 @@ def test_every_lane_tosses_its_own_coin():
     obs = np.random.default_rng(0).integers(0, 255, (64, 4, 84, 84), dtype=np.uint8)
     policy = learner.policy
     greedy = policy.values(obs).argmax(axis=1)
-    np.testing.assert_array_equal(policy.act(obs, 0.0, np.random.default_rng(1)), greedy)
-    explored = policy.act(obs, 0.5, np.random.default_rng(1)) != greedy
+    np.testing.assert_array_equal(policy.choose(policy.values(obs), 0.0, np.random.default_rng(1)), greedy)
+    explored = policy.choose(policy.values(obs), 0.5, np.random.default_rng(1)) != greedy
     assert 10 < explored.sum() < 45
-    assert len(set(policy.act(obs, 1.0, np.random.default_rng(1)).tolist())) == 6
+    assert len(set(policy.choose(policy.values(obs), 1.0, np.random.default_rng(1)).tolist())) == 6
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "", "cuda:x"])
