@@ -25,9 +25,9 @@ from stages_learning import NATURE
 from timing import check_stages, in_turns, rates_in_turns
 
 from pydqn import FrameReplay, Learner, preset, train
-from pydqn.checkpoint import write_json
 from pydqn.device_replay import DeviceReplay
 from pydqn.envs import make_lanes
+from pydqn.files import write_json
 from pydqn.logs import environment
 from pydqn.networks import make_network
 from pydqn.policies import Actor, resolve_device

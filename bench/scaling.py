@@ -22,7 +22,7 @@ from peers import BATCH, Pydqn
 
 from pydqn import preset
 from pydqn.benchmarks import measure
-from pydqn.checkpoint import write_json
+from pydqn.files import write_json
 from pydqn.logs import environment
 
 LANES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -219,33 +219,48 @@ class Binding {
     py::array_t<float> reward(count);
     py::array_t<std::int32_t> action(count);
     py::array_t<std::uint8_t> flags(count);
-    py::array_t<double> priority(core_.shape().alpha ? count : 0);
     const FrameReplay::Columns out{static_cast<std::uint8_t*>(frames.mutable_data()), reward.mutable_data(),
-                                   action.mutable_data(), flags.mutable_data(), priority.mutable_data()};
+                                   action.mutable_data(), flags.mutable_data()};
     {
       py::gil_scoped_release release;
       core_.export_run(lane, position, count, ticks, out);
     }
-    return py::make_tuple(frames, reward, action, flags, priority);
+    return py::make_tuple(frames, reward, action, flags);
   }
 
   void import_run(std::int64_t lane, std::int64_t position, py::array frames,
                   py::array_t<float, py::array::c_style> reward, py::array_t<std::int32_t, py::array::c_style> action,
-                  py::array_t<std::uint8_t, py::array::c_style> flags,
-                  py::array_t<double, py::array::c_style> priority) {
+                  py::array_t<std::uint8_t, py::array::c_style> flags) {
     const std::int64_t count = reward.size();
     require_run(lane, position, count);
     require_shape("frames", frames, {count}, frame_shape_);
     require_dtype("frames", frames, dtype_);
     require_shape("action", action, {count});
     require_shape("flags", flags, {count});
-    require_shape("priority", priority, {core_.shape().alpha ? count : 0});
     frames = py::array::ensure(frames, py::array::c_style);
     const FrameReplay::Columns in{static_cast<std::uint8_t*>(const_cast<void*>(frames.data())),
                                   const_cast<float*>(reward.data()), const_cast<std::int32_t*>(action.data()),
-                                  const_cast<std::uint8_t*>(flags.data()), const_cast<double*>(priority.data())};
+                                  const_cast<std::uint8_t*>(flags.data())};
     py::gil_scoped_release release;
     core_.import_run(lane, position, count, in);
+  }
+
+  py::array_t<double> export_priorities(std::int64_t ticks) const {
+    const std::int64_t held = core_.stored();
+    py::array_t<double> values({lanes(), held});
+    double* out = values.mutable_data();
+    py::gil_scoped_release release;
+    for (std::int64_t lane = 0; lane < core_.shape().lanes; ++lane)
+      core_.export_priorities(lane, ticks, out + lane * held);
+    return values;
+  }
+
+  void import_priorities(const py::array_t<double, py::array::c_style>& values) {
+    const std::int64_t held = core_.stored();
+    require_shape("priorities", values, {lanes(), held});
+    const double* in = values.data();
+    py::gil_scoped_release release;
+    for (std::int64_t lane = 0; lane < core_.shape().lanes; ++lane) core_.import_priorities(lane, in + lane * held);
   }
 
   void set_ticks(std::int64_t ticks) {
@@ -352,6 +367,8 @@ PYBIND11_MODULE(_core, module) {
       .def("valid_indices", &Binding::valid_indices)
       .def("export_run", &Binding::export_run)
       .def("import_run", &Binding::import_run)
+      .def("export_priorities", &Binding::export_priorities)
+      .def("import_priorities", &Binding::import_priorities)
       .def("set_ticks", &Binding::set_ticks)
       .def("end_import", &Binding::end_import)
       .def_property("generator_state", &Binding::generator_state, &Binding::set_generator_state)

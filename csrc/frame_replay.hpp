@@ -165,7 +165,6 @@ class FrameReplay {
     float* reward;
     std::int32_t* action;
     std::uint8_t* flags;
-    double* priority;  // to the power of alpha, or null where sampling is uniform
   };
 
   // Reads `count` held ticks of a lane from the `position`th oldest on. `ticks` is what ticks() said when the export
@@ -173,7 +172,7 @@ class FrameReplay {
   void export_run(std::int64_t lane, std::int64_t position, std::int64_t count, std::int64_t ticks,
                   const Columns& out) const {
     Lock lock(mutex_);
-    if (ticks != ticks_) throw std::runtime_error("save: another thread appended while the replay was being saved");
+    require_unchanged(ticks);
     const std::int64_t start = oldest() + position;
     rings_.copy_run(lane, start, count, out.frames);
     for (std::int64_t i = 0; i < count; ++i) {
@@ -181,12 +180,19 @@ class FrameReplay {
       out.reward[i] = entry.reward;
       out.action[i] = entry.action;
       out.flags[i] = entry.flags & kStoredFlags;
-      if (priorities_) out.priority[i] = priorities_->value(rings_.place(lane, start + i));
     }
   }
 
+  // Reads p^alpha of all held ticks of a lane, 0 where no transition can be sampled. `ticks` as in export_run.
+  void export_priorities(std::int64_t lane, std::int64_t ticks, double* out) const {
+    Lock lock(mutex_);
+    require_unchanged(ticks);
+    if (!priorities_) throw std::logic_error("save: this memory samples uniformly");
+    for (std::int64_t tick = oldest(); tick < ticks_; ++tick) *out++ = priorities_->value(rings_.place(lane, tick));
+  }
+
   // Fills an empty memory: set_ticks, then import_run until all min(ticks, capacity) ticks of every lane are in, then
-  // end_import.
+  // import_priorities for every lane, if there are any, then end_import.
   void set_ticks(std::int64_t ticks) {
     Lock lock(mutex_);
     if (ticks_ != 0) throw std::logic_error("load: expected an empty memory");
@@ -200,8 +206,12 @@ class FrameReplay {
       const std::int64_t tick = oldest() + position + i;
       std::memcpy(frame(lane, tick), in.frames + i * shape_.frame_bytes, static_cast<std::size_t>(shape_.frame_bytes));
       record(lane, tick) = Record{in.reward[i], in.action[i], static_cast<std::uint8_t>(in.flags[i] & kStoredFlags)};
-      if (priorities_) priorities_->set_value(rings_.place(lane, tick), in.priority[i]);
     }
+  }
+  void import_priorities(std::int64_t lane, const double* in) {
+    Lock lock(mutex_);
+    if (!priorities_) throw std::logic_error("load: this memory samples uniformly");
+    for (std::int64_t tick = oldest(); tick < ticks_; ++tick) priorities_->set_value(rings_.place(lane, tick), *in++);
   }
   void end_import() {
     Lock lock(mutex_);
@@ -230,6 +240,10 @@ class FrameReplay {
  private:
   static constexpr std::uint8_t kStoredFlags = kFirst | kTerminated | kTruncated;
   static constexpr double kMostPriority = std::numeric_limits<float>::max();  // millions of them still add up
+
+  void require_unchanged(std::int64_t ticks) const {
+    if (ticks != ticks_) throw std::runtime_error("save: another thread appended while the replay was being saved");
+  }
 
   std::int64_t oldest() const { return std::max<std::int64_t>(0, ticks_ - shape_.capacity); }
 

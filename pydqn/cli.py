@@ -7,23 +7,24 @@ import dataclasses
 import math
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pydqn.config import SECTIONS, Config
 from pydqn.options import make_parser
 from pydqn.presets import PRESETS, preset
 
 if TYPE_CHECKING:
-    from pydqn.logs import Report
+    from pydqn.logs import ProgressBar, Report
     from pydqn.runs import BaseRun
 
+_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: everything is saved, run me again
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended
+_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)  # what a user can mend; anything else is our mistake
 _BROKEN_PIPE = 141  # the same for SIGPIPE
 
 
@@ -35,11 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        print(f"pydqn: error: {error}", file=sys.stderr)
-        return 2
+    except _ERRORS as error:
+        return _fail(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _fail(error: Exception) -> int:
+    print(f"pydqn: error: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,14 +82,32 @@ def _presets(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from pydqn.checkpoint import latest_checkpoint
+    from pydqn.logs import ProgressBar
+    from pydqn.signals import deferred
     from pydqn.training import open_run
 
     if (arguments.preset is None) == (arguments.resume is None):
         raise ValueError("train: expected a PRESET, or --resume RUN")
     config, logdir, resume = _to_resume(arguments, arguments.resume) if arguments.resume else _to_start(arguments)
-    with open_run(config, logdir, resume=resume) as run:
-        print(", ".join(f"{name} {value}" for name, value in run.arithmetic().items()), file=sys.stderr)
-        code = _follow(run)
+    run = None
+    try:
+        with (
+            deferred() as signals,
+            ProgressBar(config.total_steps) as bar,
+            open_run(config, logdir, resume=resume) as run,
+        ):
+            signals.stop, run.saving = run.stop, bar.saving
+            print(", ".join(f"{name} {value}" for name, value in run.arithmetic().items()), file=sys.stderr)
+            _follow(run, bar)
+    except BrokenPipeError:
+        raise
+    except _ERRORS as error:
+        code = _fail(error)
+        if run is not None and (checkpoint := latest_checkpoint(logdir)) is not None:
+            print(f"run: {checkpoint} is whole (pydqn train --resume {logdir})", file=sys.stderr)
+        return code
+    code = _AGAIN if run.stopped else 0
     result = run.result()
     recent = result.returns[-config.mean_episodes :]
     mean = f"mean return of the last {len(recent)}: {sum(recent) / len(recent):.2f}" if recent else "no game finished"
@@ -98,15 +121,17 @@ def _train(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _to_resume(arguments: argparse.Namespace, logdir: str | Path) -> tuple[Config, Path, bool]:
+def _to_resume(arguments: argparse.Namespace, path: str | Path) -> tuple[Config, Path, bool | Path]:
+    from pydqn.checkpoint import run_of
     from pydqn.evaluation import load_run
 
     if arguments.resume and arguments.logdir:
         raise ValueError("logdir: a resumed run stays in its folder")
-    return load_run(logdir, **_given(arguments)), Path(logdir), True
+    logdir, checkpoint = run_of(path)
+    return load_run(logdir, **_given(arguments)), logdir, checkpoint or True
 
 
-def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool]:
+def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool | Path]:
     """Return what to run and where; an unfinished run that is there already may go on instead."""
     from pydqn.checkpoint import latest_checkpoint, read_state
     from pydqn.logs import PROGRESS
@@ -132,29 +157,19 @@ def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool]:
     return config, logdir, False
 
 
-def _follow(run: BaseRun) -> int:
-    """Run to the end, with a progress bar and a line for every so many games; returns the exit code."""
-    from pydqn.logs import ProgressBar
-
+def _follow(run: BaseRun, bar: ProgressBar) -> None:
+    """Run to the end, with a progress bar and a line for every so many games."""
     config = run.config
-    bar = ProgressBar(config.total_steps)
     episodes, best = len(run.returns), -math.inf
-    with _terminated_like_interrupted():
-        try:
-            for report in run.reports():
-                every = config.log_every_episodes
-                if every and report.episodes // every > episodes // every:
-                    bar.line(_line(report))
-                episodes = report.episodes
-                if config.agent == "tabular" and report.evaluation_return > best:
-                    best = report.evaluation_return
-                    bar.line(f"step {report.steps:,}: best test mean so far {best:.3f}")
-                bar.show(report)
-        except KeyboardInterrupt:
-            return _INTERRUPTED
-        finally:
-            bar.close()
-    return 0
+    for report in run.reports():
+        every = config.log_every_episodes
+        if every and report.episodes // every > episodes // every:
+            bar.line(_line(report))
+        episodes = report.episodes
+        if config.agent == "tabular" and report.evaluation_return > best:
+            best = report.evaluation_return
+            bar.line(f"step {report.steps:,}: best test mean so far {best:.3f}")
+        bar.show(report)
 
 
 def _line(report: Report) -> str:
@@ -169,20 +184,6 @@ def _line(report: Report) -> str:
         f"{report.frames_per_second:,.0f} frames/s",
     ]
     return "  ".join(parts).replace("nan", "-")
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which schedulers and shutdowns send, end a run as Ctrl-C does: with everything saved."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -295,7 +296,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     import datetime
 
     from pydqn.benchmarks import measure
-    from pydqn.checkpoint import write_json
+    from pydqn.files import write_json
     from pydqn.logs import environment
 
     if not arguments.seconds > 0:

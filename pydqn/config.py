@@ -142,8 +142,7 @@ class Config:
     checkpoint_every_steps: int = _field(50_000, "decisions between checkpoints; 0 for none", least=0)
     checkpoint_every_episodes: int = _field(0, "whole games between further checkpoints; 0 for none", least=0)
     checkpoint_replay: bool = _field(
-        False,
-        "checkpoints hold the replay memory, too (large); games begin anew there, for a resumed run to be the same",
+        True, "checkpoints hold the replay memory, too; games begin anew there, for a resumed run to be the same"
     )
     video_every_episodes: int = _field(0, "whole games between recorded ones; 0 for no videos", least=0)
     video_format: str = _field("mp4", "of recorded games", choices=("mp4", "gif", "html"))

@@ -117,9 +117,15 @@ class DeviceReplay(FrameReplay):
         return slot
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DeviceReplay:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        expected: dict[str, Any] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> DeviceReplay:
         """See `FrameReplay.load`; reads what either kind has saved."""
-        return cls._load(path, device=device)
+        return cls._load(path, expected, device=device)
 
     def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return (), np.dtype(np.int32)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +135,10 @@ def _from_file(run: str | os.PathLike[str], name: Path) -> tuple[dict[str, torch
 
 def _from_checkpoint(run: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Return what acts, of all that the latest checkpoint holds."""
-    if latest_checkpoint(run) is None:
+    path = latest_checkpoint(run)
+    if path is None:
         return None
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_checkpoint(path)
     online = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("online.")}
     return {name.removeprefix("online."): tensor for name, tensor in online.items()}, checkpoint.state
 
@@ -171,10 +172,13 @@ def under_protocol(config: Config) -> Config:
     return dataclasses.replace(config, **PROTOCOLS[config.evaluation_protocol].settings)
 
 
-def evaluate_policy(config: Config, policy: Policy, episodes: int, seed: int) -> list[float]:
+def evaluate_policy(
+    config: Config, policy: Policy, episodes: int, seed: int, stop: Callable[[], bool] = lambda: False
+) -> list[float]:
     """Play whole games under `config.evaluation_protocol` and return their true returns.
 
-    Every lane plays a fixed share of the games, so that short games are not preferred.
+    Every lane plays a fixed share of the games, so that short games are not preferred. Once `stop()` is true, those
+    that have ended so far are returned.
     """
     config = under_protocol(config)
     num_envs = min(episodes, _MOST_LANES)
@@ -187,7 +191,7 @@ def evaluate_policy(config: Config, policy: Policy, episodes: int, seed: int) ->
                 if left[episode.lane] > 0:
                     left[episode.lane] -= 1
                     returns.append(episode.total)
-            if not (left > 0).any():
+            if stop() or not (left > 0).any():
                 return returns
     finally:
         lanes.close()

@@ -149,6 +149,21 @@ class Learner:
             return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
         return self._loss.value(self._seen.errors).cpu().numpy(), self._seen.values.cpu().numpy()
 
+    def diagnosis(self) -> str:
+        """Say what the latest update saw, for a person who has to find out why it diverged (waits for the device)."""
+        batch = self._inbox.tensors
+        with on(self.device):
+            metrics, reward = self.metrics(), batch[2]
+            odd = [name for name, value in self.online.state_dict().items() if not torch.isfinite(value).all()]
+        return (
+            f"the loss of update {self.updates:,} is {metrics.loss:g}, the gradient's norm {metrics.grad_norm:g}, "
+            f"the largest action value {metrics.max_q:g}, rewards lie from {reward.min():g} to {reward.max():g}, "
+            f"observations are {'finite' if torch.isfinite(batch[0].float()).all() else 'not finite'}, "
+            f"weights {'not finite in ' + ', '.join(odd) if odd else 'finite'}, "
+            f"the learning rate is {self.learning_rate:g} "
+            "(mostly that is too large, or rewards are: see max_grad_norm, clip_rewards, loss)"
+        )
+
     def errors(self) -> NDArray[np.float32]:
         """Return the sizes of the TD errors, unweighted, of all transitions in the latest `update`.
 

@@ -7,17 +7,16 @@ import io
 import math
 import os
 import platform
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.checkpoint import atomic_write
+from pydqn.files import atomic_write, named_errors
 
 PROGRESS = "progress.csv"
 EPISODES = "episodes.csv"
@@ -63,7 +62,7 @@ class Report:
 
 
 class RunLog:
-    """Writes a run's `progress.csv`, `episodes.csv` and TensorBoard events; a context manager that closes them.
+    """Writes a run's `progress.csv`, `episodes.csv` and TensorBoard events.
 
     Args:
         logdir: folder of the run.
@@ -83,8 +82,9 @@ class RunLog:
     def report(self, report: Report, samples: dict[str, NDArray[Any]]) -> None:
         """Add one row, visible to readers at once, and histograms of `samples`."""
         self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
-        self._progress_file.flush()
-        self._episodes_file.flush()
+        for file in (self._progress_file, self._episodes_file):
+            with named_errors(Path(file.name)):
+                file.flush()
         for group, names in GROUPS.items():
             for name in names:
                 value = getattr(report, name)
@@ -101,15 +101,12 @@ class RunLog:
         for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
             self._board.add_scalar(f"each game/{name}", value, steps)
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress_file.close()
-        self._episodes_file.close()
-        self._board.close()
+    def close(self) -> None:
+        """Close the files."""
+        with ExitStack() as files:  # each of them, whatever becomes of the others
+            files.callback(self._board.close)
+            files.callback(self._episodes_file.close)
+            files.callback(self._progress_file.close)
 
 
 def _rows(path: Path, column: str, most: int) -> list[dict[str, str]]:
@@ -194,18 +191,22 @@ class ProgressBar:
     """One line: steps, time left, frames/s, updates/s, epsilon, mean return, loss."""
 
     def __init__(self, total_steps: int) -> None:
-        from tqdm import tqdm
-
-        self._bar: Any = tqdm(
-            total=total_steps,
-            unit="step",
-            unit_scale=True,
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
-        )
+        self._total = total_steps
+        self._bar: Any = None  # until there is something to show
+        self._text = ""
 
     def show(self, report: Report) -> None:
         """Redraw the line."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self._total,
+                unit="step",
+                unit_scale=True,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
+            )
         parts = [
             f"{report.frames_per_second:,.0f} frames/s",
             f"{report.updates_per_second:,.0f} updates/s",
@@ -213,17 +214,29 @@ class ProgressBar:
             f"return {report.mean_return:.1f}",
             f"loss {report.loss:.4f}",
         ]
-        self._bar.set_postfix_str(" ".join(parts).replace("nan", "-"), refresh=False)
-        self._bar.n = min(report.steps, self._bar.total)
+        self._text = " ".join(parts).replace("nan", "-")
+        self._bar.set_postfix_str(self._text, refresh=False)
+        self._bar.n = min(report.steps, self._total)
         self._bar.refresh()
+
+    def saving(self, share: float) -> None:
+        """Say how much of the replay memory has been saved; at 1, what was there before."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text if share >= 1 else f"saving the replay memory: {share:.0%}")
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(text)
+        from tqdm import tqdm
 
-    def close(self) -> None:
+        tqdm.write(text)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leave the line as it stands."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _text(value: float) -> str:

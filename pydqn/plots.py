@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.checkpoint import atomic_write
+from pydqn.files import atomic_write
 from pydqn.logs import EPISODES, PROGRESS, read_csv
 
 _SUFFIXES = (".png", ".svg", ".pdf")

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.checkpoint import atomic_write
+from pydqn.files import atomic_write
 
 _SUFFIXES = (".mp4", ".gif", ".html")
 _LARGE = 300 * 300  # pixels; smaller pictures are shown twice as wide and high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,16 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydqn import _core
-from pydqn.checkpoint import RecordReader, RecordWriter, atomic_write
+from pydqn.checks import fraction, indices, integer, number_dtype
+from pydqn.files import Damaged
+from pydqn.pieces import Piece, Saver, Store
 
 Kind = TypeVar("Kind", bound="FrameReplay")
 
 _FILE_KIND = "pydqn-replay"
-_FILE_VERSION = 2
-_MOST_LANES = 1 << 20
-_MOST_WINDOW = 1 << 20
+_FILE_VERSION = 3
+_SETTINGS = ("capacity", "stack", "n_step", "gamma", "num_envs", "padding", "prioritized", "alpha")
+_MOST = 1 << 20  # lanes, frames in a stack, steps in a window
 _MOST_BYTES = 1 << 60
-_BYTES_PER_RUN = 16 << 20  # saving and loading hold this much at a time, however large the ring
+_BYTES_PER_PIECE = 32 << 20  # saving and loading hold a few of these at a time, however large the ring
 
 
 class Batch(NamedTuple):
@@ -91,25 +94,20 @@ class FrameReplay:
         alpha: float = 0.6,
         beta: float = 0.4,
     ) -> None:
-        self.num_envs = _integer("num_envs", num_envs, 1, _MOST_LANES)
-        self.capacity = _integer("capacity", capacity, self.num_envs)
+        self.num_envs = integer("num_envs", num_envs, 1, _MOST)
+        self.capacity = integer("capacity", capacity, self.num_envs)
         if not isinstance(frame_shape, (tuple, list)) or not frame_shape:
             raise ValueError(f"frame_shape: expected a tuple of at least one positive integer, got {frame_shape!r}")
-        self.frame_shape = tuple(_integer("frame_shape", axis, 1) for axis in frame_shape)
-        self.stack = _integer("stack", stack, 1, _MOST_WINDOW)
-        self.n_step = _integer("n_step", n_step, 1, _MOST_WINDOW)
-        self.gamma = _fraction("gamma", gamma)
+        self.frame_shape = tuple(integer("frame_shape", axis, 1) for axis in frame_shape)
+        self.stack = integer("stack", stack, 1, _MOST)
+        self.n_step = integer("n_step", n_step, 1, _MOST)
+        self.gamma = fraction("gamma", gamma)
         if not isinstance(prioritized, (bool, np.bool_)):
             raise ValueError(f"prioritized: expected True or False, got {prioritized!r}")
         self.prioritized = bool(prioritized)
-        self.alpha = _fraction("alpha", alpha)
+        self.alpha = fraction("alpha", alpha)
         self.beta = beta
-        try:
-            self.dtype = np.dtype(dtype)
-        except TypeError:
-            raise ValueError(f"dtype: expected a NumPy dtype, got {dtype!r}") from None
-        if self.dtype.kind not in "biuf" or not self.dtype.isnative:
-            raise ValueError(f"dtype: expected a native bool, integer or real dtype, got {self.dtype}")
+        self.dtype = number_dtype("dtype", dtype)
         if padding not in ("zero", "first"):
             raise ValueError(f"padding: expected 'zero' or 'first', got {padding!r}")
         self.padding = padding
@@ -128,12 +126,13 @@ class FrameReplay:
                 dtype=cell_dtype,
                 pad_with_first=padding == "first",
                 alpha=self.alpha if prioritized else None,
-                seed=_integer("seed", seed, 0) % (1 << 64),
+                seed=integer("seed", seed, 0) % (1 << 64),
             )
         except MemoryError:
             raise MemoryError(
                 f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} do not fit in the address space"
             ) from None
+        self._saver = Saver(max(1, _BYTES_PER_PIECE // self._tick_bytes()))
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled now."""
@@ -151,7 +150,7 @@ class FrameReplay:
 
     @beta.setter
     def beta(self, value: float) -> None:
-        self._beta = _fraction("beta", value)
+        self._beta = fraction("beta", value)
 
     def append(
         self,
@@ -188,9 +187,8 @@ class FrameReplay:
 
     def empty_batch(self, batch_size: int) -> Batch:
         """Allocate a batch that `sample` can fill again and again (its `out`)."""
-        size = _integer("batch_size", batch_size, 1)
-        # One-step observations overlap in all but one frame, so that one block holds both. Longer windows may end
-        # early, and then the two do not lie n frames apart.
+        size = integer("batch_size", batch_size, 1)
+        # One-step observations overlap in all but one frame: one block holds both. Longer windows may end early.
         depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack
         shape, dtype = self._cell()
         block = np.empty((size, depth, *shape), dtype)
@@ -216,7 +214,7 @@ class FrameReplay:
             RuntimeError: nothing can be sampled yet (`len(replay) == 0`).
         """
         batch = self.empty_batch(batch_size) if out is None else out
-        self._core.sample(_integer("batch_size", batch_size, 1), self._beta, *_columns(batch))
+        self._core.sample(integer("batch_size", batch_size, 1), self._beta, *_columns(batch))
         return batch
 
     def update_priorities(self, index: ArrayLike, priority: ArrayLike) -> None:
@@ -230,13 +228,10 @@ class FrameReplay:
             ValueError: a priority is not positive or not finite, or an index names nothing that ever was.
             RuntimeError: the memory was not made with `prioritized=True`.
         """
-        wanted = np.asarray(index)
-        if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-            raise ValueError(f"index: expected a list of integers, got {index!r}")
         values = np.asarray(priority)
         if values.dtype.kind not in "iuf":
             raise ValueError(f"priority: expected real numbers, got {priority!r}")
-        self._core.update_priorities(wanted.astype(np.int64, copy=False), values.astype(np.float64))
+        self._core.update_priorities(indices(index), values.astype(np.float64))
 
     def gather(self, index: ArrayLike) -> Batch:
         """Return the named transitions, as `sample` would (`index` as in `Batch.index` or `valid_indices`).
@@ -244,11 +239,11 @@ class FrameReplay:
         Raises:
             ValueError: an index names no transition that is held now.
         """
-        wanted = np.asarray(index)
-        if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or not wanted.size:
+        wanted = indices(index)
+        if not wanted.size:
             raise ValueError(f"index: expected a list of at least one integer, got {index!r}")
         batch = self.empty_batch(wanted.size)
-        self._core.gather(wanted.astype(np.int64), *_columns(batch))
+        self._core.gather(wanted, *_columns(batch))
         return batch
 
     def valid_indices(self) -> NDArray[np.int64]:
@@ -257,101 +252,108 @@ class FrameReplay:
 
     def latest(self, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return (num_envs, stack, *frame_shape): what a policy sees now, stacked as sampled observations are."""
-        if out is None:
-            shape, dtype = self._cell()
-            out = np.empty((self.num_envs, self.stack, *shape), dtype)
+        shape, dtype = self._cell()
+        out = np.empty((self.num_envs, self.stack, *shape), dtype) if out is None else out
         self._core.latest(out)
         return out
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the whole memory, its generator included, to one file: atomically, with checksums, without pickle.
+    def save(self, path: str | os.PathLike[str], progress: Callable[[float], None] | None = None) -> None:
+        """Write the whole memory, its generator included, to a folder: atomically, with checksums, without pickle.
+
+        Saving again writes only what is new: frames that this memory has saved, or was loaded from, are linked. Takes
+        some 100 MB beside the memory, however large that is.
+
+        Args:
+            path: a folder, made if it is not there. What was saved there before counts until all is written.
+            progress: told the share that is done, now and then, up to 1.
 
         Raises:
-            RuntimeError: another thread appended meanwhile; the previous file, if any, is still there.
+            RuntimeError: another thread appended meanwhile; what was saved before, if anything, is still there.
         """
         core, ticks, stored = self._core, self._core.ticks, self._core.stored
         header = {
-            "kind": _FILE_KIND,
             "version": _FILE_VERSION,
-            "capacity": self.capacity,
-            "frame_shape": self.frame_shape,
-            "stack": self.stack,
-            "n_step": self.n_step,
-            "gamma": self.gamma,
-            "num_envs": self.num_envs,
-            "dtype": self.dtype.name,
-            "padding": self.padding,
-            "prioritized": self.prioritized,
-            "alpha": self.alpha,
+            **self.settings,
             "beta": self.beta,
             "largest_priority": core.largest_priority,
             "ticks": ticks,
             "generator": core.generator_state,
         }
-        with atomic_write(path) as file:
-            writer = RecordWriter(file, header)
-            for lane in range(self.num_envs):
-                for position, count in self._runs(stored):
-                    *columns, priority = self._export(lane, position, count, ticks)
-                    for column in [*columns, priority] if self.prioritized else columns:
-                        writer.block(column.data)
+        priorities = core.export_priorities(ticks).tobytes() if self.prioritized else None
+
+        def read(start: int, stop: int) -> bytes:
+            position = start - (ticks - stored)
+            lanes = [self._export(lane, position, stop - start, ticks) for lane in range(self.num_envs)]
+            return b"".join(column.tobytes() for columns in zip(*lanes, strict=True) for column in columns)
+
+        self._saver.save(Path(path).absolute(), _FILE_KIND, header, (ticks - stored, ticks), read, priorities, progress)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the memory was made with and keeps for good, as JSON can hold it."""
+        others = {name: getattr(self, name) for name in _SETTINGS}
+        return {**others, "frame_shape": list(self.frame_shape), "dtype": self.dtype.name}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FrameReplay:
+    def load(cls, path: str | os.PathLike[str], expected: dict[str, Any] | None = None) -> FrameReplay:
         """Read what `save` wrote; the loaded memory samples the very batches that the saved one would have.
 
+        Args:
+            path: the folder.
+            expected: `settings` that the memory has to have; others are refused before any memory is taken for them.
+
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a replay memory, is damaged, or is of another version.
+            ValueError: the folder holds no replay memory, is damaged (`pydqn.files.Damaged`, which names the file), or
+                is of another version.
         """
-        return cls._load(path)
+        return cls._load(path, expected)
 
     @classmethod
-    def _load(cls: type[Kind], path: str | os.PathLike[str], **settings: Any) -> Kind:
-        name = str(path)
-        with open(path, "rb") as file:
-            reader = RecordReader(file, name, _FILE_KIND)
-            header = dict(reader.header)
-            if header.pop("version", None) != _FILE_VERSION:
-                raise ValueError(f"{name}: expected format version {_FILE_VERSION}")
-            del header["kind"]
-            try:
-                ticks, generator = header.pop("ticks"), header.pop("generator")
-                largest = header.pop("largest_priority")
-                replay = cls(**header, **settings)
-                replay._core.generator_state = generator
-                replay._core.largest_priority = largest
-                stored = min(_integer("ticks", ticks, 0), replay.capacity // replay.num_envs)
-                frame_bytes = math.prod(replay.frame_shape) * replay.dtype.itemsize
-                # A header may claim anything: the file must be large enough for it before memory is touched.
-                if stored * replay.num_envs * frame_bytes > Path(path).stat().st_size:
-                    raise ValueError(f"ticks: {ticks} frames per lane are not in the file")
-                replay._core.set_ticks(ticks)
-            except (KeyError, TypeError, ValueError, MemoryError) as error:
-                raise ValueError(f"{name}: the header is not that of a replay memory ({error})") from None
-            shapes: list[tuple[tuple[int, ...], DTypeLike]] = [
-                (replay.frame_shape, replay.dtype),
-                ((), np.float32),
-                ((), np.int32),
-                ((), np.uint8),
-            ]
-            if replay.prioritized:
-                shapes.append(((), np.float64))
-            for lane in range(replay.num_envs):
-                for position, count in replay._runs(stored):
-                    columns = []
-                    for shape, dtype in shapes:
-                        data = reader.block(count * math.prod(shape) * np.dtype(dtype).itemsize)
-                        columns.append(np.frombuffer(data, dtype).reshape(count, *shape))
-                    if not replay.prioritized:
-                        columns.append(np.zeros(0))
-                    replay._import(lane, position, *columns)
-            reader.end()
+    def _load(cls: type[Kind], path: str | os.PathLike[str], expected: dict[str, Any] | None, **settings: Any) -> Kind:
+        store = Store(Path(path).absolute(), _FILE_KIND)
+        header = store.header
+        if header.pop("version", None) != _FILE_VERSION:
+            raise ValueError(f"{path}: expected format version {_FILE_VERSION}")
+        for name, ours in (expected or {}).items():
+            if header.get(name) != ours:
+                raise ValueError(f"{path}: the replay memory has {name} {header.get(name)}, expected {ours}")
         try:
+            ticks, generator, largest = (header.pop(name) for name in ("ticks", "generator", "largest_priority"))
+            if unknown := header.keys() - {*_SETTINGS, "frame_shape", "dtype", "beta"}:
+                raise ValueError(f"unknown: {', '.join(unknown)}")
+            replay = cls(**header, **settings)
+            replay._core.generator_state, replay._core.largest_priority = generator, largest
+            replay._core.set_ticks(integer("ticks", ticks, 0))
+            stored = replay._core.stored
+            store.check(ticks - stored, ticks, replay._saver.length)
+            for piece in store.pieces:
+                replay._read(store, piece, ticks - stored)
+            if replay.prioritized:
+                values = np.frombuffer(store.changing(8 * replay.num_envs * stored), np.float64)
+                replay._core.import_priorities(values.reshape(replay.num_envs, stored))
             replay._core.end_import()
-        except ValueError as error:
-            raise ValueError(f"{name}: damaged ({error})") from None
+        except Damaged:
+            raise
+        except (KeyError, TypeError, ValueError, MemoryError) as error:
+            raise Damaged(f"{path}: what it holds is no replay memory ({error})") from None
         return replay
+
+    def _read(self, store: Store, piece: Piece, oldest: int) -> None:
+        """Take over a piece, of which the first frames may be too old to be held."""
+        count = piece.stop - piece.start
+        data, skip = store.read(piece, count * self._tick_bytes()), max(0, oldest - piece.start)
+        columns, start = [], 0
+        for axes, dtype in ((self.frame_shape, self.dtype), ((), np.float32), ((), np.int32), ((), np.uint8)):
+            shape = (self.num_envs, count, *axes)
+            column = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+            columns.append(column[:, skip:])
+            start += column.nbytes
+        for lane in range(self.num_envs):
+            self._import(lane, piece.start + skip - oldest, *(column[lane] for column in columns))
+        self._saver.known[piece.start // self._saver.length] = (store.folder / piece.name, piece)
+
+    def _tick_bytes(self) -> int:
+        return self.num_envs * (math.prod(self.frame_shape) * self.dtype.itemsize + 9)
 
     # --- what a memory that keeps its frames elsewhere does in its own way ---
 
@@ -360,7 +362,7 @@ class FrameReplay:
         return self.frame_shape, self.dtype
 
     def _export(self, lane: int, position: int, count: int, ticks: int) -> tuple[NDArray[Any], ...]:
-        """Return frames, rewards, actions, flags and priorities of `count` held ticks from the `position`th on."""
+        """Return frames, rewards, actions and flags of `count` held ticks of a lane, from the `position`th on."""
         columns: tuple[NDArray[Any], ...] = self._core.export_run(lane, position, count, ticks)
         return columns
 
@@ -368,25 +370,10 @@ class FrameReplay:
         """Put back what `_export` gave."""
         self._core.import_run(lane, position, frames, *rest)
 
-    def _runs(self, stored: int) -> list[tuple[int, int]]:
-        """Cut the stored ticks of a lane into (position, count) runs of bounded size."""
-        frame_bytes = math.prod(self.frame_shape) * self.dtype.itemsize
-        length = max(1, _BYTES_PER_RUN // frame_bytes)
-        return [(start, min(length, stored - start)) for start in range(0, stored, length)]
 
-
-def _fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-    return float(value)
-
-
-def _integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    if most is not None and value > most:
-        raise ValueError(f"{name}: expected an integer of at most {most}, got {value!r}")
-    return int(value)
+def verify_saved(path: str | os.PathLike[str]) -> None:
+    """Raise `pydqn.files.Damaged` unless all files of a saved memory are what was written. Loads nothing."""
+    Store(Path(path), _FILE_KIND).verify()
 
 
 def _columns(batch: Batch) -> tuple[NDArray[Any], ...]:

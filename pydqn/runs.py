@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -15,12 +16,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pydqn.checkpoint import CHECKPOINTS, Checkpoint, load_checkpoint, save_checkpoint, save_weights, write_json
+from pydqn.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    checkpoints,
+    discard_after,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from pydqn.config import Config
 from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS
+from pydqn.files import Damaged, write_json
 from pydqn.lanes import Episode
 from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
-from pydqn.replay import FrameReplay
+from pydqn.replay import FrameReplay, verify_saved
 from pydqn.schedules import epsilon
 
 Self = TypeVar("Self", bound="BaseRun")
@@ -48,8 +59,14 @@ class Learned(NamedTuple):
     samples: dict[str, NDArray[Any]]  # for histograms
 
 
+class Diverged(RuntimeError):
+    """A loss or a weight is no finite number any more. Nothing of that is ever saved."""
+
+
 class BaseRun:
     """One training run; a context manager that leaves everything saved and closed, however the run ends.
+
+    (But for one that diverged: what was saved before is left alone then.)
 
     `logdir` gets config.json, environment.json (versions, machine, precision and threads), progress.csv, episodes.csv,
     TensorBoard events, checkpoints/ and weights/: best.safetensors, whenever the mean return improves, and
@@ -58,15 +75,17 @@ class BaseRun:
     Args:
         config: what to run.
         logdir: folder of the run; made if it is not there.
-        resume: go on from the folder's latest checkpoint.
+        resume: go on from the folder's latest checkpoint, or from this one; later ones are removed then.
 
     Raises:
-        ValueError: the configuration cannot run on this machine, or `logdir` holds a run already (or, to resume, none).
+        ValueError: the configuration cannot run on this machine, or `logdir` holds a run already (or, to resume, none,
+            or a damaged one: the message names the file, and the checkpoint that is whole).
     """
 
     replay: FrameReplay | None = None  # goes into checkpoints, where the config says so
+    saving: Callable[[float], None] | None = None  # told, while a memory is saved, which share of it is done
 
-    def __init__(self, config: Config, logdir: str | os.PathLike[str], *, resume: bool = False) -> None:
+    def __init__(self, config: Config, logdir: str | os.PathLike[str], *, resume: bool | Path = False) -> None:
         self.logdir = Path(logdir)
         self.config = config
         self.steps = self.frames = 0
@@ -78,17 +97,21 @@ class BaseRun:
         self._started = self._seconds = self._seconds_before = 0.0
         self._last: Report | None = None
         self._saved_at = -1
+        self._stopping = False
         self._process = Process()
         self._log: RunLog | None = None
-        checkpoint = load_checkpoint(self.logdir) if resume else None
-        if checkpoint is None and (self.logdir / PROGRESS).exists():
-            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
-        self._open(self._seeds(None if checkpoint is None else int(checkpoint.state.get("steps", 0))))
-        if checkpoint is not None:
+        if resume:
+            path = latest_checkpoint(self.logdir) if resume is True else resume
+            if path is None:
+                raise ValueError(f"run: {str(logdir)!r} has no checkpoint to go on from")
             try:
-                self._restore(checkpoint)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"checkpoint: {checkpoint.path} is not the state of a run ({error!r})") from None
+                self._go_on(path)
+            except Damaged as error:
+                raise Damaged(f"{error}; {_whole_before(self.logdir, path)}") from None
+        elif (self.logdir / PROGRESS).exists():
+            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
+        else:
+            self._open(self._seeds(None))
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(parents=True, exist_ok=True)
         write_json(self.logdir / CONFIG, config.to_dict())
@@ -119,6 +142,15 @@ class BaseRun:
     def _seeds(self, checkpoint: int | None) -> np.random.SeedSequence:
         """Seeds of a new run, or of what goes on from the checkpoint at so many steps."""
         return np.random.SeedSequence([self.config.seed] if checkpoint is None else [self.config.seed, checkpoint])
+
+    def _go_on(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path)
+        try:
+            self._open(self._seeds(int(checkpoint.state["steps"])))
+            self._restore(checkpoint)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint: {path} is not the state of a run ({error!r})") from None
+        discard_after(path)
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         """Make the environments and the learner."""
@@ -161,16 +193,26 @@ class BaseRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with ExitStack() as last:
+            last.callback(self.close)
+            if self._log is not None:
+                last.callback(self._log.close)
+            if isinstance(error, Diverged):
+                return
             self._save(LAST_WEIGHTS)
             if self._last is not None:
                 if self._last.steps < self.steps:
                     self._report()  # the row that an interruption would have cost
                 self._checkpoint()
-        finally:
-            if self._log is not None:
-                self._log.__exit__(kind, error, trace)
-            self.close()
+
+    def stop(self) -> None:
+        """Let the run end after the step that it is in. May be called by a signal handler, or from another thread."""
+        self._stopping = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run was stopped before its end."""
+        return self._stopping and not self._finished()
 
     def result(self) -> Result:
         """Return what the run has come to so far."""
@@ -207,13 +249,27 @@ class BaseRun:
     def _save(self, name: Path) -> None:
         mean = float(np.mean([episode.total for episode in self._recent])) if self._recent else None
         metadata = {"steps": self.steps, "updates": self.learned().updates, "mean_return": mean}
-        save_weights(self.logdir / name, self.weights(), metadata)
+        save_weights(self.logdir / name, self._finite(self.weights()), metadata)
 
     def _checkpoint(self) -> None:
-        if self._saved_at != self.steps:
-            save_replay = self.replay.save if self.replay is not None and self.config.checkpoint_replay else None
-            save_checkpoint(self.logdir, self.steps, self._tensors(), self._state(), save_replay)
-            self._saved_at = self.steps
+        if self._saved_at == self.steps:
+            return
+        replay = self.replay if self.config.checkpoint_replay else None
+        save_replay = None if replay is None else lambda path: replay.save(path, self.saving)
+        save_checkpoint(self.logdir, self.steps, self._finite(self._tensors()), self._state(), save_replay)
+        self._saved_at = self.steps
+
+    def _finite(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors if all their numbers are finite."""
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise self._diverged(f"{name} holds a number that is not finite")
+        return tensors
+
+    def _diverged(self, what: str) -> Diverged:
+        path = latest_checkpoint(self.logdir)
+        good = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+        return Diverged(f"diverged at step {self.steps:,}: {what}; {good}")
 
     def _report(self) -> Report:
         assert self._log is not None
@@ -245,6 +301,20 @@ class BaseRun:
             self._log.report(report, learned.samples)
         self._last = report
         return report
+
+
+def _whole_before(run: Path, damaged: Path) -> str:
+    """Say which checkpoint to resume in the place of a damaged one."""
+    for path in reversed(checkpoints(run)):
+        if path.name < damaged.name:
+            try:
+                checkpoint = load_checkpoint(path)
+                if checkpoint.replay is not None:
+                    verify_saved(checkpoint.replay)
+            except Damaged:
+                continue
+            return f"resume {path} instead, which is whole"
+    return "no older checkpoint is whole"
 
 
 class Due:

@@ -132,24 +132,30 @@ class SteppedTask:
 
 
 class TabularRun(BaseRun):
-    """One training run of a table. A report is due whenever a test mean is the best so far, and on schedule."""
+    """One training run of a table. A report is due whenever a test mean is the best so far, and on schedule.
+
+    A new game is opened at each checkpoint that is due, so that a run which is resumed from it is the same run.
+    """
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
+        if self.config.num_envs != 1:
+            raise ValueError(f"num_envs: a table learns from 1 environment, got {self.config.num_envs}")
+        self._task, shape = self._make_task(seeds)
+        self.table = np.zeros(shape)
+        self._best_test = -math.inf
+
+    def _make_task(self, seeds: np.random.SeedSequence) -> tuple[ModelledTask | SteppedTask, tuple[int, int]]:
+        """Return the task, with a game opened, and the shape of its table."""
         config = self.config
-        if config.num_envs != 1:
-            raise ValueError(f"num_envs: a table learns from 1 environment, got {config.num_envs}")
         env_seed, test_seed, *own = (int(seed) for seed in seeds.generate_state(4))
         generators = [np.random.default_rng(seed) for seed in own]
         env = StateEnv(config, env_seed)
-        self.table = np.zeros((env.num_states, env.num_actions))
-        self._best_test = -math.inf
-        self._task: ModelledTask | SteppedTask
+        shape = env.num_states, env.num_actions
         model = env.model()
         if model is None:
-            self._task = SteppedTask((env, StateEnv(config, test_seed)), config, generators)
-        else:
-            self._task = ModelledTask(model, env.most_steps, config, generators)
-            env.close()
+            return SteppedTask((env, StateEnv(config, test_seed)), config, generators), shape
+        env.close()
+        return ModelledTask(model, env.most_steps, config, generators), shape
 
     def reports(self) -> Iterator[Report]:
         """Run to the end, yielding a report whenever one is due, and at the end."""
@@ -157,7 +163,7 @@ class TabularRun(BaseRun):
         self._started = time.perf_counter()
         self._report()
         log, checkpoint = Due(config.log_every_steps, self.steps), Due(config.checkpoint_every_steps, self.steps)
-        while not self._finished():
+        while not (self._stopping or self._finished()):
             end = min(config.total_steps, log.next, checkpoint.next, self.steps + _MOST_STEPS_AT_ONCE)
             best = self._best_test
             self._learn(int(end) - self.steps)
@@ -165,6 +171,10 @@ class TabularRun(BaseRun):
                 yield self._report()
             if checkpoint(self.steps):
                 self._checkpoint()
+                if not self._finished():
+                    # With all its generators, so that a run that is resumed from here is the same run.
+                    self._task.close()
+                    self._task, _ = self._make_task(self._seeds(self.steps))
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pydqn import _core
-from pydqn.checkpoint import Checkpoint
+from pydqn.checkpoint import Checkpoint, run_of
 from pydqn.config import Config
 from pydqn.device_replay import DeviceReplay, resolve_storage
 from pydqn.envs import make_lanes
@@ -27,22 +28,10 @@ from pydqn.policies import Actor, Policy, resolve_device
 from pydqn.replay import FrameReplay
 from pydqn.runs import BaseRun, Due, Learned, Result
 from pydqn.schedules import epsilon, learning_rate, priority_beta
+from pydqn.signals import deferred
 from pydqn.tabular import TabularRun
 
 VIDEOS = Path("videos")
-# What a loaded memory must have in common with the one that the config asks for.
-_MEMORY = [
-    "capacity",
-    "num_envs",
-    "frame_shape",
-    "stack",
-    "n_step",
-    "gamma",
-    "dtype",
-    "padding",
-    "prioritized",
-    "alpha",
-]
 
 
 def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
@@ -57,13 +46,17 @@ def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
 def resume(logdir: str | os.PathLike[str], **overrides: Any) -> Result:
     """Go on with a run from its latest checkpoint, with fields of its `Config` replaced by `overrides`.
 
+    `logdir` may be one of the run's checkpoints, too: then all that came later is dropped, and the run goes on there.
+
     Raises:
-        ValueError: `logdir` is not the folder of a run with a checkpoint, or the overrides do not fit it.
+        ValueError: `logdir` is not the folder of a run with a checkpoint, or the overrides do not fit it; or the
+            checkpoint is damaged (the message names the file, and the one to resume instead).
     """
-    return _finish(open_run(load_run(logdir, **overrides), logdir, resume=True))
+    run, checkpoint = run_of(logdir)
+    return _finish(open_run(load_run(run, **overrides), run, resume=checkpoint or True))
 
 
-def open_run(config: Config, logdir: str | os.PathLike[str], *, resume: bool = False) -> BaseRun:
+def open_run(config: Config, logdir: str | os.PathLike[str], *, resume: bool | Path = False) -> BaseRun:
     """Make the kind of run that `config.agent` says."""
     kind = TabularRun if config.agent == "tabular" else Run
     return kind(config, logdir, resume=resume)
@@ -78,9 +71,13 @@ def updates_at_once(config: Config, device: torch.device) -> int:
 
 
 def _finish(run: BaseRun) -> Result:
-    with run:
+    """Run to the end. SIGINT and SIGTERM are taken when everything is saved, as whoever called us takes them."""
+    with deferred() as signals, run:
+        signals.stop = run.stop
         for _ in run.reports():
             pass
+    if signals.came is not None:
+        signal.raise_signal(signals.came)
     return run.result()
 
 
@@ -101,11 +98,10 @@ class _Seeds(NamedTuple):
 class Run(BaseRun):
     """One training run of a DQN; its folder gets videos/, too, where the config asks for them.
 
-    When it is resumed, new games are opened, and the memory is filled anew before the updates go on. Where checkpoints
-    hold the replay memory, a run opens new games at each one that is due, and whatever is resumed from that is on a CPU
-    the very run that would have gone on: the same games, the same weights, bit for bit. (A checkpoint that an
-    interruption writes was not due.) Games that are cut off there are in no mean, so checkpoints should be rare beside
-    games.
+    A run opens new games at each checkpoint that is due, and so whatever is resumed from it is on a CPU the very run
+    that would have gone on: the same games, the same weights, bit for bit. (A checkpoint that an interruption writes
+    was not due.) Games that are cut off there are in no mean, so checkpoints should be rare beside games. Where
+    checkpoints do not hold the replay memory, games go on, and a resumed run fills the memory anew before it learns.
     """
 
     replay: FrameReplay
@@ -134,7 +130,7 @@ class Run(BaseRun):
         self.learner = Learner(network_for(config, self.lanes, seed.network), config, self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
-        self._judged: NDArray[np.int64] | None = None  # indices whose priorities are still to be set
+        self._learned_from: NDArray[np.int64] | None = None  # indices whose errors have not been looked at yet
         # Updates are counted from the step at which learning began, or began again.
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
         self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
@@ -152,13 +148,12 @@ class Run(BaseRun):
         checkpoint = Due(config.checkpoint_every_steps, self.steps)
         checkpoint_episode = Due(config.checkpoint_every_episodes, len(self.returns))
         video = Due(config.video_every_episodes, len(self.returns) - 1)  # the first game, too
-        while not self._finished():
+        while not (self._stopping or self._finished()):
             if self._film is not None and not self._age[0] and video(len(self.returns)):
                 self._film.start(self.lanes.picture())
             self.step()
             if evaluation(self.steps):
-                played = evaluate_policy(config, self.learner.policy, config.evaluation_episodes, self._evaluation_seed)
-                self._evaluation = float(np.mean(played))
+                self._evaluate()
             # Every one is asked each time: it counts from when it was asked last.
             if any([log(self.steps), log_episode(len(self.returns))]):
                 yield self._report()
@@ -166,7 +161,7 @@ class Run(BaseRun):
                 self._checkpoint()
                 if config.checkpoint_replay and not self._finished():
                     self._reopen()
-        self._judge()
+        self._settle()
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
 
@@ -240,24 +235,36 @@ class Run(BaseRun):
         learner.learning_rate = learning_rate(config, self.steps)
         self.replay.beta = priority_beta(config, self.steps)
         while learner.updates < self.updates_due():
-            self._judge()
+            self._settle()
             count = min(len(self._parts), self.updates_due() - learner.updates)
             # Drawn one by one: each has its own shares of the priorities.
             for part in self._parts[:count]:
                 self.replay.sample(config.batch_size, part)
             batch = self._batch.part(0, count * config.batch_size)
             learner.update(batch)
-            if config.prioritized:
-                self._judged = batch.index.copy()
+            self._learned_from = batch.index.copy()
 
-    def _judge(self) -> None:
-        """Set the priorities of what was learned from last.
+    def _settle(self) -> None:
+        """Look at the errors of what was learned from last: they have to be finite, and become its priorities.
 
         Just before the next transitions are drawn, when they first matter: on a GPU the errors have arrived by then.
         """
-        if self._judged is not None:
-            self.replay.update_priorities(self._judged, self.learner.errors() + self.config.priority_epsilon)
-            self._judged = None
+        if self._learned_from is None:
+            return
+        errors = self.learner.errors()
+        if not np.isfinite(errors).all():
+            raise self._diverged(self.learner.diagnosis())
+        if self.config.prioritized:
+            self.replay.update_priorities(self._learned_from, errors + self.config.priority_epsilon)
+        self._learned_from = None
+
+    def _evaluate(self) -> None:
+        config, policy = self.config, self.learner.policy
+        played = evaluate_policy(
+            config, policy, config.evaluation_episodes, self._evaluation_seed, lambda: self._stopping
+        )
+        if not self._stopping:
+            self._evaluation = float(np.mean(played))
 
     def _make_lanes(self, seed: int) -> Lanes:
         config = self.config
@@ -281,7 +288,7 @@ class Run(BaseRun):
         self.learner.frames = self._actor.frames = frames
 
     def _checkpoint(self) -> None:
-        self._judge()
+        self._settle()
         super()._checkpoint()
 
     def _shaped(self, step: Step) -> NDArray[np.float64]:
@@ -318,21 +325,16 @@ class Run(BaseRun):
         self._generator.bit_generator.state = state["generator"]
         self._evaluation_seed = int(state.get("evaluation_seed", self._evaluation_seed))
         self.learner.restore(checkpoint.tensors, state["updates"])
-        if checkpoint.replay is None:  # the memory must fill again
+        if checkpoint.replay is None or not self.config.checkpoint_replay:  # the memory must fill again
             self._learning_since = self.steps + self.config.learning_starts_steps
             self._updates_before = state["updates"]
             return
         self._learning_since, self._updates_before = state["learning_since"], state["updates_before"]
-        wanted = {name: getattr(self.replay, name) for name in _MEMORY}
+        expected = self.replay.settings
         if isinstance(self.replay, DeviceReplay):
             # The empty frames go before the full ones come: there may not be room for both.
             del self.replay, self.learner.frames, self._actor.frames
-            replay: FrameReplay = DeviceReplay.load(checkpoint.replay, device=self._device)
+            self.replay = DeviceReplay.load(checkpoint.replay, expected, device=self._device)
         else:
-            replay = FrameReplay.load(checkpoint.replay)
-        for name, ours in wanted.items():
-            theirs = getattr(replay, name)
-            if ours != theirs:
-                raise ValueError(f"checkpoint: its replay memory has {name} {theirs}, the config says {ours}")
-        self.replay = replay
+            self.replay = FrameReplay.load(checkpoint.replay, expected)
         self._share_frames()

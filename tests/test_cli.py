@@ -326,7 +326,7 @@ def test_a_damaged_run_is_one_clear_line(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_leave_everything_saved_and_exit_code_130(tmp_path, sent):
+def test_ctrl_c_and_sigterm_leave_everything_saved_and_exit_code_75(tmp_path, sent):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "pydqn.cli", "train", "pong", *TINY, "--total-steps", "1000000"]
     process = subprocess.Popen(
@@ -340,7 +340,7 @@ def test_ctrl_c_and_sigterm_leave_everything_saved_and_exit_code_130(tmp_path, s
         time.sleep(0.1)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 75
     assert "interrupted:" in out
     assert "Traceback" not in err
     assert progress.read_text().endswith("\n")

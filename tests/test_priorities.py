@@ -240,13 +240,23 @@ def test_the_tree_counts_as_memory():
     assert FrameReplay(1000, (1,), prioritized=True).nbytes > FrameReplay(1000, (1,)).nbytes + 8 * 1000
 
 
+def test_an_empty_tree_costs_nothing():
+    import psutil
+
+    before = psutil.Process().memory_info().rss
+    replay = FrameReplay(1 << 28, (1,), prioritized=True)  # the tree alone would be 2.4 GB
+    assert replay.nbytes > 1 << 31
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e39])
 def test_a_file_may_not_bring_in_what_update_priorities_refuses(bad):
     source = filled(count=5)._core
-    frames, reward, action, flags, priority = source.export_run(0, 0, 5, 5)
-    priority[2] = bad
+    columns, priorities = source.export_run(0, 0, 5, 5), source.export_priorities(5)
+    priorities[0, 2] = bad
     loaded = FrameReplay(64, (2,), stack=2, dtype="int64", prioritized=True)._core
     loaded.set_ticks(5)
-    loaded.import_run(0, 0, frames, reward, action, flags, priority)
+    loaded.import_run(0, 0, *columns)
+    loaded.import_priorities(priorities)
     with pytest.raises(ValueError, match="^priority: .* does not fit its transition"):
         loaded.end_import()

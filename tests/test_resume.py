@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, with_replay):
 
 def test_rows_after_the_checkpoint_are_written_again(tiny, tmp_path):
     """As after a kill: the logs are ahead of the latest checkpoint, and the last line is cut short."""
-    config = dataclasses.replace(tiny, checkpoint_every_steps=100, log_every_steps=20)
+    config = dataclasses.replace(tiny, checkpoint_every_steps=100, log_every_steps=20, max_episode_steps=40)
     run = Run(config, tmp_path)
     for report in run.reports():
         if report.steps >= 290:
@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_same_run(tiny, tmp_path, variant):
     for name in EXACT:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert digest(folder) == digest(tmp_path / "whole")
-    states = [load_checkpoint(path) for path in (folder, tmp_path / "whole")]
+    states = [load_checkpoint(latest_checkpoint(path)) for path in (folder, tmp_path / "whole")]
     for name, value in states[0].tensors.items():
         assert torch.equal(value, states[1].tensors[name]), name
 
@@ -161,15 +161,15 @@ def test_a_restored_learner_goes_on_bit_for_bit(variant, tmp_path):
         assert torch.equal(value, second.state()[name]), name
 
 
-def test_checkpoints_replace_one_another(tiny, tmp_path):
+def test_two_checkpoints_are_kept(tiny, tmp_path):
     config = dataclasses.replace(tiny, checkpoint_every_steps=100, checkpoint_every_episodes=1)
     seen = []
     with Run(config, tmp_path) as run:
         save = run._checkpoint
         run._checkpoint = lambda: (save(), seen.append(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())))
         list(run.reports())
-    assert all(len(names) == 1 for names in seen)
-    steps = [int(names[0].removeprefix("step-")) for names in seen]
+    assert all(len(names) == min(number, 2) for number, names in enumerate(seen, 1))  # the one before is kept
+    steps = [int(names[-1].removeprefix("step-")) for names in seen]
     assert steps[-1] == run.steps
     # Every hundred steps and at each episode's end (two lanes, 100 steps to a game).
     assert len(steps) >= 5
@@ -209,16 +209,16 @@ def test_what_cannot_be_resumed(tiny, tmp_path):
     file = latest_checkpoint(tmp_path / "run") / "state.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match="state.safetensors: expected .* bytes, got .*; no older checkpoint is whole"):
         resume(tmp_path / "run", total_steps=100)
-    file.unlink()
+    file.with_name("manifest.json").unlink()
     with pytest.raises(ValueError, match="has no checkpoint to go on from"):
         resume(tmp_path / "run", total_steps=100)
 
 
 def test_a_replay_memory_that_does_not_fit(tiny, tmp_path):
     train(dataclasses.replace(tiny, total_steps=60, checkpoint_replay=True), tmp_path)
-    with pytest.raises(ValueError, match="its replay memory has capacity 1000, the config says 2000"):
+    with pytest.raises(ValueError, match="the replay memory has capacity 1000, expected 2000"):
         resume(tmp_path, replay_capacity_frames=2_000, total_steps=100)
 
 
@@ -248,7 +248,7 @@ def test_a_killed_process_is_resumed(tmp_path):
     done = subprocess.run(again, capture_output=True, text=True, check=False, env=os.environ, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"done: {total:,} steps" in done.stdout
-    after = load_checkpoint(folder).state
-    assert after["updates"] == before["updates"] + 150 - 1 - 50
+    after = read_state(latest_checkpoint(folder))
+    assert after["updates"] == before["updates"] + 150
     assert after["returns"][: len(before["returns"])] == before["returns"]
     assert len(evaluate(folder, 1)) == 1

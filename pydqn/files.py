@@ -1,0 +1,136 @@
+"""Files that are either whole or absent, and that are known to be what was written.
+
+Each is written beside its final name, flushed to the disk and renamed, so that a crash at any moment leaves the file
+before or the new one, never half of one. An *index* is a JSON file that carries its own checksum; others are named in
+an index by their size and checksum (a `Stamp`), and the index is written after them: what it names is there and whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+_LARGEST_INDEX = 16 << 20
+
+
+class Damaged(ValueError):
+    """A file is not what was written to it; the message names the file and what is wrong."""
+
+
+class Stamp(NamedTuple):
+    """What a file has to be."""
+
+    nbytes: int
+    checksum: int  # CRC-32
+
+    @classmethod
+    def of(cls, data: bytes) -> Stamp:
+        """Return the stamp of a file with this content."""
+        return cls(len(data), zlib.crc32(data))
+
+    @classmethod
+    def parse(cls, value: object) -> Stamp:
+        """Read what JSON has made of a stamp; raises ValueError when it is none."""
+        if not isinstance(value, list) or len(value) != 2 or not all(type(part) is int for part in value):
+            raise ValueError(f"expected a size and a checksum, got {value!r}")
+        return cls(*value)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Yield a binary file that takes the place of `path` only when the block ends without an exception."""
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with named_errors(target):
+            with open(beside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        sync_folder(target.parent)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Let an error of writing say which file it was: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, where the system can: a rename alone may not outlive a power cut."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_stamped(path: Path, data: bytes) -> Stamp:
+    """Write a file, atomically, and return its stamp."""
+    with atomic_write(path) as file:
+        file.write(data)
+    return Stamp.of(data)
+
+
+def read_stamped(path: Path, stamp: Stamp) -> bytes:
+    """Return a file's content. Raises `Damaged` when that is not what the stamp says."""
+    try:
+        if path.stat().st_size != stamp.nbytes:  # before a byte is read: a file may be of any size
+            raise Damaged(f"{path}: expected {stamp.nbytes} bytes, got {path.stat().st_size}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
+    if Stamp.of(data) != stamp:
+        raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
+    return data
+
+
+def write_index(path: Path, kind: str, content: dict[str, Any]) -> None:
+    """Write JSON with a checksum of its own, atomically."""
+    write_json(path, {"kind": kind, "checksum": _checksum(content), "content": content})
+
+
+def read_index(path: Path, kind: str) -> dict[str, Any]:
+    """Return what `write_index` wrote. Raises `Damaged` when it is anything else."""
+    try:
+        if path.stat().st_size > _LARGEST_INDEX:
+            raise Damaged(f"{path}: too large for a {kind} file")
+        whole = json.loads(path.read_bytes())
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"{path}: expected a {kind} file, got something that is not JSON") from None
+    if not isinstance(whole, dict) or whole.get("kind") != kind:
+        raise Damaged(f"{path}: expected a {kind} file, got something else")
+    content = whole.get("content")
+    if not isinstance(content, dict) or whole.get("checksum") != _checksum(content):
+        raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,369 @@
+"""A replay memory on the disk: what is saved again, what is damaged, what is hostile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import fill
+
+import pydqn.pieces
+from pydqn import FrameReplay
+from pydqn.files import Damaged, write_index
+from pydqn.replay import verify_saved
+
+SHAPE = {"frame_shape": (5,), "num_envs": 2, "stack": 2, "n_step": 2, "dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    monkeypatch.setattr("pydqn.replay._BYTES_PER_PIECE", 8 * 2 * (5 * 4 + 9))  # eight ticks
+
+
+def saved(tmp_path, ticks=30, **settings):
+    replay = fill(FrameReplay(40, **SHAPE, **settings), ticks, ends={7})
+    replay.save(tmp_path / "memory")
+    return replay, tmp_path / "memory"
+
+
+def more(replay, ticks, seed=0):
+    """Append without opening an episode."""
+    random, off = np.random.default_rng(seed), np.zeros(2, bool)
+    for _ in range(ticks):
+        frames = random.random((2, 5)).astype(np.float32)
+        replay.append(frames, random.integers(0, 9, 2), random.random(2), off, off, off)
+
+
+def same(one, other):
+    np.testing.assert_array_equal(one.valid_indices(), other.valid_indices())
+    index = one.valid_indices()
+    for ours, theirs in zip(one.gather(index), other.gather(index), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert one._core.generator_state == other._core.generator_state
+    for ours, theirs in zip(one.sample(50), other.sample(50), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def names(path):
+    return {file.name: file.stat().st_ino for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("ticks", [1, 7, 8, 9, 19, 20, 21, 30, 100])
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_loaded_memory_is_the_saved_one(tmp_path, ticks, prioritized):
+    replay, path = saved(tmp_path, ticks, prioritized=prioritized)
+    loaded = FrameReplay.load(path)
+    assert loaded.settings == replay.settings
+    if len(replay):
+        same(replay, loaded)
+    np.testing.assert_array_equal(loaded.latest(), replay.latest())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 25), st.booleans(), st.booleans()), min_size=1, max_size=6))
+def test_saved_again_and_again(tmp_path_factory, rounds):
+    """To the same folder or to another, by the memory itself or by one that was loaded meanwhile."""
+    root = tmp_path_factory.mktemp("memory")
+    replay = fill(FrameReplay(40, **SHAPE, prioritized=True), 3)
+    for number, (ticks, elsewhere, reloaded) in enumerate(rounds):
+        more(replay, ticks, number)
+        batch = replay.sample(8)
+        replay.update_priorities(batch.index, np.arange(1.0, 9.0))
+        path = root / (str(number) if elsewhere else "here")
+        replay.save(path)
+        verify_saved(path)
+        loaded = FrameReplay.load(path)
+        same(loaded, replay)
+        assert len(names(path)) <= 2 + 4  # index, priorities, and the pieces that hold 20 ticks
+        if reloaded:
+            replay = loaded
+
+
+def test_what_has_been_saved_is_linked_not_written(tmp_path, monkeypatch):
+    replay, path = saved(tmp_path, 20)  # two pieces of eight, and half a one
+    before, written = names(path), []
+    write = pydqn.pieces.write_stamped
+    monkeypatch.setattr(
+        pydqn.pieces, "write_stamped", lambda file, data: (written.append(file.name), write(file, data))[1]
+    )
+    more(replay, 5)  # the third is full now, and a fourth begins
+    replay.save(tmp_path / "next")
+    assert len(written) == 2
+    after = names(tmp_path / "next")
+    assert [after[name] for name in sorted(after)[:2]] == [before[name] for name in sorted(before)[:2]]
+    # Each folder is whole by itself.
+    for file in path.iterdir():
+        file.unlink()
+    same(FrameReplay.load(tmp_path / "next"), replay)
+    # What was loaded is known, too; with nothing new, nothing is written but the index.
+    written.clear()
+    loaded = FrameReplay.load(tmp_path / "next")
+    loaded.save(tmp_path / "last")
+    assert written == []
+    same(FrameReplay.load(tmp_path / "last"), loaded)
+
+
+@pytest.mark.parametrize("trouble", ["no links", "gone", "cut"])
+def test_what_cannot_be_linked_is_written(tmp_path, monkeypatch, trouble):
+    replay, path = saved(tmp_path)
+    if trouble == "no links":
+
+        def refuse(*_):
+            raise OSError("not supported")
+
+        monkeypatch.setattr(os, "link", refuse)
+    for file in path.glob("*.zst"):
+        if trouble == "gone":
+            file.unlink()
+        elif trouble == "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+    replay.save(tmp_path / "next")
+    same(FrameReplay.load(tmp_path / "next"), replay)
+
+
+def test_two_courses_from_one_checkpoint_do_not_mix(tmp_path):
+    _, path = saved(tmp_path, 20)
+    one, other = FrameReplay.load(path), FrameReplay.load(path)
+    for number, replay in enumerate((one, other)):
+        more(replay, 15, seed=number)
+        replay.save(tmp_path / "shared")  # each over what the other has left there
+        same(FrameReplay.load(tmp_path / "shared"), replay)
+    one.save(tmp_path / "shared")
+    same(FrameReplay.load(tmp_path / "shared"), one)
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "memory").mkdir()
+    for name in ("notes.txt", "data.zst", "step.part"):
+        (tmp_path / "memory" / name).write_text("mine")
+    replay, path = saved(tmp_path)
+    more(replay, 40)
+    replay.save(path)
+    assert {"notes.txt", "data.zst", "step.part"} <= set(names(path))
+
+
+def test_progress_is_told(tmp_path):
+    shares = []
+    fill(FrameReplay(100, **SHAPE), 50).save(tmp_path / "memory", progress=shares.append)
+    assert shares == sorted(shares)
+    assert len(shares) == 7
+    assert shares[-1] == 1
+
+
+def test_saving_takes_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("pydqn.replay._BYTES_PER_PIECE", 32 << 20)
+    replay = FrameReplay(60_000, num_envs=8)
+    frames, off = np.random.default_rng(0).integers(0, 256, (8, 84, 84), np.uint8), np.zeros(8, bool)
+    nothing = np.zeros(8, np.int64)
+    for tick in range(60_000 // 8):
+        replay.append(frames, nothing, nothing, off, off, ~off if not tick else off)
+    before = psutil.Process().memory_info().rss
+    assert before > 400 << 20
+    grown = []
+    replay.save(tmp_path / "memory", lambda _: grown.append(psutil.Process().memory_info().rss - before))
+    assert max(grown) < 150 << 20
+
+
+# --- damage ---
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    _, path = saved(tmp_path, prioritized=True)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for position in range(0, len(whole), 1 if len(whole) < 500 else 13):
+            damaged = bytearray(whole)
+            damaged[position] ^= 4
+            file.write_bytes(damaged)
+            for read in (FrameReplay.load, verify_saved):
+                with pytest.raises(Damaged, match=file.name):
+                    read(path)
+        file.write_bytes(whole)
+    verify_saved(path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, -2])
+def test_a_cut_or_missing_file_is_named(tmp_path, cut):
+    _, path = saved(tmp_path, prioritized=True)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:cut])
+        with pytest.raises(Damaged, match=file.name):
+            FrameReplay.load(path)
+        file.unlink()
+        with pytest.raises(Damaged, match=f"{file.name}: cannot be read"):
+            FrameReplay.load(path)
+        file.write_bytes(whole)
+
+
+def test_a_failed_save_keeps_what_was_saved_before(tmp_path, monkeypatch):
+    replay, path = saved(tmp_path)
+    before = names(path)
+    more(replay, 12)
+    monkeypatch.setattr("pydqn.pieces.write_index", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replay.save(path)
+    assert names(path) == before
+    monkeypatch.undo()
+    verify_saved(path)
+    replay.save(path)
+    same(FrameReplay.load(path), replay)
+
+
+def test_appending_while_saving_is_refused(tmp_path):
+    replay, path = saved(tmp_path)
+    before = names(path)
+    more(replay, 12)
+    with pytest.raises(RuntimeError, match="appended while"):
+        replay.save(path, progress=lambda _: more(replay, 1))
+    assert names(path) == before
+    assert len(FrameReplay.load(path))
+
+
+# --- hostile ---
+
+
+def forge(path, **change):
+    """Change what the index says, with a checksum that is right."""
+    whole = json.loads((path / "index.json").read_text())
+    write_index(path / "index.json", change.pop("kind", whole["kind"]), {**whole["content"], **change})
+
+
+HOSTILE = [
+    {"capacity": 1 << 62},
+    {"capacity": 10**12, "ticks": 10**12},
+    {"ticks": 1 << 62},
+    {"ticks": 0, "num_envs": 10**12, "capacity": 10**12},
+    {"ticks": -1},
+    {"ticks": 29},
+    {"ticks": 31},
+    {"ticks": True},
+    {"ticks": 30.0},
+    {"stack": 1 << 62},
+    {"n_step": 1 << 62},
+    {"gamma": float("nan")},
+    {"beta": float("inf")},
+    {"frame_shape": [1 << 63, 1 << 63]},
+    {"frame_shape": [1 << 40]},
+    {"frame_shape": "x"},
+    {"frame_shape": []},
+    {"dtype": "O"},
+    {"dtype": "V8"},
+    {"num_envs": 0},
+    {"version": 99},
+    {"generator": "0 " * 313},
+    {"generator": "nonsense"},
+    {"generator": 5},
+    {"largest_priority": float("nan")},
+    {"largest_priority": -1},
+    {"extra": 1},
+    {"self": 1},
+    {"kind": "weights"},
+    {"pieces": None},
+    {"pieces": []},
+    {"pieces": [[0, 30, [10, 10]]]},
+    {"pieces": [["../../../etc/passwd", 30, [10, 10]]]},
+    {"pieces": [[0, 8, ["../../secret", 10]]]},
+    {"pieces": [[10, 1 << 60, [10, 10]]]},
+    {"pieces": [[10, 16, [1 << 60, 10]]] * 3},
+    {"pieces": {"start": 1}},
+    {"changing": [10, 10]},
+    {"prioritized": True},
+    {"seed": 3},
+    {"device": "cuda"},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=lambda change: "-".join(change))
+def test_a_hostile_index_is_refused(tmp_path, change):
+    _, path = saved(tmp_path)
+    if change == {"changing": [10, 10]}:
+        change = {"prioritized": True, **change}
+    forge(path, **change)
+    with pytest.raises(ValueError, match="memory"):
+        FrameReplay.load(path)
+
+
+def test_what_is_no_index_is_refused(tmp_path):
+    path = tmp_path / "memory"
+    path.mkdir()
+    deep = b'{"content":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for content in (
+        b"",
+        b"null",
+        b"[]",
+        b"\xff" * 100,
+        pickle.dumps({"kind": 1}),
+        deep,
+        b'{"a":' + b"9" * 10_000 + b"}",
+    ):
+        (path / "index.json").write_bytes(content)
+        with pytest.raises(Damaged, match=r"memory/index.json: "):
+            FrameReplay.load(path)
+    with open(path / "index.json", "wb") as file:
+        file.truncate(1 << 40)  # a terabyte of nothing
+    with pytest.raises(Damaged, match=r"memory/index.json: too large"):
+        FrameReplay.load(path)
+    with pytest.raises(Damaged, match=r"none/index.json: cannot be read"):
+        FrameReplay.load(tmp_path / "none")
+
+
+def test_a_piece_that_swells_is_refused(tmp_path):
+    """A few bytes that would become a terabyte, or more than the index says."""
+    import zstandard
+
+    _, path = saved(tmp_path)
+    piece = json.loads((path / "index.json").read_text())["content"]["pieces"][0]
+    swelling = zstandard.ZstdCompressor().compress(bytes(100 << 20))
+    pieces = json.loads((path / "index.json").read_text())["content"]["pieces"]
+    stamp = pydqn.pieces.Stamp.of(swelling)
+    name = pydqn.pieces.Piece(piece[0], piece[1], stamp).name
+    (path / name).write_bytes(swelling)
+    forge(path, pieces=[[piece[0], piece[1], stamp], *pieces[1:]])
+    with pytest.raises(Damaged, match=f"{name}: "):
+        FrameReplay.load(path)
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="needs limits of the address space")
+def test_a_hostile_memory_takes_little(tmp_path):
+    """A header may claim any size: what it claims is not taken before it comes."""
+    replay = FrameReplay(40, **SHAPE, prioritized=True)
+    replay.save(tmp_path / "memory")
+    forge(tmp_path / "memory", capacity=1 << 34)  # with priorities, 700 GB
+    program = (
+        "import sys, resource, pydqn\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    print(len(pydqn.FrameReplay.load(sys.argv[1])))\n"
+        "except ValueError as error:\n    print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "memory"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 64 << 10  # kilobytes
+
+
+def test_others_settings_are_refused_before_anything_is_taken(tmp_path):
+    replay, path = saved(tmp_path)
+    FrameReplay.load(path, replay.settings)
+    with pytest.raises(ValueError, match=r"memory: the replay memory has capacity 40, expected 41"):
+        FrameReplay.load(path, {**replay.settings, "capacity": 41})
+
+
+def test_links_out_of_the_folder_bring_nothing_in(tmp_path):
+    """A piece that is a link to some other file is only read, and is not what was written."""
+    _, path = saved(tmp_path)
+    victim = sorted(path.glob("*.zst"))[0]
+    victim.unlink()
+    victim.symlink_to(Path(sys.executable))
+    with pytest.raises(Damaged, match=victim.name):
+        FrameReplay.load(path)
