@@ -124,7 +124,7 @@ PRESETS: dict[str, Preset] = {
             steps_per_update=4.0,
             target_sync_updates=250,
             epsilon_decay_steps=30_000,
-            checkpoint_every_steps=100_000,  # games are cut off there
+            checkpoint_every_steps=250_000,  # rarely, since games are cut off there
         ),
         "Atari Pong from pixels, to a mean return of 18",
         "tuned by us for wall-clock on two CPU cores",
