@@ -246,7 +246,7 @@ class Binding {
   }
 
   py::array_t<double> export_priorities(std::int64_t ticks) const {
-    const std::int64_t held = core_.stored();
+    const std::int64_t held = stored();
     py::array_t<double> values({lanes(), held});
     double* out = values.mutable_data();
     py::gil_scoped_release release;
@@ -256,7 +256,7 @@ class Binding {
   }
 
   void import_priorities(const py::array_t<double, py::array::c_style>& values) {
-    const std::int64_t held = core_.stored();
+    const std::int64_t held = stored();
     require_shape("priorities", values, {lanes(), held});
     const double* in = values.data();
     py::gil_scoped_release release;
@@ -302,8 +302,8 @@ class Binding {
   }
 
   void require_run(std::int64_t lane, std::int64_t position, std::int64_t count) const {
-    if (lane < 0 || lane >= lanes() || position < 0 || count < 0 || count > core_.stored() ||
-        position > core_.stored() - count)
+    const std::int64_t held = stored();
+    if (lane < 0 || lane >= lanes() || position < 0 || count < 0 || count > held || position > held - count)
       throw py::value_error("run: lane, position and count reach beyond what is stored");
   }
 

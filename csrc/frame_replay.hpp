@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -203,6 +204,8 @@ class FrameReplay {
   void import_run(std::int64_t lane, std::int64_t position, std::int64_t count, const Columns& in) {
     Lock lock(mutex_);
     for (std::int64_t i = 0; i < count; ++i) {
+      if (in.action[i] < 0 || !std::isfinite(in.reward[i]))
+        throw std::invalid_argument("load: expected actions from 0 on and finite rewards");
       const std::int64_t tick = oldest() + position + i;
       std::memcpy(frame(lane, tick), in.frames + i * shape_.frame_bytes, static_cast<std::size_t>(shape_.frame_bytes));
       record(lane, tick) = Record{in.reward[i], in.action[i], static_cast<std::uint8_t>(in.flags[i] & kStoredFlags)};

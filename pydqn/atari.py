@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,7 @@ class AtariLanes:
         import ale_py
         from ale_py import AtariVectorEnv, roms
 
+        self._rom = rom
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         console = ale_py.ALEInterface()
         console.loadROM(roms.get_rom_path(rom))
@@ -121,7 +124,8 @@ class AtariLanes:
         self._returns = Returns(num_envs)
 
     def reset(self, out: NDArray[Any]) -> None:
-        frames, info = self._env.reset(seed=self._seeds)
+        with self._reporting():
+            frames, info = self._env.reset(seed=self._seeds)
         self._show(frames, self._camera.reset(seed=self._seeds[:1])[0] if self._camera is not None else None)
         self._lives = info["lives"]
         self._kernel(frames[:, 0], out=out)
@@ -133,14 +137,16 @@ class AtariLanes:
     def send(self, action: NDArray[np.int64]) -> None:
         if self._presses.any():
             action = np.where(self._presses > 0, self._opening[-self._presses], action)
-        for env in (self._env, self._camera):
-            if isinstance(env, _RandomSkip):
-                env.send(action, self._over)
-            elif env is not None:
-                env.send(action[: env.num_envs])
+        with self._reporting():
+            for env in (self._env, self._camera):
+                if isinstance(env, _RandomSkip):
+                    env.send(action, self._over)
+                elif env is not None:
+                    env.send(action[: env.num_envs])
 
     def recv(self, out: NDArray[Any]) -> Step:
-        frames, reward, terminated, truncated, info = self._env.recv()
+        with self._reporting():
+            frames, reward, terminated, truncated, info = self._env.recv()
         if self._camera is not None:
             pictures, camera_reward, *_ = self._camera.recv()
             if camera_reward[0] != reward[0]:
@@ -180,6 +186,15 @@ class AtariLanes:
         self._env.close()
         if self._camera is not None:
             self._camera.close()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Say, when an emulator fails, which it may have been: ALE does not tell."""
+        try:
+            yield
+        except RuntimeError as error:
+            lanes = ", ".join(f"{lane} (seed {seed})" for lane, seed in enumerate(self._seeds))
+            raise RuntimeError(f"env_id: {self._rom} failed in one of the lanes {lanes}: {error}") from error
 
     def _show(self, frames: NDArray[np.uint8], pictures: NDArray[np.uint8] | None) -> None:
         """Keep lane 0's colours: the camera's, or those of the lane's own frame."""

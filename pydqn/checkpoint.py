@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydqn.files import Damaged, Stamp, atomic_write, read_index, read_stamped, sync_folder, write_index
+from pydqn.files import Damaged, Stamp, atomic_write, check_stamped, read_index, sync_folder, write_index
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 _KEPT = 2  # should the newest be damaged some day
 _MANIFEST = "manifest.json"
 _KIND = "pydqn-checkpoint"
+_NAME = re.compile(r"step-\d{12,}")
 _STATE = "state.safetensors"
 _REPLAY = "replay"
 
@@ -54,12 +56,12 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
             beside = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         text = beside.get("pydqn", "null")
-        metadata = json.loads(text)
+        metadata, checksum = json.loads(text), str(_checksum(tensors, text))
     except (SafetensorError, ValueError, RuntimeError, RecursionError, OSError) as error:
         raise Damaged(f"{path}: not a readable safetensors file ({error})") from None
     if not isinstance(metadata, dict):
         raise Damaged(f"{path}: expected weights saved by pydqn, got a file without its metadata")
-    if beside.get("checksum") != str(_checksum(tensors, text)):
+    if beside.get("checksum") != checksum:
         raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
     return tensors, metadata
 
@@ -108,14 +110,14 @@ def save_checkpoint(
         _discard(folder)
         raise
     kept = checkpoints(run)[-_KEPT:]
-    for other in folder.parent.iterdir():
-        if other not in kept and other.name.startswith("step-"):
+    for other in _folders(run):
+        if other not in kept:
             _discard(other)
 
 
 def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
     """Return the folders of a run's checkpoints, oldest first."""
-    return sorted(path.parent for path in (Path(run) / CHECKPOINTS).glob(f"step-*/{_MANIFEST}"))
+    return [folder for folder in _folders(run) if (folder / _MANIFEST).is_file()]
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
@@ -131,8 +133,8 @@ def run_of(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
 
 def discard_after(checkpoint: Path) -> None:
     """Remove the checkpoints of a run that are later than one of them: another course is taken from there."""
-    for other in checkpoint.parent.iterdir():
-        if other.name.startswith("step-") and other.name > checkpoint.name:
+    for other in _folders(checkpoint.parents[1]):
+        if other.name > checkpoint.name:
             _discard(other)
 
 
@@ -152,9 +154,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         stamp, with_replay = Stamp.parse(content["files"][_STATE]), bool(content["replay"])
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{path / _MANIFEST}: does not name the checkpoint's files ({error})") from None
-    read_stamped(path / _STATE, stamp)
+    check_stamped(path / _STATE, stamp)
     tensors, state = load_weights(path / _STATE)
     return Checkpoint(path, tensors, state, path / _REPLAY if with_replay else None)
+
+
+def _folders(run: str | os.PathLike[str]) -> list[Path]:
+    """Return the folders that are checkpoints, or were to be; whatever else a user keeps beside them is not ours."""
+    return sorted(
+        path for path in (Path(run) / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()
+    )
 
 
 def _discard(folder: Path) -> None:

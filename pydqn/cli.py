@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _AGAIN = 75  # EX_TEMPFAIL of sysexits.h: everything is saved, run me again
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended
-_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)  # what a user can mend; anything else is our mistake
 _BROKEN_PIPE = 141  # the same for SIGPIPE
+_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)  # what a user can mend; anything else is our mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +100,10 @@ def _train(arguments: argparse.Namespace) -> int:
             signals.stop, run.saving = run.stop, bar.saving
             print(", ".join(f"{name} {value}" for name, value in run.arithmetic().items()), file=sys.stderr)
             _follow(run, bar)
+    except KeyboardInterrupt:
+        if run is None:  # nothing has begun, so nothing is lost
+            return _AGAIN
+        raise
     except BrokenPipeError:
         raise
     except _ERRORS as error:
@@ -145,8 +149,9 @@ def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool | Path]
     if state.get("finished") is False:
         offer = f"{logdir} can go on from step {state['steps']:,}"
         if sys.stdin.isatty() and sys.stderr.isatty():
-            if input(f"{offer}. Resume it? [Y/n] ").strip().lower() in ("", "y", "yes"):
-                return _to_resume(arguments, logdir)
+            with suppress(EOFError):  # Ctrl-D
+                if input(f"{offer}. Resume it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+                    return _to_resume(arguments, logdir)
         else:
             print(f"{offer}: pydqn train --resume {logdir}", file=sys.stderr)
     if not arguments.logdir:

@@ -86,7 +86,9 @@ class Config:
     network: str = _field(
         "nature", "convolutional torso (or none: mlp)", choices=("nature", "nature_7x7", "small", "mlp")
     )
-    hidden_units: tuple[int, ...] = _field((512,), "units of the fully connected hidden layers, if any", least=1)
+    hidden_units: tuple[int, ...] = _field(
+        (512,), "units of the fully connected hidden layers, if any", least=1, most=2**16
+    )
     dueling: bool = _field(False, "separate value and advantage streams (Wang et al. 2016)")
     pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled to 0..1")
     pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0)
@@ -167,6 +169,8 @@ class Config:
         for name in ("learning_rate", "steps_per_update", "pixel_std", "priority_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        if ":" in self.env_id:  # Gymnasium would import what stands before it: a config must not run code
+            raise ValueError(f"env_id: expected an id without ':', got {self.env_id!r} (import its module yourself)")
         if 0 < self.frame_skip_max < self.frame_skip:
             raise ValueError(
                 f"frame_skip_max: expected 0 or at least frame_skip = {self.frame_skip}, got {self.frame_skip_max}"

@@ -6,6 +6,7 @@ The only room that knows gymnasium.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -42,11 +43,13 @@ class GymLanes:
     def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
         import gymnasium
 
-        self._clip = config.clip_rewards
+        self._env_id, self._clip = config.env_id, config.clip_rewards
         options: dict[str, Any] = {}
         if render:
             options["render_mode"] = "rgb_array"
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
+        self._seeds: Any = [int(seed) for seed in np.random.SeedSequence(seed).generate_state(num_envs)]
+        options["wrappers"] = [_reporting(config.env_id, self._seeds)]
         self._env: Any = _made(gymnasium.make_vec, config, num_envs=num_envs, vectorization_mode="sync", **options)
         self._action_start, self.num_actions = _actions(config.env_id, self._env.single_action_space)
         self.action_names = tuple(map(str, range(self.num_actions)))
@@ -62,7 +65,6 @@ class GymLanes:
         else:
             raise ValueError(f"env_id: {config.env_id} has {observation} observations; expected Box or Discrete ones")
         self.num_envs = num_envs
-        self._seeds: Any = [int(seed) for seed in np.random.SeedSequence(seed).generate_state(num_envs)]
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, np.bool_)
         self._returns = Returns(num_envs)
@@ -70,6 +72,7 @@ class GymLanes:
     def reset(self, out: NDArray[Any]) -> None:
         observation, _ = self._env.reset(seed=self._seeds)
         self._write(observation, out)
+        self._require_finite("an observation", out)
 
     def send(self, action: NDArray[np.int64]) -> None:
         self._action = action + self._action_start
@@ -79,6 +82,8 @@ class GymLanes:
         first, self._done = self._done, terminated | truncated
         self._write(observation, out)
         reward = np.where(first, 0.0, reward)
+        self._require_finite("an observation", out)
+        self._require_finite("a reward", reward)
         episodes = self._returns.add(reward, first, self._done)
         reward = np.sign(reward) if self._clip else reward
         return Step(reward, terminated, truncated, first, episodes, int(np.count_nonzero(~first)))
@@ -89,6 +94,17 @@ class GymLanes:
         else:
             out[...] = 0
             out[np.arange(self.num_envs), self._states.number(observation)] = 1
+
+    def _require_finite(self, what: str, values: NDArray[Any]) -> None:
+        """One that is not would spoil the memory, and the weights, long after it came."""
+        if values.dtype.kind != "f":
+            return
+        finite = np.isfinite(values)
+        if not finite.all():
+            lane = int(np.argmin(finite.reshape(self.num_envs, -1).all(axis=1)))
+            raise RuntimeError(
+                f"env_id: {self._env_id} gave {what} that is not finite in lane {lane} (seed {self._seeds[lane]})"
+            )
 
     def picture(self) -> NDArray[np.uint8]:
         from gymnasium.error import DependencyNotInstalled
@@ -130,7 +146,7 @@ class StateEnv:
 
         if rom_of(config.env_id) is not None:
             raise ValueError(f"env_id: {config.env_id} has pixels; a table needs Discrete observations")
-        self._env: Any = _made(gymnasium.make, config)
+        self._env: Any = _reporting(config.env_id, [seed])(_made(gymnasium.make, config))
         self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
         states = _States.of(self._env.observation_space)
         if states is None:
@@ -250,6 +266,36 @@ def _made(make: Any, config: Config, **options: Any) -> Any:
         near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]}){hint}") from None
+
+
+def _reporting(env_id: str, seeds: list[int]) -> Any:
+    """Return a wrapper that says, when an environment fails, which it was: the nth one made is lane n."""
+    import gymnasium
+
+    lanes = itertools.count()
+
+    class Reporting(gymnasium.Wrapper[Any, Any, Any, Any]):
+        def __init__(self, env: Any) -> None:
+            super().__init__(env)
+            self._lane, self._steps = next(lanes), 0
+
+        def reset(self, **options: Any) -> Any:
+            return self._call(self.env.reset, **options)
+
+        def step(self, action: Any) -> Any:
+            self._steps += 1
+            return self._call(self.env.step, action)
+
+        def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+            try:
+                return function(*arguments, **options)
+            except Exception as error:
+                raise RuntimeError(
+                    f"env_id: {env_id} failed in lane {self._lane} (seed {seeds[self._lane]}) after "
+                    f"{self._steps:,} steps: {type(error).__name__}: {error}"
+                ) from error
+
+    return Reporting
 
 
 def _actions(env_id: str, space: Any) -> tuple[int, int]:

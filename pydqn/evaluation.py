@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pydqn.atari import rom_of
 from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from pydqn.config import Config
 from pydqn.envs import make_lanes
+from pydqn.files import Damaged, read_json
 from pydqn.lanes import Episode, Lanes
 from pydqn.networks import QNetwork, Table, make_network
 from pydqn.policies import Policy, resolve_device
@@ -80,12 +81,9 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
         ValueError: `run` is not the folder of a run, or its config is not valid.
     """
     path = Path(run) / CONFIG
-    try:
-        plain = json.loads(path.read_text())
-    except OSError:
-        raise ValueError(f"run: {str(run)!r} is not the folder of a run (it has no {CONFIG})") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"run: {path} is not JSON") from None
+    if not path.exists():
+        raise ValueError(f"run: {str(run)!r} is not the folder of a run (it has no {CONFIG})")
+    plain = read_json(path)
     if not isinstance(plain, dict):
         raise ValueError(f"run: {path} is not a run's config")
     return dataclasses.replace(Config.from_dict(plain), **overrides)
@@ -112,7 +110,10 @@ def load_policy(
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
     best = _from_file(run, BEST_WEIGHTS) if weights in (None, "best") else None
     last = _from_file(run, LAST_WEIGHTS) if weights in (None, "last") and best is None else None
-    kept = _from_checkpoint(run) if weights in (None, "checkpoint") and best is None else None
+    kept = None
+    if weights in (None, "checkpoint") and best is None:
+        with suppress(*([Damaged] if last is not None else [])):  # then that will do
+            kept = _from_checkpoint(run)
     found = [candidate for candidate in (best, last, kept) if candidate is not None]
     if not found:
         raise ValueError(f"run: {str(run)!r} has no {'' if weights is None else weights + ' '}weights yet")

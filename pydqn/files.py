@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 _LARGEST_INDEX = 16 << 20
+_NO_MATCH = "its checksum does not match, so it is not what was written"
 
 
 class Damaged(ValueError):
@@ -45,7 +47,7 @@ class Stamp(NamedTuple):
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Yield a binary file that takes the place of `path` only when the block ends without an exception."""
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    beside = target.with_name(f".{target.name}.part")  # one that a crash has left is written over
     try:
         with named_errors(target):
             with open(beside, "wb") as file:
@@ -96,15 +98,35 @@ def write_stamped(path: Path, data: bytes) -> Stamp:
 
 def read_stamped(path: Path, stamp: Stamp) -> bytes:
     """Return a file's content. Raises `Damaged` when that is not what the stamp says."""
-    try:
-        if path.stat().st_size != stamp.nbytes:  # before a byte is read: a file may be of any size
-            raise Damaged(f"{path}: expected {stamp.nbytes} bytes, got {path.stat().st_size}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
+    with _opened(path) as file:
+        _require_size(path, file, stamp)
+        data = file.read(stamp.nbytes)
     if Stamp.of(data) != stamp:
-        raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
+        raise Damaged(f"{path}: {_NO_MATCH}")
     return data
+
+
+def check_stamped(path: Path, stamp: Stamp) -> None:
+    """Raise `Damaged` when a file is not what the stamp says. Takes no memory for it."""
+    checksum = 0
+    with _opened(path) as file:
+        _require_size(path, file, stamp)
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    if checksum != stamp.checksum:
+        raise Damaged(f"{path}: {_NO_MATCH}")
+
+
+def read_json(path: Path, most: int = 1 << 20) -> Any:
+    """Return what a JSON file of at most so many bytes holds. Raises `Damaged` when it is none."""
+    with _opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise Damaged(f"{path}: too large")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise Damaged(f"{path}: is not JSON") from None
 
 
 def write_index(path: Path, kind: str, content: dict[str, Any]) -> None:
@@ -114,22 +136,32 @@ def write_index(path: Path, kind: str, content: dict[str, Any]) -> None:
 
 def read_index(path: Path, kind: str) -> dict[str, Any]:
     """Return what `write_index` wrote. Raises `Damaged` when it is anything else."""
-    try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise Damaged(f"{path}: too large for a {kind} file")
-        whole = json.loads(path.read_bytes())
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Damaged):
-            raise
-        raise Damaged(f"{path}: expected a {kind} file, got something that is not JSON") from None
+    whole = read_json(path, _LARGEST_INDEX)
     if not isinstance(whole, dict) or whole.get("kind") != kind:
         raise Damaged(f"{path}: expected a {kind} file, got something else")
     content = whole.get("content")
     if not isinstance(content, dict) or whole.get("checksum") != _checksum(content):
-        raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
+        raise Damaged(f"{path}: {_NO_MATCH}")
     return content
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file: a device, or a pipe, might never end."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Damaged(f"{path}: is not a regular file")
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _require_size(path: Path, file: IO[bytes], stamp: Stamp) -> None:
+    """Before a byte is read: a file may be of any size."""
+    size = os.fstat(file.fileno()).st_size
+    if size != stamp.nbytes:
+        raise Damaged(f"{path}: expected {stamp.nbytes} bytes, got {size}")
 
 
 def _checksum(content: dict[str, Any]) -> int:

@@ -92,6 +92,7 @@ class Learner:
         self._most = len(example.action) // config.batch_size  # steps at once
         self._inbox = Inbox(example, device)
         self._seen: _Seen | None = None
+        self._seen_before = Metrics(*[math.nan] * 4)  # by the run that this one goes on with
         self._errors = torch.zeros(len(example.action), device=device)
         self._outbox = Outbox(device)  # of errors
         self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
@@ -137,7 +138,7 @@ class Learner:
     def metrics(self) -> Metrics:
         """Return what the latest update saw (waits for the device). Before the first one there is nothing: NaN."""
         if self._seen is None:
-            return Metrics(*[math.nan] * 4)
+            return self._seen_before
         norm, action, weight, errors, values = self._seen
         loss = (weight * self._loss.value(errors)).mean()
         taken = values.gather(1, action.unsqueeze(1))
@@ -151,14 +152,16 @@ class Learner:
 
     def diagnosis(self) -> str:
         """Say what the latest update saw, for a person who has to find out why it diverged (waits for the device)."""
-        batch = self._inbox.tensors
+        size = self._config.batch_size
+        obs, _, reward, *_ = (tensor[:size] for tensor in self._inbox.tensors)  # of the first, where there were several
         with on(self.device):
-            metrics, reward = self.metrics(), batch[2]
+            metrics = self.metrics()
+            obs = obs if self.frames is None else look_up(self.frames, obs)
             odd = [name for name, value in self.online.state_dict().items() if not torch.isfinite(value).all()]
         return (
             f"the loss of update {self.updates:,} is {metrics.loss:g}, the gradient's norm {metrics.grad_norm:g}, "
             f"the largest action value {metrics.max_q:g}, rewards lie from {reward.min():g} to {reward.max():g}, "
-            f"observations are {'finite' if torch.isfinite(batch[0].float()).all() else 'not finite'}, "
+            f"observations are {'finite' if torch.isfinite(obs).all() else 'not finite'}, "
             f"weights {'not finite in ' + ', '.join(odd) if odd else 'finite'}, "
             f"the learning rate is {self.learning_rate:g} "
             "(mostly that is too large, or rewards are: see max_grad_norm, clip_rewards, loss)"
@@ -188,8 +191,10 @@ class Learner:
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+    def restore(self, tensors: dict[str, Tensor], updates: int, metrics: Metrics | None = None) -> None:
         """Go on from what `state` gave when the learner had made `updates` updates; before its first one.
+
+        `metrics` are what was seen by then.
 
         Raises:
             RuntimeError: graphs have been captured, which would go on writing to what is replaced.
@@ -203,6 +208,8 @@ class Learner:
             part, _, rest = name.partition(".")
             if part == "optimizer":
                 number, _, rest = rest.partition(".")
+                if not number.isdecimal() or int(number) >= len(state):
+                    raise ValueError(f"checkpoint: does not fit the config ({name!r} is of no parameter)")
                 state[int(number)][rest] = value
             elif part in networks:
                 networks[part][rest] = value
@@ -216,6 +223,7 @@ class Learner:
         self._optimizer.restore(state)
         self._optimizer.refresh()
         self.updates = updates
+        self._seen_before = Metrics(*[math.nan] * 4) if metrics is None else metrics
 
     def _take(self, start: int, count: int) -> _Seen:
         """Take `count` steps, from the `start`th of the batches in the inbox."""

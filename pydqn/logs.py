@@ -7,7 +7,7 @@ import io
 import math
 import os
 import platform
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydqn.files import atomic_write, named_errors
 
 PROGRESS = "progress.csv"
+_LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
 EPISODES = "episodes.csv"
 # TensorBoard shows each group as one row of charts.
 GROUPS = {
@@ -82,31 +83,50 @@ class RunLog:
     def report(self, report: Report, samples: dict[str, NDArray[Any]]) -> None:
         """Add one row, visible to readers at once, and histograms of `samples`."""
         self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
-        for file in (self._progress_file, self._episodes_file):
-            with named_errors(Path(file.name)):
-                file.flush()
-        for group, names in GROUPS.items():
-            for name in names:
-                value = getattr(report, name)
-                if not math.isnan(value):
-                    self._board.add_scalar(f"{group}/{name}", value, report.steps)
-        for name, values in samples.items():
-            if values.size and np.isfinite(values).all():
-                self._board.add_histogram(f"learning/{name}", values, report.steps)
+        self._flush()
+        with self._board_errors():
+            for group, names in GROUPS.items():
+                for name in names:
+                    value = getattr(report, name)
+                    if not math.isnan(value):
+                        self._board.add_scalar(f"{group}/{name}", value, report.steps)
+            for name, values in samples.items():
+                if values.size and np.abs(values).max() < _LARGEST_SHOWN:  # (false for NaN)
+                    self._board.add_histogram(f"learning/{name}", values, report.steps)
 
     def episode(self, episode: int, steps: int, lane: int, total: float, length: int, epsilon: float) -> None:
         """Add one whole game, which ended when the run had made `steps` decisions."""
         row = (episode, steps, lane, _text(total), length)
         self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
-        for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
-            self._board.add_scalar(f"each game/{name}", value, steps)
+        with self._board_errors():
+            for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
+                self._board.add_scalar(f"each game/{name}", value, steps)
+
+    def sync(self) -> None:
+        """See to it that all rows are on the disk: what a checkpoint has counted is not written again."""
+        self._flush()
+        for file in (self._progress_file, self._episodes_file):
+            os.fsync(file.fileno())
+        with self._board_errors():
+            self._board.flush()
 
     def close(self) -> None:
         """Close the files."""
         with ExitStack() as files:  # each of them, whatever becomes of the others
+            files.enter_context(self._board_errors())
             files.callback(self._board.close)
-            files.callback(self._episodes_file.close)
-            files.callback(self._progress_file.close)
+            for file in (self._episodes_file, self._progress_file):
+                files.enter_context(named_errors(Path(file.name)))
+                files.callback(file.close)
+
+    def _board_errors(self) -> AbstractContextManager[None]:
+        """TensorBoard writes in a thread of its own: what goes wrong there comes up at some later call."""
+        return named_errors(Path(self._board.log_dir))
+
+    def _flush(self) -> None:
+        for file in (self._progress_file, self._episodes_file):
+            with named_errors(Path(file.name)):
+                file.flush()
 
 
 def _rows(path: Path, column: str, most: int) -> list[dict[str, str]]:
@@ -116,10 +136,11 @@ def _rows(path: Path, column: str, most: int) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = []
-        for row in reader:
-            if None in row.values() or int(row[column]) > most:
-                break
-            rows.append(row)
+        with suppress(csv.Error, ValueError):  # what a crash has left behind the rows that count
+            for row in reader:
+                if None in row.values() or int(row[column]) > most:
+                    break
+                rows.append(row)
     return rows
 
 
@@ -176,14 +197,14 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     Raises:
         ValueError: the file is not such a CSV.
     """
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if rows and None in rows[-1].values():
-        del rows[-1]  # a line that is being written, or that a crash cut short
     try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if rows and None in rows[-1].values():
+            del rows[-1]  # a line that is being written, or that a crash cut short
         return {name: [float(row[name] or "nan") for row in rows] for name in reader.fieldnames or ()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, csv.Error):
         raise ValueError(f"{path}: not a CSV of numbers") from None
 
 

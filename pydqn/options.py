@@ -42,7 +42,9 @@ def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | N
     )
     command.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
     command.add_argument("--logdir", help="folder of the run (default: runs/NAME-SEED, or the next free one)")
-    command.add_argument("--resume", metavar="RUN", help="go on with this run from its latest checkpoint")
+    command.add_argument(
+        "--resume", metavar="RUN", help="go on with this run from its latest checkpoint (or from RUN/checkpoints/...)"
+    )
     _add_config_options(command)
     command.set_defaults(run=commands_of["train"])
 

@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydqn.files import Damaged, Stamp, read_index, read_stamped, sync_folder, write_index, write_stamped
+from pydqn.files import Damaged, Stamp, check_stamped, read_index, read_stamped, sync_folder, write_index, write_stamped
 
 _INDEX = "index.json"
-_OURS = re.compile(r"\.?\d{12,}-\d{12,}-[0-9a-f]+-[0-9a-f]{8}\.zst(\.\d+\.part)?")
+_OURS = re.compile(r"\.?\d{12,}-\d{12,}-[0-9a-f]+-[0-9a-f]{8}\.zst(\.part)?")
 _LEVEL = 1
 
 
@@ -78,6 +78,9 @@ class Saver:
             content = {**header, "pieces": plain, "changing": others[0].stamp if others else None}
             write_index(folder / _INDEX, kind, content)
         except BaseException:
+            # Whichever index is in its place by now, what that names must stay.
+            with suppress(Damaged):
+                before |= {piece.name for piece in Store(folder, kind).all_pieces()}
             _sweep(folder, before)
             raise
         self.known = {piece.start // self.length: (folder / piece.name, piece) for piece in pieces}
@@ -163,10 +166,14 @@ class Store:
             raise Damaged(f"{self.folder / _INDEX}: names no part that changes")
         return self.read(self._changing, nbytes)
 
+    def all_pieces(self) -> list[Piece]:
+        """Return those that hold rows, and what changes."""
+        return self.pieces if self._changing is None else [*self.pieces, self._changing]
+
     def verify(self) -> None:
         """Raise `Damaged` unless all files are there and have the right checksums."""
-        for piece in [*self.pieces, *([] if self._changing is None else [self._changing])]:
-            read_stamped(self.folder / piece.name, piece.stamp)
+        for piece in self.all_pieces():
+            check_stamped(self.folder / piece.name, piece.stamp)
 
 
 def _write(folder: Path, start: int, stop: int, data: bytes) -> Piece:

@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -23,9 +23,11 @@ from pydqn.checkpoint import (
     discard_after,
     latest_checkpoint,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
     save_weights,
 )
+from pydqn.checks import integer
 from pydqn.config import Config
 from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS
 from pydqn.files import Damaged, write_json
@@ -66,7 +68,8 @@ class Diverged(RuntimeError):
 class BaseRun:
     """One training run; a context manager that leaves everything saved and closed, however the run ends.
 
-    (But for one that diverged: what was saved before is left alone then.)
+    (But for one that diverged, or that a KeyboardInterrupt broke off in the middle of a step: then what was saved
+    before is left alone. `stop` ends a run after its step.)
 
     `logdir` gets config.json, environment.json (versions, machine, precision and threads), progress.csv, episodes.csv,
     TensorBoard events, checkpoints/ and weights/: best.safetensors, whenever the mean return improves, and
@@ -98,25 +101,40 @@ class BaseRun:
         self._last: Report | None = None
         self._saved_at = -1
         self._stopping = False
+        self._resumed: dict[str, Any] | None = None  # the state that the run goes on from
         self._process = Process()
         self._log: RunLog | None = None
+        path = None
         if resume:
             path = latest_checkpoint(self.logdir) if resume is True else resume
             if path is None:
                 raise ValueError(f"run: {str(logdir)!r} has no checkpoint to go on from")
+        elif (self.logdir / PROGRESS).exists():
+            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            self._begin(path)
+            failed.pop_all()
+
+    def _begin(self, path: Path | None) -> None:
+        """Open everything, anew or as a checkpoint says, and the folder last."""
+        config = self.config
+        if path is None:
+            self._open(self._seeds(0))
+        else:
             try:
                 self._go_on(path)
             except Damaged as error:
-                raise Damaged(f"{error}; {_whole_before(self.logdir, path)}") from None
-        elif (self.logdir / PROGRESS).exists():
-            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
-        else:
-            self._open(self._seeds(None))
+                raise Damaged(f"{error}; {_way_on(self.logdir, path)}") from None
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(parents=True, exist_ok=True)
         write_json(self.logdir / CONFIG, config.to_dict())
         write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic()})
         self._log = RunLog(self.logdir, self.steps, len(self.returns))
+        if path is None:
+            self._checkpoint()  # so that whatever comes, there is one to go on from
+        else:
+            discard_after(path)
 
     # --- what a kind of run fills in ---
 
@@ -137,20 +155,23 @@ class BaseRun:
         return {"device": "cpu"}
 
     def close(self) -> None:
-        """Release what the run holds."""
+        """Release what the run holds, as far as it has been opened."""
 
-    def _seeds(self, checkpoint: int | None) -> np.random.SeedSequence:
-        """Seeds of a new run, or of what goes on from the checkpoint at so many steps."""
-        return np.random.SeedSequence([self.config.seed] if checkpoint is None else [self.config.seed, checkpoint])
+    def _seeds(self, steps: int) -> np.random.SeedSequence:
+        """Seeds of what begins after so many steps."""
+        return np.random.SeedSequence([self.config.seed, steps] if steps else [self.config.seed])
 
     def _go_on(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
+        self._resumed = checkpoint.state
         try:
-            self._open(self._seeds(int(checkpoint.state["steps"])))
+            self._open(self._seeds(integer("steps", checkpoint.state["steps"], 0)))
             self._restore(checkpoint)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint: {path} is not the state of a run ({error!r})") from None
-        discard_after(path)
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise Damaged(f"{path}: is not the state of a run ({error!r})") from None
+        with suppress(OSError, Damaged):  # weights of a course that was given up may be better, and are kept then
+            best = load_weights(self.logdir / BEST_WEIGHTS)[1].get("mean_return")
+            self._best = max(self._best, best) if isinstance(best, float) else self._best
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         """Make the environments and the learner."""
@@ -177,12 +198,13 @@ class BaseRun:
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
         state = checkpoint.state
-        self.steps, self.frames, self._seconds_before = state["steps"], state["frames"], state["seconds"]
-        self.returns = state["returns"]
-        self._recent.extend(Episode(*row) for row in state["recent"])
-        self._successes = state["successes"]
-        self._best = -math.inf if state["best"] is None else state["best"]
-        self._evaluation = math.nan if state["evaluation"] is None else state["evaluation"]
+        self.steps, self.frames = integer("steps", state["steps"], 0), integer("frames", state["frames"], 0)
+        self._seconds_before = float(state["seconds"])
+        self.returns = [float(value) for value in state["returns"]]
+        self._recent.extend(Episode(int(lane), float(total), int(steps)) for lane, total, steps in state["recent"])
+        self._successes = integer("successes", state["successes"], 0)
+        self._best = -math.inf if state["best"] is None else float(state["best"])
+        self._evaluation = math.nan if state["evaluation"] is None else float(state["evaluation"])
         self._saved_at = self.steps
 
     # --- what all of them do ---
@@ -197,7 +219,7 @@ class BaseRun:
             last.callback(self.close)
             if self._log is not None:
                 last.callback(self._log.close)
-            if isinstance(error, Diverged):
+            if isinstance(error, (Diverged, KeyboardInterrupt)):
                 return
             self._save(LAST_WEIGHTS)
             if self._last is not None:
@@ -254,6 +276,8 @@ class BaseRun:
     def _checkpoint(self) -> None:
         if self._saved_at == self.steps:
             return
+        if self._log is not None:
+            self._log.sync()
         replay = self.replay if self.config.checkpoint_replay else None
         save_replay = None if replay is None else lambda path: replay.save(path, self.saving)
         save_checkpoint(self.logdir, self.steps, self._finite(self._tensors()), self._state(), save_replay)
@@ -303,8 +327,8 @@ class BaseRun:
         return report
 
 
-def _whole_before(run: Path, damaged: Path) -> str:
-    """Say which checkpoint to resume in the place of a damaged one."""
+def _way_on(run: Path, damaged: Path) -> str:
+    """Say what to do about a damaged checkpoint."""
     for path in reversed(checkpoints(run)):
         if path.name < damaged.name:
             try:
@@ -314,7 +338,7 @@ def _whole_before(run: Path, damaged: Path) -> str:
             except Damaged:
                 continue
             return f"resume {path} instead, which is whole"
-    return "no older checkpoint is whole"
+    return "no older checkpoint is whole (if only memories are damaged, checkpoint_replay=False goes on without)"
 
 
 class Due:

@@ -30,14 +30,21 @@ class Signals:
 
 @contextmanager
 def deferred() -> Iterator[Signals]:
-    """Take SIGINT and SIGTERM until the block ends. Only the main thread can; in others nothing changes."""
+    """Take SIGINT and SIGTERM until the block ends, unless they are ignored.
+
+    Only the main thread can; in others nothing changes.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # (None: one that was set outside Python, and could not be put back.)
+    ours = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in ours:
+        signal.signal(number, signals)
     try:
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in ours.items():
             signal.signal(number, handler)

@@ -26,8 +26,6 @@ from pydqn.logs import Report
 from pydqn.runs import BaseRun, Due, Learned
 from pydqn.schedules import epsilon
 
-_MOST_STEPS_AT_ONCE = 1_000  # in compiled code, where Ctrl-C has to wait
-
 
 class Trials(NamedTuple):
     """When test games are played, and what their mean return has to beat."""
@@ -48,6 +46,8 @@ class Outcome(NamedTuple):
 
 class ModelledTask:
     """An environment whose transition probabilities are known; it is not needed any more."""
+
+    steps_at_once = 1_000  # for so long, whoever wants to stop the run has to wait
 
     def __init__(self, model: Model, most_steps: int, config: Config, generators: list[np.random.Generator]) -> None:
         # A plain tuple: compiled code is kept on the disk by its arguments' types, and ours may be renamed some day.
@@ -89,6 +89,8 @@ class ModelledTask:
 
 class SteppedTask:
     """Any environment with numbered states, step by step; a second one is for tests, which may not disturb a game."""
+
+    steps_at_once = 1  # should one fail, all steps before it have been counted
 
     def __init__(self, envs: tuple[StateEnv, StateEnv], config: Config, generators: list[np.random.Generator]) -> None:
         self._env, self._test_env = envs
@@ -164,7 +166,7 @@ class TabularRun(BaseRun):
         self._report()
         log, checkpoint = Due(config.log_every_steps, self.steps), Due(config.checkpoint_every_steps, self.steps)
         while not (self._stopping or self._finished()):
-            end = min(config.total_steps, log.next, checkpoint.next, self.steps + _MOST_STEPS_AT_ONCE)
+            end = min(config.total_steps, log.next, checkpoint.next, self.steps + self._task.steps_at_once)
             best = self._best_test
             self._learn(int(end) - self.steps)
             if any([log(self.steps), self._best_test > best]):
@@ -190,7 +192,8 @@ class TabularRun(BaseRun):
 
     def close(self) -> None:
         """Release the environments."""
-        self._task.close()
+        if hasattr(self, "_task"):
+            self._task.close()
 
     def _learn(self, steps: int) -> None:
         config = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 
 from pydqn import _core
 from pydqn.checkpoint import Checkpoint, run_of
+from pydqn.checks import integer
 from pydqn.config import Config
 from pydqn.device_replay import DeviceReplay, resolve_storage
 from pydqn.envs import make_lanes
 from pydqn.evaluation import BEST_WEIGHTS, evaluate_policy, load_run, memory_settings, network_for, open_episodes
 from pydqn.films import Film
 from pydqn.lanes import Episode, Lanes, Step
-from pydqn.learner import Learner
+from pydqn.learner import Learner, Metrics
 from pydqn.logs import Report
 from pydqn.policies import Actor, Policy, resolve_device
 from pydqn.replay import FrameReplay
@@ -106,6 +108,7 @@ class Run(BaseRun):
 
     replay: FrameReplay
     lanes: Lanes
+    _film: Film | None = None
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         config = self.config
@@ -127,9 +130,11 @@ class Run(BaseRun):
         size, most = config.batch_size, updates_at_once(config, self._device)
         self._batch = self.replay.empty_batch(most * size)
         self._parts = [self._batch.part(i * size, (i + 1) * size) for i in range(most)]
-        self.learner = Learner(network_for(config, self.lanes, seed.network), config, self._device, self._batch)
+        network = network_for(config, self.lanes, seed.network)
+        self.learner = Learner(network, self._as_before(config), self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
+        self._evaluated_at = 0  # steps
         self._learned_from: NDArray[np.int64] | None = None  # indices whose errors have not been looked at yet
         # Updates are counted from the step at which learning began, or began again.
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
@@ -144,7 +149,7 @@ class Run(BaseRun):
         self._report()
         log = Due(config.log_every_steps, self.steps)
         log_episode = Due(config.log_every_episodes, len(self.returns))
-        evaluation = Due(config.evaluation_every_steps, self.steps)
+        evaluation = Due(config.evaluation_every_steps, self._evaluated_at)
         checkpoint = Due(config.checkpoint_every_steps, self.steps)
         checkpoint_episode = Due(config.checkpoint_every_episodes, len(self.returns))
         video = Due(config.video_every_episodes, len(self.returns) - 1)  # the first game, too
@@ -157,7 +162,7 @@ class Run(BaseRun):
             # Every one is asked each time: it counts from when it was asked last.
             if any([log(self.steps), log_episode(len(self.returns))]):
                 yield self._report()
-            if any([checkpoint(self.steps), checkpoint_episode(len(self.returns))]):
+            if any([checkpoint(self.steps), checkpoint_episode(len(self.returns))]) and not self._stopping:
                 self._checkpoint()
                 if config.checkpoint_replay and not self._finished():
                     self._reopen()
@@ -197,7 +202,8 @@ class Run(BaseRun):
         """Release the environments; a film that was being made is dropped."""
         if self._film is not None:
             self._film.drop()
-        self.lanes.close()
+        if hasattr(self, "lanes"):
+            self.lanes.close()
 
     def act(self, epsilon: float) -> NDArray[np.int64]:
         """Return (num_envs,) epsilon-greedy actions for what the lanes show now."""
@@ -220,12 +226,21 @@ class Run(BaseRun):
         self.frames += step.frames
         if self._film is not None and self._film.filming:
             # Several frames may open a game: the film begins with the last of them.
-            (self._film.start if step.first[0] else self._film.add)(self.lanes.picture())
+            self._add_to_film(opens=bool(step.first[0]))
         for episode in step.episodes:
             self._end(episode)
         if step.episodes and self.mean_return() > self._best:
             self._best = self.mean_return()
             self._save(BEST_WEIGHTS)
+
+    def _add_to_film(self, opens: bool) -> None:
+        assert self._film is not None
+        try:
+            (self._film.start if opens else self._film.add)(self.lanes.picture())
+        except OSError:
+            if not self._stopping:
+                raise
+            self._film.drop()  # whoever stops us may have stopped the program that writes films, too
 
     def _learn(self) -> None:
         """Make the updates that are due."""
@@ -264,7 +279,14 @@ class Run(BaseRun):
             config, policy, config.evaluation_episodes, self._evaluation_seed, lambda: self._stopping
         )
         if not self._stopping:
-            self._evaluation = float(np.mean(played))
+            self._evaluation, self._evaluated_at = float(np.mean(played)), self.steps
+
+    def _as_before(self, config: Config) -> Config:
+        """Return `config` with the precision that "auto" has found before on such a device, where a run goes on."""
+        before = self._resumed or {}
+        if config.precision != "auto" or before.get("device") != self._device.type:
+            return config
+        return dataclasses.replace(config, precision=before["precision"])
 
     def _make_lanes(self, seed: int) -> Lanes:
         config = self.config
@@ -315,6 +337,10 @@ class Run(BaseRun):
             "updates": self.learner.updates,
             "generator": self._generator.bit_generator.state,
             "evaluation_seed": self._evaluation_seed,
+            "evaluated_at": self._evaluated_at,
+            "metrics": list(self.learner.metrics()),
+            "device": self._device.type,
+            "precision": self.arithmetic()["precision"],
             "learning_since": self._learning_since,
             "updates_before": self._updates_before,
         }
@@ -323,13 +349,16 @@ class Run(BaseRun):
         super()._restore(checkpoint)
         state = checkpoint.state
         self._generator.bit_generator.state = state["generator"]
-        self._evaluation_seed = int(state.get("evaluation_seed", self._evaluation_seed))
-        self.learner.restore(checkpoint.tensors, state["updates"])
+        self._evaluation_seed = integer("evaluation_seed", state["evaluation_seed"], 0)
+        self._evaluated_at = integer("evaluated_at", state["evaluated_at"], 0)
+        updates = integer("updates", state["updates"], 0)
+        self.learner.restore(checkpoint.tensors, updates, Metrics(*map(float, state["metrics"])))
         if checkpoint.replay is None or not self.config.checkpoint_replay:  # the memory must fill again
             self._learning_since = self.steps + self.config.learning_starts_steps
-            self._updates_before = state["updates"]
+            self._updates_before = updates
             return
-        self._learning_since, self._updates_before = state["learning_since"], state["updates_before"]
+        self._learning_since = integer("learning_since", state["learning_since"], 0)
+        self._updates_before = integer("updates_before", state["updates_before"], 0)
         expected = self.replay.settings
         if isinstance(self.replay, DeviceReplay):
             # The empty frames go before the full ones come: there may not be room for both.

@@ -93,3 +93,9 @@ def test_every_section_begins_with_a_field():
     assert names[0] in SECTIONS
     places = [names.index(name) for name in SECTIONS]
     assert places == sorted(places)
+
+
+def test_an_id_that_would_import_a_module_is_refused():
+    """Gymnasium imports what stands before a colon; a config may come from anywhere."""
+    with pytest.raises(ValueError, match=r"^env_id: expected an id without ':', got 'antigravity:CartPole-v1'"):
+        Config(env_id="antigravity:CartPole-v1", max_episode_steps=100)

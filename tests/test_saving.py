@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +219,23 @@ def test_a_failed_save_keeps_what_was_saved_before(tmp_path, monkeypatch):
     same(FrameReplay.load(path), replay)
 
 
+def test_an_interrupt_after_the_index_keeps_the_new_memory(tmp_path, monkeypatch):
+    """The index is in its place, but the folder's names are still being flushed."""
+    replay, path = saved(tmp_path)
+    more(replay, 12)
+    write = pydqn.pieces.write_index
+
+    def interrupted(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pydqn.pieces, "write_index", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replay.save(path)
+    verify_saved(path)
+    same(FrameReplay.load(path), replay)
+
+
 def test_appending_while_saving_is_refused(tmp_path):
     replay, path = saved(tmp_path)
     before = names(path)
@@ -334,7 +350,7 @@ def test_a_piece_that_swells_is_refused(tmp_path):
         FrameReplay.load(path)
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="needs limits of the address space")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux how much memory a process has had")
 def test_a_hostile_memory_takes_little(tmp_path):
     """A header may claim any size: what it claims is not taken before it comes."""
     replay = FrameReplay(40, **SHAPE, prioritized=True)
@@ -357,6 +373,19 @@ def test_others_settings_are_refused_before_anything_is_taken(tmp_path):
     FrameReplay.load(path, replay.settings)
     with pytest.raises(ValueError, match=r"memory: the replay memory has capacity 40, expected 41"):
         FrameReplay.load(path, {**replay.settings, "capacity": 41})
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file that never ends")
+def test_a_file_that_never_ends_is_refused(tmp_path):
+    _, path = saved(tmp_path)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        file.unlink()
+        file.symlink_to("/dev/zero")
+        with pytest.raises(Damaged, match=f"{file.name}: is not a regular file"):
+            FrameReplay.load(path)
+        file.unlink()
+        file.write_bytes(whole)
 
 
 def test_links_out_of_the_folder_bring_nothing_in(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
+from test_resume import kill
 
 from pydqn import evaluate, preset
 from pydqn.checkpoint import load_weights
@@ -207,6 +208,39 @@ def test_a_run_goes_on(tmp_path):
     assert sorted(set(steps)) == steps
     with pytest.raises(ValueError, match="checkpoint: its table has shape"):
         resume(tmp_path, env_id="FrozenLake8x8-v1", total_steps=4_000)
+
+
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1"])  # one with a model, one that is stepped
+def test_a_resumed_run_is_the_same_run(env_id, tmp_path):
+    """Bit for bit, and resumed more than once; as if killed in between."""
+    settings = {
+        "env_id": env_id,
+        "total_steps": 5_000,
+        "stop_evaluation_return": np.inf,
+        "evaluation_every_steps": 10,
+        "epsilon_end": 0.3,
+        "epsilon_decay_steps": 2_000,
+        "checkpoint_every_steps": 900,
+        "log_every_steps": 350,
+    }
+    config = preset("frozenlake", **settings)
+    train(config, tmp_path / "whole")
+    for number, steps in enumerate((1_700, 3_100, 4_600)):
+        run = open_run(config, tmp_path / "killed", resume=number > 0)
+        assert number == 0 or 0 < run.steps < steps
+        for report in run.reports():
+            if report.steps >= steps:
+                break
+        kill(run)
+    resume(tmp_path / "killed")
+    files = [tmp_path / name for name in ("killed", "whole")]
+    for name in ("steps", "evaluation_return", "mean_return", "mean_q"):
+        ours, theirs = (read_csv(path / "progress.csv")[name] for path in files)
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    ours, theirs = ((path / "episodes.csv").read_bytes() for path in files)
+    assert ours == theirs
+    ours, theirs = (load_weights(path / "weights" / "last.safetensors")[0]["values"] for path in files)
+    assert (ours == theirs).all()
 
 
 def test_what_a_table_cannot_learn(tmp_path):

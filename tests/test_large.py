@@ -1,0 +1,97 @@
+"""Odd shapes, many lanes, every game; what takes longer or more room is in `scripts/long-and-large`."""
+
+from __future__ import annotations
+
+import numpy as np
+import psutil
+import pytest
+from ale_py import roms
+from test_replay import assert_same, play
+
+from pydqn import FrameReplay, preset
+from pydqn.envs import make_lanes
+from pydqn.evaluation import memory_settings, open_episodes
+
+ENDS = ["", "", "", "terminated", "", "truncated", "life", "", "both", "cut", ""]
+
+
+def stream(capacity, lanes, ticks, stack=2, n_step=2, padding="zero"):
+    shape = {"capacity": capacity, "stack": stack, "n_step": n_step, "gamma": 0.5, "padding": padding}
+    return shape, lanes, [[ENDS[(7 * lane + 3 * tick) % len(ENDS)] for lane in range(lanes)] for tick in range(ticks)]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "lanes"),
+    [(1, 1), (2, 1), (3, 3), (7, 3), (8, 3), (100, 7), (256, 256), (300, 256), (1000, 256), (2000, 256)],
+)
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_odd_capacities_and_many_lanes(capacity, lanes, n_step):
+    """A capacity of one frame, of one per lane, not divisible by the lanes."""
+    ticks = 3 + 2 * (capacity // lanes)
+    for replay, twin in play(stream(capacity, lanes, ticks, n_step=n_step)):
+        assert len(replay) == len(twin.transitions())
+    if len(replay):
+        assert_same(replay, twin)
+
+
+@pytest.mark.parametrize("frame_shape", [(1,), (7,), (3, 5), (2, 3, 4), (2, 3, 2, 5), (1, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", ["uint8", "bool", "float16", "float64", "int64"])
+def test_frames_of_one_to_four_axes(frame_shape, dtype):
+    *_, (replay, twin) = play(stream(14, 2, 20, padding="first"), frame_shape, dtype)
+    assert_same(replay, twin)
+
+
+@pytest.mark.parametrize("lanes", [0, -1, 1.0, True, None])
+def test_no_lanes_are_no_memory(lanes):
+    with pytest.raises(ValueError, match=r"^num_envs: expected an integer of at least 1, got"):
+        FrameReplay(100, num_envs=lanes)
+
+
+def test_fewer_frames_than_lanes_are_no_memory():
+    with pytest.raises(ValueError, match=r"^capacity: expected an integer of at least 256, got 255"):
+        FrameReplay(255, num_envs=256)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_memory_stays_flat_however_long(prioritized):
+    replay = FrameReplay(2_000, (16,), num_envs=4, prioritized=prioritized)
+    frames, off, nothing = np.zeros((4, 16), np.uint8), np.zeros(4, bool), np.zeros(4, np.int64)
+    batch, process, before = replay.empty_batch(32), psutil.Process(), 0
+    for tick in range(120_000):
+        replay.append(frames, nothing, nothing, off, off, ~off if tick % 100 == 0 else off)
+        if tick % 50 == 49:
+            replay.sample(32, batch)
+            if prioritized:
+                replay.update_priorities(batch.index, np.ones(32))
+        if tick == 20_000:
+            before = process.memory_info().rss
+    assert process.memory_info().rss - before < 1 << 20
+
+
+@pytest.mark.parametrize("game", sorted(roms.get_all_rom_ids()))
+def test_every_game_goes_through_the_preset(game):
+    """Two hundred steps: frames of the right size that change, actions of its own, transitions as they were played."""
+    config = preset("nature", env_id=game, num_envs=2, replay_capacity_frames=402)
+    lanes = make_lanes(config, 2, 0)
+    replay = FrameReplay(config.replay_capacity_frames, **memory_settings(config, lanes))
+    random, seen = np.random.default_rng(0), []
+    open_episodes(lanes, replay)
+    for _ in range(200):
+        action = random.integers(0, lanes.num_actions, 2)
+        lanes.send(action)
+        slot = replay.next_slot()
+        step = lanes.recv(slot)
+        seen.append((slot.copy(), action, step))
+        replay.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
+    lanes.close()
+    assert len({frame.tobytes() for frames, *_ in seen for frame in frames}) > 1
+    index = replay.valid_indices()
+    assert len(index) > 300
+    batch = replay.gather(index)
+    for row, (tick, lane) in enumerate(zip(index // 2, index % 2, strict=True)):
+        frames, action, step = seen[tick]  # the tick after: the first frame came before all of these
+        np.testing.assert_array_equal(batch.next_obs[row, -1], frames[lane])
+        assert batch.action[row] == action[lane]
+        assert batch.reward[row] == np.sign(step.reward[lane])
+        assert (batch.discount[row] == 0) == step.terminated[lane]
+        assert not step.first[lane]
