@@ -124,7 +124,7 @@ def read_json(path: Path, most: int = 1 << 20) -> Any:
     if len(data) > most:
         raise Damaged(f"{path}: too large")
     try:
-        return json.loads(data)
+        return json.loads(data.decode())  # (JSON itself would try other encodings, too)
     except (ValueError, RecursionError):
         raise Damaged(f"{path}: is not JSON") from None
 
