@@ -15,6 +15,7 @@ from pydqn.config import Config
 from pydqn.lanes import Returns, Step
 from pydqn.preprocess import KERNELS, SIZE
 
+_FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
 _NO_CAP = 2**31 - 1  # ALE counts in 32 bits
 _Answer = tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[Any]]]
 
@@ -26,7 +27,7 @@ def rom_of(env_id: str) -> str | None:
     fields of `Config`.
 
     Raises:
-        ValueError: the id has an Atari game's form, but ALE has no such game.
+        ValueError: the id has an Atari game's form, but ALE has no such game, or none for one player.
     """
     from ale_py import roms
 
@@ -35,14 +36,17 @@ def rom_of(env_id: str) -> str | None:
     }
     old = re.fullmatch(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]", env_id)
     if old and old[1] in known:
-        return known[old[1]]
-    if not env_id.startswith("ALE/") and ("/" in env_id or "-" in env_id):
+        name = old[1]
+    elif not env_id.startswith("ALE/") and ("/" in env_id or "-" in env_id):
         return None
-    name = env_id.removeprefix("ALE/").split("-v")[0]
+    else:
+        name = env_id.removeprefix("ALE/").split("-v")[0]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see ale_py.roms.get_all_rom_ids()"
         raise ValueError(f"env_id: there is no Atari game {env_id!r}; {hint}")
+    if known[name] in _FOR_TWO:
+        raise ValueError(f"env_id: {env_id} needs two players; ALE plays it for nobody alone")
     return known[name]
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+_WHOLE = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_DTYPES = ["bool", *_WHOLE, "float16", "float32", "float64", "float96", "float128"]
+
 
 def fraction(name: str, value: object) -> float:
     """Return a number from 0 to 1."""
@@ -22,6 +25,13 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
     if most is not None and value > most:
         raise ValueError(f"{name}: expected an integer of at most {most}, got {value!r}")
     return int(value)
+
+
+def dtype_name(name: str, value: object) -> str:
+    """Return the plain name of such a dtype, as files hold it: NumPy would parse, and compile, whatever else it is."""
+    if not isinstance(value, str) or value not in _DTYPES:
+        raise ValueError(f"{name}: expected one of {', '.join(_DTYPES)}, got {value!r}")
+    return str(value)
 
 
 def number_dtype(name: str, value: DTypeLike) -> np.dtype[Any]:

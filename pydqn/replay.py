@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydqn import _core
-from pydqn.checks import fraction, indices, integer, number_dtype
+from pydqn.checks import dtype_name, fraction, indices, integer, number_dtype
 from pydqn.files import Damaged
 from pydqn.pieces import Piece, Saver, Store
 
@@ -321,6 +321,7 @@ class FrameReplay:
             ticks, generator, largest = (header.pop(name) for name in ("ticks", "generator", "largest_priority"))
             if unknown := header.keys() - {*_SETTINGS, "frame_shape", "dtype", "beta"}:
                 raise ValueError(f"unknown: {', '.join(unknown)}")
+            dtype_name("dtype", header["dtype"])
             replay = cls(**header, **settings)
             replay._core.generator_state, replay._core.largest_priority = generator, largest
             replay._core.set_ticks(integer("ticks", ticks, 0))

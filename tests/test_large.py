@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ale_py
+import gymnasium
 import numpy as np
 import psutil
 import pytest
@@ -9,6 +11,7 @@ from ale_py import roms
 from test_replay import assert_same, play
 
 from pydqn import FrameReplay, preset
+from pydqn.atari import _FOR_TWO, rom_of
 from pydqn.envs import make_lanes
 from pydqn.evaluation import memory_settings, open_episodes
 
@@ -68,7 +71,21 @@ def test_memory_stays_flat_however_long(prioritized):
     assert process.memory_info().rss - before < 1 << 20
 
 
-@pytest.mark.parametrize("game", sorted(roms.get_all_rom_ids()))
+GAMES = sorted(set(roms.get_all_rom_ids()) - _FOR_TWO)
+
+
+def test_games_are_those_that_ale_registers():
+    """Another one would end the process when it is loaded."""
+    gymnasium.register_envs(ale_py)
+    assert {f"ALE/{game.title().replace('_', '')}-v5" for game in GAMES} == {
+        name for name in gymnasium.registry if name.startswith("ALE/")
+    }
+    for name in ("combat", "ALE/Joust-v5", "MazeCraze", "Warlords-v4"):
+        with pytest.raises(ValueError, match=f"^env_id: {name} needs two players"):
+            rom_of(name)
+
+
+@pytest.mark.parametrize("game", GAMES)
 def test_every_game_goes_through_the_preset(game):
     """Two hundred steps: frames of the right size that change, actions of its own, transitions as they were played."""
     config = preset("nature", env_id=game, num_envs=2, replay_capacity_frames=402)

@@ -275,6 +275,8 @@ HOSTILE = [
     {"frame_shape": []},
     {"dtype": "O"},
     {"dtype": "V8"},
+    {"dtype": "2float32"},  # NumPy compiles what stands before it
+    {"dtype": ["float32"]},
     {"num_envs": 0},
     {"version": 99},
     {"generator": "0 " * 313},
