@@ -97,15 +97,15 @@ class Saver:
         pieces = []
         for number in range(first // self.length, -(-end // self.length)):
             start, stop = max(first, number * self.length), min(end, (number + 1) * self.length)
-            pieces.append(self._linked(folder, number, start, stop) or _write(folder, start, stop, read(start, stop)))
+            pieces.append(self._linked(folder, number, stop) or _write(folder, start, stop, read(start, stop)))
             if progress is not None:
                 progress((stop - first) / (end - first))
         return pieces
 
-    def _linked(self, folder: Path, number: int, start: int, stop: int) -> Piece | None:
-        """Return the piece that holds these rows, linked into the folder, if it has been saved and can be."""
+    def _linked(self, folder: Path, number: int, stop: int) -> Piece | None:
+        """Return a piece that holds the rows up to `stop`, linked into the folder, if it was saved and can be."""
         path, piece = self.known.get(number, (None, None))
-        if path is None or piece is None or piece.start > start or piece.stop != stop:
+        if path is None or piece is None or piece.stop != stop:  # (what is held never begins earlier than before)
             return None
         try:
             if path.stat().st_size != piece.stamp.nbytes:

@@ -30,9 +30,10 @@ def library(tmp_path_factory):
 )
 def test_nothing_is_lost_or_half_written(library, action, stride, least):
     """Killed at every operation that changes the disk, and refused each of them (a whole run: at a part of them)."""
+    path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, HERE / "faults.py", library, action, str(stride)],
-        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE)},
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -71,6 +71,19 @@ def test_memory_stays_flat_however_long(prioritized):
     assert process.memory_info().rss - before < 1 << 20
 
 
+def test_saving_takes_little_memory(tmp_path):
+    replay = FrameReplay(60_000, num_envs=8)
+    frames, off = np.random.default_rng(0).integers(0, 256, (8, 84, 84), np.uint8), np.zeros(8, bool)
+    nothing = np.zeros(8, np.int64)
+    for tick in range(60_000 // 8):
+        replay.append(frames, nothing, nothing, off, off, ~off if not tick else off)
+    before = psutil.Process().memory_info().rss
+    assert before > 400 << 20
+    grown = []
+    replay.save(tmp_path / "memory", lambda _: grown.append(psutil.Process().memory_info().rss - before))
+    assert max(grown) < 150 << 20
+
+
 GAMES = sorted(set(roms.get_all_rom_ids()) - _FOR_TWO)
 
 
