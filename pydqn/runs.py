@@ -112,7 +112,7 @@ class BaseRun:
         elif (self.logdir / PROGRESS).exists():
             raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
         with ExitStack() as failed:
-            failed.callback(self.close)
+            failed.callback(self._release)
             self._begin(path)
             failed.pop_all()
 
@@ -216,9 +216,7 @@ class BaseRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as last:
-            last.callback(self.close)
-            if self._log is not None:
-                last.callback(self._log.close)
+            last.callback(self._release)
             if isinstance(error, (Diverged, KeyboardInterrupt)):
                 return
             self._save(LAST_WEIGHTS)
@@ -226,6 +224,12 @@ class BaseRun:
                 if self._last.steps < self.steps:
                     self._report()  # the row that an interruption would have cost
                 self._checkpoint()
+
+    def _release(self) -> None:
+        with ExitStack() as last:
+            last.callback(self.close)
+            if self._log is not None:
+                last.callback(self._log.close)
 
     def stop(self) -> None:
         """Let the run end after the step that it is in. May be called by a signal handler, or from another thread."""
