@@ -330,7 +330,11 @@ def test_ctrl_c_and_sigterm_leave_everything_saved_and_exit_code_75(tmp_path, se
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "pydqn.cli", "train", "pong", *TINY, "--total-steps", "1000000"]
     process = subprocess.Popen(
-        [*command, "--logdir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [*command, "--logdir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # though we may ignore it
     )
     progress = folder / "progress.csv"
     deadline = time.monotonic() + 90

@@ -36,6 +36,14 @@ def small():
 # --- signals ---
 
 
+@pytest.fixture(autouse=True)
+def _python_takes_interrupts():
+    """As in a foreground process: whatever runs in the background of a shell ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_run_stops_after_its_step(small, tmp_path):
     with Run(small, tmp_path) as run:
         for report in run.reports():
