@@ -78,7 +78,8 @@ class RunLog:
         kept = _rows(logdir / PROGRESS, "steps", steps), _rows(logdir / EPISODES, "episode", episodes)
         self._progress_file, self._progress = _open(logdir / PROGRESS, progress, kept[0])
         self._episodes_file, self._episodes = _open(logdir / EPISODES, _EPISODE_COLUMNS, kept[1])
-        self._board = SummaryWriter(str(logdir), purge_step=steps + 1 if steps else None)
+        with named_errors(logdir):
+            self._board = SummaryWriter(str(logdir), purge_step=steps + 1 if steps else None)
 
     def report(self, report: Report, samples: dict[str, NDArray[Any]]) -> None:
         """Add one row, visible to readers at once, and histograms of `samples`."""

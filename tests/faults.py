@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,10 @@ class Checkpoints:
         for path in kept:
             self.whole(path)
         assert int(kept[-1].name[5:]) in (200, 300)
+
+    def check_that_nothing_is_left(self) -> None:
+        """Of a checkpoint that could not be saved: least of all on a full disk."""
+        assert sorted((self.run / "checkpoints").iterdir()) == checkpoints(self.run)
 
     def whole(self, path: Path) -> None:
         checkpoint, steps = load_checkpoint(path), int(path.name[5:])
@@ -226,12 +231,17 @@ def main() -> None:
                     try:
                         action.act()
                     except OSError as error:
-                        os._exit(REFUSED if str(root) in str(error) else UNNAMED)
+                        if str(root) in str(error):
+                            os._exit(REFUSED)
+                        traceback.print_exception(error)
+                        os._exit(UNNAMED)
                     os._exit(UNFLUSHED if faults.faults_unflushed() else UNHARMED)
                 status = os.waitpid(pid, 0)[1]
                 killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
                 assert killed or os.WEXITSTATUS(status) in (REFUSED, UNHARMED), (kind, at, status)
                 try:
+                    if kind == "full disk" and isinstance(action, Checkpoints):
+                        action.check_that_nothing_is_left()
                     action.check()
                     action.check_again()
                 except Exception as error:
