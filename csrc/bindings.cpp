@@ -52,6 +52,8 @@ void require_dtype(const char* name, const py::array& array, const py::dtype& ex
     reject(name, "dtype " + std::string(py::str(expected)), "dtype " + std::string(py::str(array.dtype())));
 }
 
+bool is_aligned(const py::array& array) { return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0; }
+
 // A column of one value per lane, converted to T; `kinds` are the NumPy dtype kinds that convert without loss of meaning.
 template <typename T>
 py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lanes, const char* kinds,
@@ -59,9 +61,9 @@ py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lan
   using Column = py::array_t<T, py::array::c_style>;
   if (py::isinstance<Column>(value)) {  // as it should be: nothing to convert
     const auto ready = py::reinterpret_borrow<py::array_t<T>>(value);
-    if (has_shape(ready, {lanes})) return ready;
+    if (has_shape(ready, {lanes}) && is_aligned(ready)) return ready;
   }
-  const py::array array = py::array::ensure(value);
+  py::array array = py::array::ensure(value);
   if (!array) {
     PyErr_Clear();
     reject(name, expected, std::string(py::str(py::type::of(value))));
@@ -69,6 +71,7 @@ py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lan
   if (std::strchr(kinds, array.dtype().kind()) == nullptr)
     reject(name, expected, "dtype " + std::string(py::str(array.dtype())));
   require_shape(name, array, {lanes});
+  if (!is_aligned(array)) array = array.attr("copy")();
   return py::array_t<T, py::array::c_style | py::array::forcecast>(array);
 }
 
@@ -312,7 +315,8 @@ class Binding {
   static T* batch_column(const char* name, py::array& array, std::int64_t count) {
     require_shape(name, array, {count});
     require_dtype(name, array, py::dtype::of<T>());
-    if (!(array.flags() & py::array::c_style)) reject(name, "a C-contiguous array", "another layout");
+    if (!(array.flags() & py::array::c_style) || !is_aligned(array))
+      reject(name, "a C-contiguous, aligned array", "another layout");
     return static_cast<T*>(array.mutable_data());
   }
 

@@ -35,7 +35,8 @@ def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor],
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     text = json.dumps(metadata)
-    data: bytes = save(tensors, {"pydqn": text, "checksum": str(_checksum(tensors, text))})
+    # One entry for both: several would come in any order, and the same weights would not be the same file.
+    data: bytes = save(tensors, {"pydqn": f"{_checksum(tensors, text)} {text}"})
     with atomic_write(path) as file:
         file.write(data)
     return Stamp.of(data)
@@ -53,15 +54,15 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            beside = file.metadata() or {}
+            beside = (file.metadata() or {}).get("pydqn", " null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        text = beside.get("pydqn", "null")
+        stated, _, text = beside.partition(" ")
         metadata, checksum = json.loads(text), str(_checksum(tensors, text))
     except (SafetensorError, ValueError, RuntimeError, RecursionError, OSError) as error:
         raise Damaged(f"{path}: not a readable safetensors file ({error})") from None
     if not isinstance(metadata, dict):
         raise Damaged(f"{path}: expected weights saved by pydqn, got a file without its metadata")
-    if beside.get("checksum") != checksum:
+    if stated != checksum:
         raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
     return tensors, metadata
 

@@ -50,4 +50,4 @@ def indices(index: ArrayLike) -> NDArray[np.int64]:
     wanted = np.asarray(index)
     if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
         raise ValueError(f"index: expected a list of integers, got {index!r}")
-    return wanted.astype(np.int64, copy=False)
+    return np.require(wanted, np.int64, ["C", "A"])

@@ -347,7 +347,7 @@ class FrameReplay:
         for axes, dtype in ((self.frame_shape, self.dtype), ((), np.float32), ((), np.int32), ((), np.uint8)):
             shape = (self.num_envs, count, *axes)
             column = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
-            columns.append(column[:, skip:])
+            columns.append(np.require(column, requirements="A")[:, skip:])  # it may begin at any byte
             start += column.nbytes
         for lane in range(self.num_envs):
             self._import(lane, piece.start + skip - oldest, *(column[lane] for column in columns))

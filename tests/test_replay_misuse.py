@@ -20,6 +20,26 @@ GOOD = {
 }
 
 
+def test_arrays_that_begin_at_any_byte_are_taken():
+    """NumPy has such arrays; the core, as C++ in general, has not."""
+
+    def odd(values, dtype):
+        array = np.frombuffer(b"x" + np.array(values, dtype).tobytes(), dtype, offset=1)
+        assert not array.flags.aligned
+        return array
+
+    replay, off = FrameReplay(20, (3,), num_envs=2, stack=1, prioritized=True), np.zeros(2, bool)
+    for tick in range(5):
+        frames = np.full((2, 3), tick, np.uint8)
+        replay.append(frames, odd([1, 2], np.int64), odd([0.5, 1.5], np.float64), off, off, ~off if not tick else off)
+    index = replay.valid_indices()
+    assert replay.gather(odd(index, np.int64)).reward.tolist() == [0.5, 1.5] * 4
+    replay.update_priorities(odd(index, np.int64), odd(index + 1.0, np.float64))
+    batch = replay.empty_batch(2)
+    with pytest.raises(ValueError, match="^reward: expected a C-contiguous, aligned array"):
+        replay.sample(2, batch._replace(reward=odd([0, 0], np.float32)))
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     [

@@ -131,6 +131,20 @@ def test_a_resumed_run_is_the_same_run(tiny, tmp_path, variant):
         assert torch.equal(value, states[1].tensors[name]), name
 
 
+def test_games_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
+    """Also when nothing else has made Python write them, and the run is killed right then."""
+    settings = {**CARTPOLE, "total_steps": 300, "checkpoint_every_steps": 120, "log_every_steps": 1000}
+    config = dataclasses.replace(tiny, **settings)
+    train(config, tmp_path / "whole")
+    run = Run(config, tmp_path / "killed")
+    run._reopen = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(run.reports())
+    kill(run)
+    resume(tmp_path / "killed")
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("found", ["float32", "bfloat16"])
 def test_the_precision_that_was_found_is_kept(tiny, tmp_path, monkeypatch, found):
     """ "auto" times the processor, which may be busy when the run goes on: another answer would be another run."""
