@@ -107,7 +107,8 @@ class RunLog:
         """See to it that all rows are on the disk: what a checkpoint has counted is not written again."""
         self._flush()
         for file in (self._progress_file, self._episodes_file):
-            os.fsync(file.fileno())
+            with named_errors(Path(file.name)):
+                os.fsync(file.fileno())
         with self._board_errors():
             self._board.flush()
 
