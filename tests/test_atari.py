@@ -160,5 +160,18 @@ def test_pooling_can_be_switched_off():
         np.testing.assert_array_equal(frames[0], resize_area(ale.getScreenGrayscale()))
 
 
+def test_threads_of_the_emulators_change_nothing():
+    frames = []
+    for threads in (1, 3):
+        lanes, out = open_lanes(5, sticky_actions=0.25, noop_max_frames=30, emulator_threads=threads)
+        random, seen = np.random.default_rng(0), [out.copy()]
+        for _ in range(100):
+            step(lanes, out, random.integers(0, lanes.num_actions, 5))
+            seen.append(out.copy())
+        frames.append(np.stack(seen))
+    assert not np.array_equal(frames[0][50, 0], frames[0][50, 1])
+    np.testing.assert_array_equal(*frames)
+
+
 def test_names_of_actions():
     assert open_lanes()[0].action_names == ("NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE")
