@@ -1,4 +1,4 @@
-// The only file that knows both Python and the core: shapes, dtypes, errors, and the GIL, which is released around
+// The only file that knows both Python and the core (arrays.hpp knows Python alone): shapes, dtypes, errors, and the GIL, which is released around
 // everything that copies frames. The core's mutex is taken only after the GIL is given up, so the two cannot deadlock and
 // no thread stops the others while it waits for the memory.
 #include <pybind11/numpy.h>
@@ -11,103 +11,43 @@
 #include <initializer_list>
 #include <optional>
 
+#include "arrays.hpp"
 #include "frame_replay.hpp"
 
 namespace py = pybind11;
 using pydqn::BatchView;
 using pydqn::FrameReplay;
+using pydqn::column, pydqn::is_aligned, pydqn::reject, pydqn::require_dtype, pydqn::require_shape,
+    pydqn::rows_are_contiguous;
 
 namespace {
-
-std::string shape_text(const std::vector<py::ssize_t>& shape) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
-
-std::vector<py::ssize_t> shape_of(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
-
-[[noreturn]] void reject(const char* name, const std::string& expected, const std::string& got) {
-  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
-}
-
-// The shape `leading` + `rest`, without making a list of it: these checks run at every step.
-bool has_shape(const py::array& array, std::initializer_list<py::ssize_t> leading,
-               const std::vector<py::ssize_t>& rest = {}) {
-  return array.ndim() == static_cast<py::ssize_t>(leading.size() + rest.size()) &&
-         std::equal(leading.begin(), leading.end(), array.shape()) &&
-         std::equal(rest.begin(), rest.end(), array.shape() + leading.size());
-}
-
-void require_shape(const char* name, const py::array& array, std::initializer_list<py::ssize_t> leading,
-                   const std::vector<py::ssize_t>& rest = {}) {
-  if (has_shape(array, leading, rest)) return;
-  std::vector<py::ssize_t> expected(leading);
-  expected.insert(expected.end(), rest.begin(), rest.end());
-  reject(name, "shape " + shape_text(expected), "shape " + shape_text(shape_of(array)));
-}
-
-void require_dtype(const char* name, const py::array& array, const py::dtype& expected) {
-  if (!array.dtype().is(expected) && !array.dtype().equal(expected))
-    reject(name, "dtype " + std::string(py::str(expected)), "dtype " + std::string(py::str(array.dtype())));
-}
-
-bool is_aligned(const py::array& array) { return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0; }
-
-// A column of one value per lane, converted to T; `kinds` are the NumPy dtype kinds that convert without loss of meaning.
-template <typename T>
-py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lanes, const char* kinds,
-                      const char* expected) {
-  using Column = py::array_t<T, py::array::c_style>;
-  if (py::isinstance<Column>(value)) {  // as it should be: nothing to convert
-    const auto ready = py::reinterpret_borrow<py::array_t<T>>(value);
-    if (has_shape(ready, {lanes}) && is_aligned(ready)) return ready;
-  }
-  py::array array = py::array::ensure(value);
-  if (!array) {
-    PyErr_Clear();
-    reject(name, expected, std::string(py::str(py::type::of(value))));
-  }
-  if (std::strchr(kinds, array.dtype().kind()) == nullptr)
-    reject(name, expected, "dtype " + std::string(py::str(array.dtype())));
-  require_shape(name, array, {lanes});
-  if (!is_aligned(array)) array = array.attr("copy")();
-  return py::array_t<T, py::array::c_style | py::array::forcecast>(array);
-}
-
-// Whether all axes but the leading one are C-contiguous, so that a frame (or a stack) is one run of bytes.
-bool rows_are_contiguous(const py::array& array) {
-  py::ssize_t expected = array.itemsize();
-  for (py::ssize_t axis = array.ndim() - 1; axis > 0; --axis) {
-    if (array.shape(axis) != 1 && array.strides(axis) != expected) return false;
-    expected *= array.shape(axis);
-  }
-  return true;
-}
 
 class Binding {
  public:
   Binding(std::int64_t capacity, std::vector<py::ssize_t> frame_shape, std::int64_t stack, std::int64_t n_step,
           double gamma, std::int64_t lanes, const py::dtype& dtype, bool pad_with_first, std::optional<double> alpha,
-          std::uint64_t seed)
+          std::int64_t limit, std::uint64_t seed)
       : frame_shape_(std::move(frame_shape)),
         dtype_(dtype),
         core_({capacity / lanes, lanes, frame_bytes(), stack, n_step, gamma,
-               pad_with_first ? pydqn::Padding::kFirst : pydqn::Padding::kZero, alpha},
+               pad_with_first ? pydqn::Padding::kFirst : pydqn::Padding::kZero, alpha,
+               limit / lanes},
               seed) {}
 
-  std::int64_t size() const {
-    py::gil_scoped_release release;
-    return core_.size();
+  // These wait for the memory's mutex without the GIL (see `Unlocked` below).
+  std::int64_t size() const { return core_.size(); }
+  std::int64_t most_ticks() const { return core_.most_ticks(); }
+  std::vector<std::int64_t> lane_ticks() const { return core_.ticks(); }
+  std::int64_t stored(std::int64_t lane) const { return core_.stored(lane); }
+  void set_ticks(const std::vector<std::int64_t>& ticks) {
+    if (static_cast<py::ssize_t>(ticks.size()) != lanes()) throw std::invalid_argument("ticks: expected one per lane");
+    core_.set_ticks(ticks);
   }
-  std::int64_t ticks() const {
-    py::gil_scoped_release release;
-    return core_.ticks();
-  }
-  std::int64_t stored() const {
-    py::gil_scoped_release release;
-    return core_.stored();
-  }
+  void end_import() { core_.end_import(); }
+  std::string generator_state() const { return core_.generator_state(); }
+  void set_generator_state(const std::string& state) { core_.set_generator_state(state); }
+  double largest_priority() const { return core_.largest_priority(); }
+  void set_largest_priority(double value) { core_.set_largest_priority(value); }
   std::size_t bytes() const { return core_.bytes(); }
 
   static py::array next_slot(const py::object& self) {
@@ -128,9 +68,12 @@ class Binding {
     return py::array(binding.dtype_, shape, strides, slot, self);
   }
 
+  // `lanes` and `history` may be None: all lanes, in order; none.
   void append(const py::object& frame, const py::object& action, const py::object& reward,
-              const py::object& terminated, const py::object& truncated, const py::object& first) {
-    const py::ssize_t n = lanes();
+              const py::object& terminated, const py::object& truncated, const py::object& first,
+              const py::object& lanes_given, const py::object& history) {
+    const std::vector<std::int64_t> chosen = lanes_given.is_none() ? std::vector<std::int64_t>() : distinct(lanes_given);
+    const py::ssize_t n = lanes_given.is_none() ? lanes() : static_cast<py::ssize_t>(chosen.size());
     py::array frames =
         py::isinstance<py::array>(frame) ? py::reinterpret_borrow<py::array>(frame) : py::array::ensure(frame);
     if (!frames) {
@@ -146,25 +89,29 @@ class Binding {
     const auto truncateds = column<bool>("truncated", truncated, n, "b", "booleans");
     const auto actions64 = column<std::int64_t>("action", action, n, "iu", "integers");
     const auto rewards64 = column<double>("reward", reward, n, "fiub", "real numbers");
+    std::optional<py::array_t<bool>> histories;
+    if (!history.is_none()) histories = column<bool>("history", history, n, "b", "booleans");
     std::vector<std::int32_t> actions(static_cast<std::size_t>(n));
     std::vector<float> rewards(static_cast<std::size_t>(n));
-    for (py::ssize_t lane = 0; lane < n; ++lane) {
-      if (firsts.at(lane)) continue;  // these belong to no transition
-      const std::int64_t a = actions64.at(lane);
+    for (py::ssize_t i = 0; i < n; ++i) {
+      if (firsts.at(i) || (histories && histories->at(i))) continue;  // these belong to no transition
+      const std::int64_t a = actions64.at(i);
+      const std::string where = " in lane " + std::to_string(chosen.empty() ? i : chosen[static_cast<std::size_t>(i)]);
       if (a < 0 || a > std::numeric_limits<std::int32_t>::max())
-        reject("action", "integers from 0 to 2147483647", std::to_string(a) + " in lane " + std::to_string(lane));
-      actions[static_cast<std::size_t>(lane)] = static_cast<std::int32_t>(a);
-      rewards[static_cast<std::size_t>(lane)] = static_cast<float>(rewards64.at(lane));
-      if (!std::isfinite(rewards[static_cast<std::size_t>(lane)]))
-        reject("reward", "finite float32 numbers",
-               std::to_string(rewards64.at(lane)) + " in lane " + std::to_string(lane));
+        reject("action", "integers from 0 to 2147483647", std::to_string(a) + where);
+      actions[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(a);
+      rewards[static_cast<std::size_t>(i)] = static_cast<float>(rewards64.at(i));
+      if (!std::isfinite(rewards[static_cast<std::size_t>(i)]))
+        reject("reward", "finite float32 numbers", std::to_string(rewards64.at(i)) + where);
     }
 
     const auto* base = static_cast<const std::uint8_t*>(frames.data());
     const py::ssize_t stride = frames.strides(0);
+    const bool* histories_data = histories ? histories->data() : nullptr;
     py::gil_scoped_release release;
-    core_.append([=](std::int64_t lane) { return base + lane * stride; }, actions.data(), rewards.data(),
-                 terminateds.data(), truncateds.data(), firsts.data());
+    core_.append(n, lanes_given.is_none() ? nullptr : chosen.data(),
+                 [=](std::int64_t i) { return base + i * stride; }, actions.data(), rewards.data(),
+                 terminateds.data(), truncateds.data(), firsts.data(), histories_data);
   }
 
   void sample(std::int64_t count, double beta, py::array obs, py::array next_obs, py::array action, py::array reward,
@@ -196,6 +143,20 @@ class Binding {
     const std::int64_t count = wanted.size();
     py::gil_scoped_release release;
     core_.gather(wanted_data, count, view);
+  }
+
+  py::tuple windows(const py::array_t<std::int64_t, py::array::c_style>& index) const {
+    py::array_t<std::int64_t> steps(index.size());
+    py::array_t<bool> terminated(index.size()), truncated(index.size());
+    const std::int64_t* wanted = index.data();
+    std::int64_t* out = steps.mutable_data();
+    bool *ends = terminated.mutable_data(), *cuts = truncated.mutable_data();
+    const std::int64_t count = index.size();
+    {
+      py::gil_scoped_release release;
+      core_.windows(wanted, count, out, ends, cuts);
+    }
+    return py::make_tuple(steps, terminated, truncated);
   }
 
   void latest(py::array out) const {
@@ -248,47 +209,21 @@ class Binding {
     core_.import_run(lane, position, count, in);
   }
 
-  py::array_t<double> export_priorities(std::int64_t ticks) const {
-    const std::int64_t held = stored();
-    py::array_t<double> values({lanes(), held});
+  py::array_t<double> export_priorities(std::int64_t lane, std::int64_t ticks) const {
+    require_run(lane, 0, 0);
+    py::array_t<double> values(core_.stored(lane));
     double* out = values.mutable_data();
     py::gil_scoped_release release;
-    for (std::int64_t lane = 0; lane < core_.shape().lanes; ++lane)
-      core_.export_priorities(lane, ticks, out + lane * held);
+    core_.export_priorities(lane, ticks, out);
     return values;
   }
 
-  void import_priorities(const py::array_t<double, py::array::c_style>& values) {
-    const std::int64_t held = stored();
-    require_shape("priorities", values, {lanes(), held});
+  void import_priorities(std::int64_t lane, const py::array_t<double, py::array::c_style>& values) {
+    require_run(lane, 0, 0);
+    require_shape("priorities", values, {core_.stored(lane)});
     const double* in = values.data();
     py::gil_scoped_release release;
-    for (std::int64_t lane = 0; lane < core_.shape().lanes; ++lane) core_.import_priorities(lane, in + lane * held);
-  }
-
-  void set_ticks(std::int64_t ticks) {
-    py::gil_scoped_release release;
-    core_.set_ticks(ticks);
-  }
-  void end_import() {
-    py::gil_scoped_release release;
-    core_.end_import();
-  }
-  std::string generator_state() const {
-    py::gil_scoped_release release;
-    return core_.generator_state();
-  }
-  void set_generator_state(const std::string& state) {
-    py::gil_scoped_release release;
-    core_.set_generator_state(state);
-  }
-  double largest_priority() const {
-    py::gil_scoped_release release;
-    return core_.largest_priority();
-  }
-  void set_largest_priority(double value) {
-    py::gil_scoped_release release;
-    core_.set_largest_priority(value);
+    core_.import_priorities(lane, in);
   }
 
  private:
@@ -305,9 +240,26 @@ class Binding {
   }
 
   void require_run(std::int64_t lane, std::int64_t position, std::int64_t count) const {
-    const std::int64_t held = stored();
-    if (lane < 0 || lane >= lanes() || position < 0 || count < 0 || count > held || position > held - count)
+    const std::int64_t held = lane < 0 || lane >= lanes() ? -1 : core_.stored(lane);
+    if (position < 0 || count < 0 || count > held || position > held - count)
       throw py::value_error("run: lane, position and count reach beyond what is stored");
+  }
+
+  std::vector<std::int64_t> distinct(const py::object& value) const {
+    py::array array = py::array::ensure(value);
+    if (!array || array.ndim() != 1 || std::strchr("iu", array.dtype().kind()) == nullptr) {
+      PyErr_Clear();
+      reject("lanes", "a list of integers", std::string(py::str(value)));
+    }
+    const py::array_t<std::int64_t, py::array::c_style | py::array::forcecast> integers(array);
+    std::vector<std::int64_t> chosen(integers.data(), integers.data() + integers.size());
+    std::vector<bool> seen(static_cast<std::size_t>(lanes()));
+    for (const std::int64_t lane : chosen) {
+      if (lane < 0 || lane >= lanes() || seen[static_cast<std::size_t>(lane)])
+        reject("lanes", "different integers from 0 to " + std::to_string(lanes() - 1), std::string(py::str(value)));
+      seen[static_cast<std::size_t>(lane)] = true;
+    }
+    return chosen;
   }
 
   // The bytes of a column of the batch, checked.
@@ -350,17 +302,20 @@ class Binding {
 
 }  // namespace
 
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of pydqn; use it through pydqn.FrameReplay.";
   py::class_<Binding>(module, "FrameReplay")
       .def(py::init<std::int64_t, std::vector<py::ssize_t>, std::int64_t, std::int64_t, double, std::int64_t,
-                    const py::dtype&, bool, std::optional<double>, std::uint64_t>(),
+                    const py::dtype&, bool, std::optional<double>, std::int64_t, std::uint64_t>(),
            py::arg("capacity"), py::arg("frame_shape"), py::arg("stack"), py::arg("n_step"), py::arg("gamma"),
            py::arg("num_envs"), py::arg("dtype"), py::arg("pad_with_first"), py::arg("alpha"),
-           py::arg("seed"))
-      .def("__len__", &Binding::size)
-      .def_property_readonly("ticks", &Binding::ticks)
-      .def_property_readonly("stored", &Binding::stored)
+           py::arg("limit"), py::arg("seed"))
+      .def("__len__", &Binding::size, Unlocked())
+      .def_property_readonly("ticks", py::cpp_function(&Binding::most_ticks, Unlocked()))
+      .def_property_readonly("lane_ticks", py::cpp_function(&Binding::lane_ticks, Unlocked()))
+      .def("stored", &Binding::stored, Unlocked())
       .def_property_readonly("nbytes", &Binding::bytes)
       .def("next_slot", [](const py::object& self) { return Binding::next_slot(self); })
       .def("append", &Binding::append)
@@ -368,15 +323,18 @@ PYBIND11_MODULE(_core, module) {
       .def("update_priorities", &Binding::update_priorities)
       .def("gather", &Binding::gather)
       .def("latest", &Binding::latest)
+      .def("windows", &Binding::windows)
       .def("valid_indices", &Binding::valid_indices)
       .def("export_run", &Binding::export_run)
       .def("import_run", &Binding::import_run)
       .def("export_priorities", &Binding::export_priorities)
       .def("import_priorities", &Binding::import_priorities)
-      .def("set_ticks", &Binding::set_ticks)
-      .def("end_import", &Binding::end_import)
-      .def_property("generator_state", &Binding::generator_state, &Binding::set_generator_state)
-      .def_property("largest_priority", &Binding::largest_priority, &Binding::set_largest_priority);
+      .def("set_ticks", &Binding::set_ticks, Unlocked())
+      .def("end_import", &Binding::end_import, Unlocked())
+      .def_property("generator_state", py::cpp_function(&Binding::generator_state, Unlocked()),
+                    py::cpp_function(&Binding::set_generator_state, Unlocked()))
+      .def_property("largest_priority", py::cpp_function(&Binding::largest_priority, Unlocked()),
+                    py::cpp_function(&Binding::set_largest_priority, Unlocked()));
 
   module.def("keep_freed_memory", &pydqn::keep_freed_memory);
 

@@ -19,7 +19,8 @@
 
 namespace pydqn {
 
-enum Flag : std::uint8_t { kFirst = 1, kTerminated = 2, kTruncated = 4, kValid = 8 };
+// kHistory: the frame belongs to its episode and its stacks, but no step that is stored led to it.
+enum Flag : std::uint8_t { kFirst = 1, kTerminated = 2, kTruncated = 4, kValid = 8, kHistory = 16 };
 
 struct Record {
   float reward;

@@ -101,11 +101,15 @@ class DeviceReplay(FrameReplay):
         tick = self._core.ticks
         rows = self._rows(np.array([tick]), slice(None))
         slot = self.next_slot()
-        self._core.append(rows[0], action, reward, terminated, truncated, first)
+        self._core.append(rows[0], action, reward, terminated, truncated, first, None, None)
         if frames.ctypes.data != slot.ctypes.data or frames.strides != slot.strides:
             np.copyto(slot, frames)
         if self._uploads is not None:
             self._uploads.send(tick, int(rows[0, 0]))
+
+    def append_to(self, lanes: ArrayLike, *columns: Any, **named: Any) -> None:
+        """Not offered: frames are sent to the device for all lanes at once."""
+        raise RuntimeError("append_to: a DeviceReplay takes the frames of all lanes at once (append)")
 
     def next_slot(self) -> NDArray[Any]:
         """See `FrameReplay.next_slot`."""
@@ -127,6 +131,9 @@ class DeviceReplay(FrameReplay):
         """See `FrameReplay.load`; reads what either kind has saved."""
         return cls._load(path, expected, device=device)
 
+    def _elsewhere(self) -> dict[str, Any]:
+        return {"device": str(self.device)}
+
     def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return (), np.dtype(np.int32)
 
@@ -141,7 +148,7 @@ class DeviceReplay(FrameReplay):
         return self.frames[torch.from_numpy(rows).to(self.device, torch.int64)].cpu().numpy(), *rest
 
     def _import(self, lane: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
-        first = self._core.ticks - self._core.stored + position
+        first = self._core.ticks - self._core.stored(lane) + position
         rows = self._rows(np.arange(first, first + len(frames)), lane)
         # Rows of one lane lie apart: sent in one piece, and put in their places there.
         self.frames[torch.from_numpy(rows).to(self.device, torch.int64)] = torch.tensor(frames).to(self.device)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydqn import _core
-from pydqn.checks import dtype_name, fraction, indices, integer, number_dtype
-from pydqn.files import Damaged
-from pydqn.pieces import Piece, Saver, Store
+from pydqn.checks import fraction, indices, integer, number_dtype
+from pydqn.stored import Stored
 
-Kind = TypeVar("Kind", bound="FrameReplay")
-
-_FILE_KIND = "pydqn-replay"
-_FILE_VERSION = 3
-_SETTINGS = ("capacity", "stack", "n_step", "gamma", "num_envs", "padding", "prioritized", "alpha")
 _MOST = 1 << 20  # lanes, frames in a stack, steps in a window
 _MOST_BYTES = 1 << 60
-_BYTES_PER_PIECE = 32 << 20  # saving and loading hold a few of these at a time, however large the ring
 
 
 class Batch(NamedTuple):
@@ -45,7 +35,15 @@ class Batch(NamedTuple):
         return Batch._make(column[start:stop] for column in self)
 
 
-class FrameReplay:
+class Windows(NamedTuple):
+    """How the n-step windows of B transitions end."""
+
+    steps: NDArray[np.int64]  # (B,): k, at most n_step
+    terminated: NDArray[np.bool_]  # (B,)
+    truncated: NDArray[np.bool_]  # (B,): also where the episode just stopped, without a flag, within the window
+
+
+class FrameReplay(Stored):
     """A ring of single frames per environment, from which stacked n-step transitions are sampled.
 
     `append` takes what the environments *returned*: the newest frame, and the action, reward and flags that led to it.
@@ -73,6 +71,8 @@ class FrameReplay:
         alpha: from 0 (uniform) to 1.
         beta: of the importance weights (N P(i))^-beta, divided by the largest of the batch; from 0 (none) to 1 (full
             compensation). May be changed at any time.
+        max_transitions: at most so many over all lanes can be sampled, the newest (each lane keeps
+            `max_transitions // num_envs`); None for as many as the frames give.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -93,6 +93,7 @@ class FrameReplay:
         prioritized: bool = False,
         alpha: float = 0.6,
         beta: float = 0.4,
+        max_transitions: int | None = None,
     ) -> None:
         self.num_envs = integer("num_envs", num_envs, 1, _MOST)
         self.capacity = integer("capacity", capacity, self.num_envs)
@@ -111,6 +112,9 @@ class FrameReplay:
         if padding not in ("zero", "first"):
             raise ValueError(f"padding: expected 'zero' or 'first', got {padding!r}")
         self.padding = padding
+        self.max_transitions = max_transitions
+        if max_transitions is not None:
+            self.max_transitions = integer("max_transitions", max_transitions, self.num_envs)
         frames = (self.capacity + self.num_envs) * math.prod(self.frame_shape) * self.dtype.itemsize
         if frames > _MOST_BYTES:
             raise MemoryError(f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} are too many")
@@ -126,13 +130,14 @@ class FrameReplay:
                 dtype=cell_dtype,
                 pad_with_first=padding == "first",
                 alpha=self.alpha if prioritized else None,
+                limit=min(self.max_transitions or 0, self.capacity),
                 seed=integer("seed", seed, 0) % (1 << 64),
             )
         except MemoryError:
             raise MemoryError(
                 f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} do not fit in the address space"
             ) from None
-        self._saver = Saver(max(1, _BYTES_PER_PIECE // self._tick_bytes()))
+        super().__init__()
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled now."""
@@ -175,13 +180,46 @@ class FrameReplay:
         Raises:
             ValueError: an argument has the wrong shape, dtype or range. Nothing is stored then.
         """
-        self._core.append(frame, action, reward, terminated, truncated, first)
+        self._core.append(frame, action, reward, terminated, truncated, first, None, None)
+
+    def append_to(
+        self,
+        lanes: ArrayLike,
+        frame: NDArray[Any],
+        action: ArrayLike,
+        reward: ArrayLike,
+        terminated: ArrayLike,
+        truncated: ArrayLike,
+        first: ArrayLike,
+        history: ArrayLike | None = None,
+    ) -> None:
+        """Store what some lanes' environments returned, where they do not step together.
+
+        Args:
+            lanes: (n,) different integers.
+            frame: (n, *frame_shape), and so on: see `append`, with n for num_envs.
+            action: see `append`.
+            reward: see `append`.
+            terminated: see `append`.
+            truncated: see `append`.
+            first: see `append`.
+            history: (n,) bool: the frame goes on with the episode, but no step led to it: its action, reward and flags
+                are ignored, and no transition ends there. So an episode can be taken up in the middle: the frames
+                before, the oldest as `first`, then steps.
+
+        Raises:
+            ValueError: as `append`. Nothing is stored then.
+        """
+        self._core.append(frame, action, reward, terminated, truncated, first, lanes, history)
 
     def next_slot(self) -> NDArray[Any]:
         """Return the memory of the next frames, (num_envs, *frame_shape), to be written and then appended.
 
         Lets a preprocessing kernel write into the ring itself. The view is good until the next `append`; write to it
         from one thread only. Other threads may sample meanwhile.
+
+        Raises:
+            RuntimeError: `append_to` has left the lanes with different numbers of frames.
         """
         return self._core.next_slot()
 
@@ -246,6 +284,14 @@ class FrameReplay:
         self._core.gather(wanted, *_columns(batch))
         return batch
 
+    def windows(self, index: ArrayLike) -> Windows:
+        """Return how the named transitions end, which `Batch.discount` tells only together with their length.
+
+        Raises:
+            ValueError: an index names no transition that is held now.
+        """
+        return Windows(*self._core.windows(indices(index)))
+
     def valid_indices(self) -> NDArray[np.int64]:
         """Return the indices of all transitions that can be sampled now, oldest first."""
         return self._core.valid_indices()
@@ -257,124 +303,9 @@ class FrameReplay:
         self._core.latest(out)
         return out
 
-    def save(self, path: str | os.PathLike[str], progress: Callable[[float], None] | None = None) -> None:
-        """Write the whole memory, its generator included, to a folder: atomically, with checksums, without pickle.
-
-        Saving again writes only what is new: frames that this memory has saved, or was loaded from, are linked. Takes
-        some 100 MB beside the memory, however large that is.
-
-        Args:
-            path: a folder, made if it is not there. What was saved there before counts until all is written.
-            progress: told the share that is done, now and then, up to 1.
-
-        Raises:
-            RuntimeError: another thread appended meanwhile; what was saved before, if anything, is still there.
-        """
-        core, ticks, stored = self._core, self._core.ticks, self._core.stored
-        header = {
-            "version": _FILE_VERSION,
-            **self.settings,
-            "beta": self.beta,
-            "largest_priority": core.largest_priority,
-            "ticks": ticks,
-            "generator": core.generator_state,
-        }
-        priorities = core.export_priorities(ticks).tobytes() if self.prioritized else None
-
-        def read(start: int, stop: int) -> bytes:
-            position = start - (ticks - stored)
-            lanes = [self._export(lane, position, stop - start, ticks) for lane in range(self.num_envs)]
-            return b"".join(column.tobytes() for columns in zip(*lanes, strict=True) for column in columns)
-
-        self._saver.save(Path(path).absolute(), _FILE_KIND, header, (ticks - stored, ticks), read, priorities, progress)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the memory was made with and keeps for good, as JSON can hold it."""
-        others = {name: getattr(self, name) for name in _SETTINGS}
-        return {**others, "frame_shape": list(self.frame_shape), "dtype": self.dtype.name}
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], expected: dict[str, Any] | None = None) -> FrameReplay:
-        """Read what `save` wrote; the loaded memory samples the very batches that the saved one would have.
-
-        Args:
-            path: the folder.
-            expected: `settings` that the memory has to have; others are refused before any memory is taken for them.
-
-        Raises:
-            ValueError: the folder holds no replay memory, is damaged (`pydqn.files.Damaged`, which names the file), or
-                is of another version.
-        """
-        return cls._load(path, expected)
-
-    @classmethod
-    def _load(cls: type[Kind], path: str | os.PathLike[str], expected: dict[str, Any] | None, **settings: Any) -> Kind:
-        store = Store(Path(path).absolute(), _FILE_KIND)
-        header = store.header
-        if header.pop("version", None) != _FILE_VERSION:
-            raise ValueError(f"{path}: expected format version {_FILE_VERSION}")
-        for name, ours in (expected or {}).items():
-            if header.get(name) != ours:
-                raise ValueError(f"{path}: the replay memory has {name} {header.get(name)}, expected {ours}")
-        try:
-            ticks, generator, largest = (header.pop(name) for name in ("ticks", "generator", "largest_priority"))
-            if unknown := header.keys() - {*_SETTINGS, "frame_shape", "dtype", "beta"}:
-                raise ValueError(f"unknown: {', '.join(unknown)}")
-            dtype_name("dtype", header["dtype"])
-            replay = cls(**header, **settings)
-            replay._core.generator_state, replay._core.largest_priority = generator, largest
-            replay._core.set_ticks(integer("ticks", ticks, 0))
-            stored = replay._core.stored
-            store.check(ticks - stored, ticks, replay._saver.length)
-            for piece in store.pieces:
-                replay._read(store, piece, ticks - stored)
-            if replay.prioritized:
-                values = np.frombuffer(store.changing(8 * replay.num_envs * stored), np.float64)
-                replay._core.import_priorities(values.reshape(replay.num_envs, stored))
-            replay._core.end_import()
-        except Damaged:
-            raise
-        except (KeyError, TypeError, ValueError, MemoryError) as error:
-            raise Damaged(f"{path}: what it holds is no replay memory ({error})") from None
-        return replay
-
-    def _read(self, store: Store, piece: Piece, oldest: int) -> None:
-        """Take over a piece, of which the first frames may be too old to be held."""
-        count = piece.stop - piece.start
-        data, skip = store.read(piece, count * self._tick_bytes()), max(0, oldest - piece.start)
-        columns, start = [], 0
-        for axes, dtype in ((self.frame_shape, self.dtype), ((), np.float32), ((), np.int32), ((), np.uint8)):
-            shape = (self.num_envs, count, *axes)
-            column = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
-            columns.append(np.require(column, requirements="A")[:, skip:])  # it may begin at any byte
-            start += column.nbytes
-        for lane in range(self.num_envs):
-            self._import(lane, piece.start + skip - oldest, *(column[lane] for column in columns))
-        self._saver.known[piece.start // self._saver.length] = (store.folder / piece.name, piece)
-
-    def _tick_bytes(self) -> int:
-        return self.num_envs * (math.prod(self.frame_shape) * self.dtype.itemsize + 9)
-
-    # --- what a memory that keeps its frames elsewhere does in its own way ---
-
     def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of what the core holds of a frame."""
         return self.frame_shape, self.dtype
-
-    def _export(self, lane: int, position: int, count: int, ticks: int) -> tuple[NDArray[Any], ...]:
-        """Return frames, rewards, actions and flags of `count` held ticks of a lane, from the `position`th on."""
-        columns: tuple[NDArray[Any], ...] = self._core.export_run(lane, position, count, ticks)
-        return columns
-
-    def _import(self, lane: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
-        """Put back what `_export` gave."""
-        self._core.import_run(lane, position, frames, *rest)
-
-
-def verify_saved(path: str | os.PathLike[str]) -> None:
-    """Raise `pydqn.files.Damaged` unless all files of a saved memory are what was written. Loads nothing."""
-    Store(Path(path), _FILE_KIND).verify()
 
 
 def _columns(batch: Batch) -> tuple[NDArray[Any], ...]:

@@ -33,8 +33,9 @@ from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS
 from pydqn.files import Damaged, write_json
 from pydqn.lanes import Episode
 from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
-from pydqn.replay import FrameReplay, verify_saved
+from pydqn.replay import FrameReplay
 from pydqn.schedules import epsilon
+from pydqn.stored import verify_saved
 
 Self = TypeVar("Self", bound="BaseRun")
 

@@ -37,7 +37,7 @@ struct Entry {
   std::vector<std::uint8_t> frame;
   float reward;
   std::int32_t action;
-  bool terminated, truncated, first;
+  bool terminated, truncated, first, history;
 };
 
 struct Transition {
@@ -51,15 +51,17 @@ struct Twin {
   const Shape shape;
   std::vector<std::vector<Entry>> lanes;
 
-  std::int64_t ticks() const { return static_cast<std::int64_t>(lanes[0].size()); }
-  std::int64_t oldest() const { return std::max<std::int64_t>(0, ticks() - shape.capacity); }
+  static std::int64_t ticks(const std::vector<Entry>& lane) { return static_cast<std::int64_t>(lane.size()); }
+  std::int64_t oldest(const std::vector<Entry>& lane) const {
+    return std::max<std::int64_t>(0, ticks(lane) - shape.capacity);
+  }
 
   // The frames of a stack, or nothing where one of them is not held any more.
   std::optional<std::vector<std::uint8_t>> stack(const std::vector<Entry>& lane, std::int64_t tick) const {
     std::vector<std::uint8_t> frames;
     std::int64_t t = tick;
     for (std::int64_t i = 0; i < shape.stack; ++i) {
-      if (t < oldest()) return std::nullopt;
+      if (t < oldest(lane)) return std::nullopt;
       const auto& frame = lane[static_cast<std::size_t>(t)].frame;
       frames.insert(frames.begin(), frame.begin(), frame.end());
       if (lane[static_cast<std::size_t>(t)].first) {
@@ -75,14 +77,14 @@ struct Twin {
 
   std::optional<Transition> at(std::size_t number, std::int64_t tick) const {
     const auto& lane = lanes[number];
-    if (tick < oldest()) return std::nullopt;
+    if (tick < oldest(lane)) return std::nullopt;
     const auto obs = stack(lane, tick);
     if (!obs) return std::nullopt;
     double reward = 0.0, discount = 1.0;
     for (std::int64_t k = 1;; ++k) {
-      if (tick + k >= ticks()) return std::nullopt;  // the window is still open
+      if (tick + k >= ticks(lane)) return std::nullopt;  // the window is still open
       const Entry& next = lane[static_cast<std::size_t>(tick + k)];
-      if (next.first) {  // cut off without a flag
+      if (next.first || next.history) {  // cut off without a flag
         if (k == 1) return std::nullopt;
         return Transition{*obs, *stack(lane, tick + k - 1), lane[static_cast<std::size_t>(tick + 1)].action,
                           static_cast<float>(reward), static_cast<float>(discount)};
@@ -97,9 +99,14 @@ struct Twin {
 
   std::map<std::int64_t, Transition> transitions() const {
     std::map<std::int64_t, Transition> found;
-    for (std::size_t lane = 0; lane < lanes.size(); ++lane)
-      for (std::int64_t tick = 0; tick < ticks(); ++tick)
-        if (const auto transition = at(lane, tick)) found[tick * shape.lanes + static_cast<std::int64_t>(lane)] = *transition;
+    for (std::size_t lane = 0; lane < lanes.size(); ++lane) {
+      std::int64_t left = shape.limit ? shape.limit : shape.capacity;
+      for (std::int64_t tick = ticks(lanes[lane]) - 1; tick >= 0 && left > 0; --tick)
+        if (const auto transition = at(lane, tick)) {
+          found[tick * shape.lanes + static_cast<std::int64_t>(lane)] = *transition;
+          --left;
+        }
+    }
     return found;
   }
 };
@@ -140,6 +147,8 @@ class Sequence {
     shape_ = Shape{1 + pick(24), 1 + pick(4), 1 + pick(9), 1 + pick(4), 1 + pick(4), pick(2) ? 0.9 : 1.0,
                    pick(2) ? Padding::kZero : Padding::kFirst, std::nullopt};
     if (pick(2)) shape_.alpha = 0.25 * static_cast<double>(pick(5));
+    if (pick(2)) shape_.limit = 1 + pick(shape_.capacity);
+    uneven_ = pick(2);
     memory_ = std::make_unique<FrameReplay>(shape_, seed);
     twin_ = std::make_unique<Twin>(Twin{shape_, std::vector<std::vector<Entry>>(static_cast<std::size_t>(shape_.lanes))});
   }
@@ -159,37 +168,43 @@ class Sequence {
   std::int64_t pick(std::int64_t bound) { return static_cast<std::int64_t>(random_() % static_cast<std::uint64_t>(bound)); }
 
   void append() {
-    const auto lanes = static_cast<std::size_t>(shape_.lanes);
-    std::vector<std::int32_t> action(lanes);
-    std::vector<float> reward(lanes);
-    const auto flags = [lanes] { return std::make_unique<bool[]>(lanes); };
-    auto terminated = flags(), truncated = flags(), first = flags();
-    std::vector<std::vector<std::uint8_t>> frames(lanes);
-    for (std::size_t lane = 0; lane < lanes; ++lane) {
-      for (std::int64_t i = 0; i < shape_.frame_bytes; ++i) frames[lane].push_back(static_cast<std::uint8_t>(random_()));
-      action[lane] = static_cast<std::int32_t>(pick(18));
-      reward[lane] = static_cast<float>(pick(7)) - 3.0f;
-      first[lane] = twin_->ticks() == 0 || pick(8) == 0;
-      terminated[lane] = pick(9) == 0;
-      truncated[lane] = pick(9) == 0;
+    std::vector<std::int64_t> lanes;
+    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
+      if (!uneven_ || pick(3) > 0) lanes.push_back(lane);
+    if (uneven_) std::shuffle(lanes.begin(), lanes.end(), random_);
+    const std::size_t count = lanes.size();
+    std::vector<std::int32_t> action(count);
+    std::vector<float> reward(count);
+    const auto flags = [count] { return std::make_unique<bool[]>(count); };
+    auto terminated = flags(), truncated = flags(), first = flags(), history = flags();
+    std::vector<std::vector<std::uint8_t>> frames(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      for (std::int64_t byte = 0; byte < shape_.frame_bytes; ++byte) frames[i].push_back(static_cast<std::uint8_t>(random_()));
+      action[i] = static_cast<std::int32_t>(pick(18));
+      reward[i] = static_cast<float>(pick(7)) - 3.0f;
+      first[i] = lane_of(lanes[i]).empty() || pick(8) == 0;
+      history[i] = pick(9) == 0;
+      terminated[i] = pick(9) == 0;
+      truncated[i] = pick(9) == 0;
     }
-    const bool in_place = pick(2);
-    if (in_place)
-      for (std::size_t lane = 0; lane < lanes; ++lane)
-        std::memcpy(memory_->next_slot() + static_cast<std::int64_t>(lane) * memory_->lane_bytes(), frames[lane].data(),
-                    frames[lane].size());
-    const std::uint8_t* slot = memory_->next_slot();
+    const bool in_place = !uneven_ && pick(2);
+    std::uint8_t* slot = uneven_ ? nullptr : memory_->next_slot();
     const std::int64_t lane_bytes = memory_->lane_bytes();
+    if (in_place)
+      for (std::size_t i = 0; i < count; ++i)
+        std::memcpy(slot + static_cast<std::int64_t>(i) * lane_bytes, frames[i].data(), frames[i].size());
     memory_->append(
-        [&](std::int64_t lane) {
-          return in_place ? slot + lane * lane_bytes : frames[static_cast<std::size_t>(lane)].data();
-        },
-        action.data(), reward.data(), terminated.get(), truncated.get(), first.get());
-    for (std::size_t lane = 0; lane < lanes; ++lane)
-      twin_->lanes[lane].push_back(first[lane] ? Entry{frames[lane], 0.0f, 0, false, false, true}
-                                               : Entry{frames[lane], reward[lane], action[lane], terminated[lane],
-                                                       truncated[lane], false});
+        static_cast<std::int64_t>(count), uneven_ ? lanes.data() : nullptr,
+        [&](std::int64_t i) { return in_place ? slot + i * lane_bytes : frames[static_cast<std::size_t>(i)].data(); },
+        action.data(), reward.data(), terminated.get(), truncated.get(), first.get(), history.get());
+    for (std::size_t i = 0; i < count; ++i)
+      lane_of(lanes[i]).push_back(first[i]     ? Entry{frames[i], 0.0f, 0, false, false, true, false}
+                                  : history[i] ? Entry{frames[i], 0.0f, 0, false, false, false, true}
+                                               : Entry{frames[i], reward[i], action[i], terminated[i], truncated[i],
+                                                       false, false});
   }
+
+  std::vector<Entry>& lane_of(std::int64_t lane) { return twin_->lanes[static_cast<std::size_t>(lane)]; }
 
   void check() {
     const auto expected = twin_->transitions();
@@ -200,11 +215,13 @@ class Sequence {
     Buffers batch(shape_, static_cast<std::int64_t>(indices.size()));
     memory_->gather(indices.data(), static_cast<std::int64_t>(indices.size()), batch.view());
     compare(batch, expected);
+    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
+      if (lane_of(lane).empty()) return;
     std::vector<std::uint8_t> latest(static_cast<std::size_t>(shape_.lanes * shape_.stack * shape_.frame_bytes));
     memory_->latest(latest.data());
     if (shape_.capacity >= shape_.stack)
       for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) {
-        const auto stack = twin_->stack(twin_->lanes[static_cast<std::size_t>(lane)], twin_->ticks() - 1);
+        const auto stack = twin_->stack(lane_of(lane), Twin::ticks(lane_of(lane)) - 1);
         if (stack)
           require(std::equal(stack->begin(), stack->end(),
                              latest.begin() + lane * shape_.stack * shape_.frame_bytes), "latest");
@@ -225,11 +242,12 @@ class Sequence {
   // Saves and loads, in pieces of random length, and goes on with what was loaded.
   void reload() {
     auto other = std::make_unique<FrameReplay>(shape_, 0);
-    const std::int64_t ticks = memory_->ticks(), stored = memory_->stored();
+    const std::vector<std::int64_t> all_ticks = memory_->ticks();
     other->set_generator_state(memory_->generator_state());
     other->set_largest_priority(memory_->largest_priority());
-    other->set_ticks(ticks);
+    other->set_ticks(all_ticks);
     for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) {
+      const std::int64_t ticks = all_ticks[static_cast<std::size_t>(lane)], stored = memory_->stored(lane);
       for (std::int64_t position = 0; position < stored;) {
         const std::int64_t count = std::min(stored - position, 1 + pick(7));
         const auto size = static_cast<std::size_t>(count);
@@ -258,6 +276,7 @@ class Sequence {
 
   std::mt19937_64 random_;
   Shape shape_{};
+  bool uneven_ = false;  // lanes do not step together
   std::unique_ptr<FrameReplay> memory_;
   std::unique_ptr<Twin> twin_;
 };
@@ -273,7 +292,7 @@ int threads(double seconds) {
     const std::int32_t action[3] = {tick, tick, tick};
     const float reward[3] = {1.0f * tick, 1.0f * tick, 1.0f * tick};
     const bool no[3] = {false, false, false}, all[3] = {true, true, true};
-    memory.append([&](std::int64_t) { return frame.data(); }, action, reward, no, tick % 50 == 49 ? all : no,
+    memory.append(3, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, tick % 50 == 49 ? all : no,
                   tick % 50 == 0 ? all : no);
   };
   append(0);
@@ -349,7 +368,7 @@ int long_run(std::int64_t appends) {
   const bool no[8] = {}, all[8] = {true, true, true, true, true, true, true, true};
   long early = 0;
   for (std::int64_t tick = 0; tick < appends; ++tick) {
-    memory.append([&](std::int64_t) { return frame.data(); }, action, reward, no, no, tick % 700 == 0 ? all : no);
+    memory.append(8, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, no, tick % 700 == 0 ? all : no);
     if (tick % 100 == 99) memory.sample(32, 0.4, batch.view());
     if (tick == 30000) early = resident_kilobytes();  // the ring has gone round
   }

@@ -33,7 +33,7 @@ from pydqn.checkpoint import (
     save_weights,
 )
 from pydqn.logs import Report
-from pydqn.replay import verify_saved
+from pydqn.stored import verify_saved
 from pydqn.training import Run
 
 KINDS = {"kill": 1, "kill halfway": 2, "full disk": 3, "read only": 4}

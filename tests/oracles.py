@@ -37,23 +37,32 @@ class EpisodeReplay:
     n_step: int
     gamma: float
     padding: str
+    limit: int | None = None  # transitions per lane, the newest
     history: list[list[Entry]] = field(default_factory=list)
+    not_led_to: set[tuple[int, int]] = field(default_factory=set)  # lane and tick where no step led
 
     def __post_init__(self) -> None:
         self.history = [[] for _ in range(self.lanes)]
 
     def append(self, entries: list[Entry]) -> None:
         for lane, entry in enumerate(entries):
-            self.history[lane].append(entry)
+            self.append_to(lane, entry)
+
+    def append_to(self, lane: int, entry: Entry, history: bool = False) -> None:
+        if history:
+            self.not_led_to.add((lane, len(self.history[lane])))
+        self.history[lane].append(entry)
 
     def transitions(self) -> dict[int, Transition]:
         """Every transition that may be sampled now, by index (tick * lanes + lane)."""
         found = {}
         for lane, entries in enumerate(self.history):
+            all_of_lane = {}
             for tick in range(len(entries)):
-                transition = self._transition(entries, tick)
+                transition = self._transition(entries, tick, lane)
                 if transition is not None:
-                    found[tick * self.lanes + lane] = transition
+                    all_of_lane[tick * self.lanes + lane] = transition
+            found |= dict([*all_of_lane.items()][-self.limit if self.limit else 0 :])
         return found
 
     def latest(self) -> list[np.ndarray]:
@@ -75,7 +84,7 @@ class EpisodeReplay:
         pad = np.zeros_like(frames[0]) if self.padding == "zero" else frames[0]
         return held, np.stack([pad] * (self.stack - len(frames)) + frames)
 
-    def _transition(self, entries: list[Entry], tick: int) -> Transition | None:
+    def _transition(self, entries: list[Entry], tick: int, lane: int) -> Transition | None:
         if not self._is_held(entries, tick):
             return None
         reward, discount, last = 0.0, 1.0, tick
@@ -83,7 +92,7 @@ class EpisodeReplay:
             if tick + k >= len(entries):
                 return None  # the window is still open
             entry = entries[tick + k]
-            if entry.first:
+            if entry.first or (lane, tick + k) in self.not_led_to:
                 break  # the episode was cut off without a flag
             reward += discount * np.float64(np.float32(entry.reward))
             discount *= self.gamma

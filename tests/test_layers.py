@@ -28,6 +28,7 @@ LAYERS = [
         "transfers",
     },
     {"atari", "checkpoint", "logs", "networks", "pieces", "presets", "recording", "schedules"},
+    {"stored"},
     {"envs", "films", "plots", "policies", "replay"},
     {"device_replay", "evaluation", "learner"},
     {"runs", "values"},
@@ -99,7 +100,7 @@ def test_no_room_is_over_400_lines():
 
 def test_the_core_knows_no_python():
     for path in ROOT.glob("csrc/*"):
-        if path.name != "bindings.cpp":
+        if path.name not in ("bindings.cpp", "arrays.hpp"):
             assert "pybind" not in path.read_text()
             assert "Python.h" not in path.read_text()
 

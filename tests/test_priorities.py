@@ -252,11 +252,11 @@ def test_an_empty_tree_costs_nothing():
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e39])
 def test_a_file_may_not_bring_in_what_update_priorities_refuses(bad):
     source = filled(count=5)._core
-    columns, priorities = source.export_run(0, 0, 5, 5), source.export_priorities(5)
-    priorities[0, 2] = bad
+    columns, priorities = source.export_run(0, 0, 5, 5), source.export_priorities(0, 5)
+    priorities[2] = bad
     loaded = FrameReplay(64, (2,), stack=2, dtype="int64", prioritized=True)._core
-    loaded.set_ticks(5)
+    loaded.set_ticks([5])
     loaded.import_run(0, 0, *columns)
-    loaded.import_priorities(priorities)
+    loaded.import_priorities(0, priorities)
     with pytest.raises(ValueError, match="^priority: .* does not fit its transition"):
         loaded.end_import()

@@ -37,7 +37,7 @@ def assert_same(replay, twin):
             assert batch.reward[row] == np.float32(transition.reward)
             assert batch.discount[row] == np.float32(transition.discount)
         np.testing.assert_array_equal(batch.index, indices)
-        assert (batch.weight == 1).all()
+        assert replay.prioritized or (batch.weight == 1).all()
         sampled = replay.sample(16)
         for row, index in enumerate(sampled.index.tolist()):
             np.testing.assert_array_equal(sampled.next_obs[row], expected[index].next_obs)

@@ -18,14 +18,14 @@ from oracles import fill
 import pydqn.pieces
 from pydqn import FrameReplay
 from pydqn.files import Damaged, write_index
-from pydqn.replay import verify_saved
+from pydqn.stored import verify_saved
 
 SHAPE = {"frame_shape": (5,), "num_envs": 2, "stack": 2, "n_step": 2, "dtype": "float32"}
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr("pydqn.replay._BYTES_PER_PIECE", 8 * 2 * (5 * 4 + 9))  # eight ticks
+    monkeypatch.setattr("pydqn.stored._BYTES_PER_PIECE", 8 * 2 * (5 * 4 + 9))  # eight ticks
 
 
 def saved(tmp_path, ticks=30, **settings):
@@ -322,7 +322,7 @@ def test_what_is_no_index_is_refused(tmp_path):
 def test_pieces_longer_than_ours_are_refused(tmp_path, monkeypatch):
     """Loading holds one at a time."""
     with monkeypatch.context() as larger:
-        larger.setattr("pydqn.replay._BYTES_PER_PIECE", 1 << 20)
+        larger.setattr("pydqn.stored._BYTES_PER_PIECE", 1 << 20)
         _, path = saved(tmp_path)
     with pytest.raises(Damaged, match="its pieces are not the rows from 10 to 30"):
         FrameReplay.load(path)
