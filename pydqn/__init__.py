@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydqn.runs import Result as Result
     from pydqn.training import resume as resume
     from pydqn.training import train as train
+    from pydqn.transitions import TransitionReplay as TransitionReplay
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     "FrameReplay": "replay",
     "Learner": "learner",
     "Result": "runs",
+    "TransitionReplay": "transitions",
     "evaluate": "evaluation",
     "preset": "presets",
     "resume": "training",
@@ -42,6 +44,7 @@ __all__ = [
     "FrameReplay",
     "Learner",
     "Result",
+    "TransitionReplay",
     "evaluate",
     "preprocess",
     "preset",

@@ -284,6 +284,11 @@ class FrameReplay(Stored):
         self._core.gather(wanted, *_columns(batch))
         return batch
 
+    @property
+    def lane_ticks(self) -> list[int]:
+        """How many frames each lane has got so far. The newest has the index (ticks - 1) * num_envs + lane."""
+        return self._core.lane_ticks
+
     def windows(self, index: ArrayLike) -> Windows:
         """Return how the named transitions end, which `Batch.discount` tells only together with their length.
 

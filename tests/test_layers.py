@@ -30,7 +30,7 @@ LAYERS = [
     {"atari", "checkpoint", "logs", "networks", "pieces", "presets", "recording", "schedules"},
     {"stored"},
     {"envs", "films", "plots", "policies", "replay"},
-    {"device_replay", "evaluation", "learner"},
+    {"device_replay", "evaluation", "learner", "transitions"},
     {"runs", "values"},
     {"tabular"},
     {"training", "options"},

@@ -16,6 +16,7 @@ def test_public_names():
         "FrameReplay",
         "Learner",
         "Result",
+        "TransitionReplay",
         "evaluate",
         "preprocess",
         "preset",
@@ -61,6 +62,7 @@ def test_contract_of_the_replay():
         "prioritized",
         "alpha",
         "beta",
+        "max_transitions",
     ]
     assert names["frame_shape"].default == (84, 84)
     assert names["stack"].kind is inspect.Parameter.KEYWORD_ONLY

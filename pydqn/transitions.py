@@ -1,0 +1,260 @@
+"""A replay memory for trainers that hand over whole transitions, stacks and all (see `TransitionReplay`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from pydqn.checks import integer
+from pydqn.replay import Batch, FrameReplay, Windows
+
+_SMALL = 1024  # bytes of a frame up to which memory for the worst case is cheap
+_SPARE = 32  # one frame in so many is set aside for the ends of episodes
+
+
+class Stacks(NamedTuple):
+    """How observations are made of successive frames, the newest last, along one axis."""
+
+    stack: int
+    axis: int  # of the observation
+    frame_shape: tuple[int, ...]
+    wide: bool  # a frame keeps that axis, since it is more than one wide there (RGB, say)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: np.dtype[Any], stack: int | None) -> Stacks:
+        """Look at the shape of an observation.
+
+        An image, (C, H, W) or (H, W, C) uint8, is taken for C gray frames, or for C / 3 in colour where that divides;
+        everything else for one frame. `stack` says how many there are instead: along the colour axis of an image, and
+        along the first axis of everything else.
+
+        Raises:
+            ValueError: `stack` does not divide that axis.
+        """
+        image = len(shape) == 3 and dtype == np.uint8
+        axis = 2 if image and shape[2] < shape[0] else 0
+        if stack is None:
+            width = shape[axis] if image else 1
+            stack = width // 3 if width % 3 == 0 else width
+        stack = integer("stack", stack, 1)
+        if stack == 1:
+            return cls(1, 0, shape or (1,), False)
+        if not shape or shape[axis] % stack:
+            raise ValueError(f"stack: expected a divisor of axis {axis} of observations of shape {shape}, got {stack}")
+        width = shape[axis] // stack
+        frame = (*shape[:axis], *([width] if width > 1 else []), *shape[axis + 1 :])
+        return cls(stack, axis, frame or (1,), width > 1)
+
+    def split(self, observations: NDArray[Any]) -> NDArray[Any]:
+        """Return the frames of (n, *shape) observations, (n, stack, *frame_shape): a view where that can be."""
+        shape, axis = observations.shape, self.axis + 1
+        if self.wide:
+            parts = observations.reshape(*shape[:axis], self.stack, -1, *shape[axis + 1 :])
+            return np.moveaxis(parts, axis, 1)
+        if self.stack > 1 and axis > 1:
+            observations = np.moveaxis(observations, axis, 1)
+        return observations.reshape(shape[0], self.stack, *self.frame_shape)
+
+    def join(self, frames: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Undo `split`, for observations of that shape."""
+        if (self.stack > 1 and self.axis > 0) or self.wide:
+            frames = np.moveaxis(frames, 1, self.axis + 1)
+        return frames.reshape(len(frames), *shape)
+
+
+class TransitionReplay:
+    """A `FrameReplay` behind `add(obs, next_obs, action, reward, terminated, truncated)`.
+
+    It finds the newest frame in the stacks and stores each frame once. An observation that is not what the lane's last
+    step led to begins an episode, whether or not anyone said that the one before ended. What `sample` returns equals
+    what was added, bit for bit: frames that stand before an episode in its first stacks, and that are neither zeros nor
+    copies of the first frame, are stored, too.
+
+    Args:
+        capacity: transitions over all lanes; each lane keeps its newest `capacity // num_envs`. (Episodes take a frame
+            more than they have transitions. That is reckoned with up to one in 32 for frames of more than 1 KB; where
+            episodes are shorter than that, images make some transitions fewer.)
+        shape: of one observation.
+        dtype: of observations; others are converted.
+        num_envs: lanes.
+        stack: frames in an observation; None to tell by its shape (see `Stacks.of`).
+        padding: "zero" or "first": what mostly stands before an episode; None to tell by the first observation.
+        settings: all others of `FrameReplay`: n_step, gamma, prioritized, alpha, beta, seed.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    memory: FrameReplay
+    """Where the frames are. Its indices are those of `add`, `sample` and `gather`."""
+
+    def __init__(
+        self,
+        capacity: int,
+        shape: tuple[int, ...],
+        dtype: DTypeLike = "uint8",
+        *,
+        num_envs: int = 1,
+        stack: int | None = None,
+        padding: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.num_envs = integer("num_envs", num_envs, 1)
+        self.capacity = integer("capacity", capacity, self.num_envs)
+        self.shape = tuple(shape)
+        self.stacks = Stacks.of(self.shape, np.dtype(dtype), stack)
+        per_lane = self.capacity // self.num_envs
+        frame_bytes = math.prod(self.stacks.frame_shape) * np.dtype(dtype).itemsize
+        spare = per_lane if frame_bytes <= _SMALL else max(per_lane // _SPARE, 16)
+        per_lane += spare + self.stacks.stack + settings.get("n_step", 1)
+        self._settings = {
+            "capacity": per_lane * self.num_envs,
+            "frame_shape": self.stacks.frame_shape,
+            "dtype": dtype,
+            "num_envs": num_envs,
+            "stack": self.stacks.stack,
+            "max_transitions": self.capacity,
+            **settings,
+        }
+        self._find_padding = padding is None and self.stacks.stack > 1
+        self.memory = FrameReplay(**self._settings, padding=padding or "zero")
+        self._last = np.zeros((self.num_envs, *self.shape), self.memory.dtype)  # observations that steps have led to
+        self._begun = np.zeros(self.num_envs, bool)
+        self._all = np.arange(self.num_envs)
+
+    def __len__(self) -> int:
+        """Return how many transitions can be sampled now."""
+        return len(self.memory)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held when full."""
+        return self.memory.nbytes
+
+    def add(
+        self,
+        obs: ArrayLike,
+        next_obs: ArrayLike,
+        action: ArrayLike,
+        reward: ArrayLike,
+        terminated: ArrayLike,
+        truncated: ArrayLike,
+        lanes: ArrayLike | None = None,
+    ) -> NDArray[np.int64]:
+        """Store one transition of each lane.
+
+        Args:
+            obs: (n, *shape): what the action was chosen for.
+            next_obs: (n, *shape): what it led to; at the end of an episode the last of that, not the first of the next.
+            action: (n,) integers.
+            reward: (n,) finite real numbers.
+            terminated: (n,) bool: no value lies beyond `next_obs`.
+            truncated: (n,) bool: the episode was cut off there.
+            lanes: (n,) different integers; None for all lanes, in order.
+
+        Returns:
+            (n,) int64: the transitions' indices, under which they can be gathered while they are held.
+
+        Raises:
+            ValueError: an argument has the wrong shape, dtype or range, or `next_obs` is not `obs` moved on by a frame.
+        """
+        chosen = self._all if lanes is None else np.asarray(lanes)
+        obs, next_obs = (
+            self._observations("obs", obs, len(chosen)),
+            self._observations("next_obs", next_obs, len(chosen)),
+        )
+        frames = self.stacks.split(next_obs)
+        moved = self.moved_on(obs, next_obs)
+        if not moved.all():
+            raise ValueError(
+                f"next_obs: expected obs moved on by one frame ({self.stacks.stack} frames along axis "
+                f"{self.stacks.axis}), got something else in lane {chosen[~moved][0]}; pass stack=1 for observations "
+                "that are no stacks of successive frames"
+            )
+        fresh = ~(self._begun[chosen] & _same(obs, self._last if lanes is None else self._last[chosen]))
+        if fresh.any():
+            starts = self.stacks.split(obs)
+            for row in np.flatnonzero(fresh):
+                self._begin(int(chosen[row]), starts[row])
+        columns = (np.asarray(action), np.asarray(reward), np.asarray(terminated), np.asarray(truncated))
+        no = np.zeros(len(chosen), bool)
+        newest = frames[:, -1]
+        if lanes is None:
+            self.memory.append(newest, *columns, no)
+        else:
+            self.memory.append_to(chosen, newest, *columns, no)
+        self._last[chosen] = next_obs
+        self._begun[chosen] = True
+        index: NDArray[np.int64] = (np.array(self.memory.lane_ticks)[chosen] - 2) * self.num_envs + chosen
+        return index
+
+    def moved_on(self, obs: NDArray[Any], next_obs: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return, (n,), whether each of the next observations is the one before moved on by a frame."""
+        if self.stacks.stack == 1:
+            return np.ones(len(obs), bool)
+        return _same(self.stacks.split(next_obs)[:, :-1], self.stacks.split(obs)[:, 1:])
+
+    def follows(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return, (num_envs,), whether each lane's observation is what its last step led to."""
+        return self._begun & _same(obs, self._last)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw transitions, observations in the shape in which they were added (see `FrameReplay.sample`)."""
+        return self._joined(self.memory.sample(batch_size))
+
+    def gather(self, index: ArrayLike) -> Batch:
+        """Return the named transitions (see `FrameReplay.gather`)."""
+        return self._joined(self.memory.gather(index))
+
+    def windows(self, index: ArrayLike) -> Windows:
+        """See `FrameReplay.windows`."""
+        return self.memory.windows(index)
+
+    def update_priorities(self, index: ArrayLike, priority: ArrayLike) -> None:
+        """See `FrameReplay.update_priorities`."""
+        self.memory.update_priorities(index, priority)
+
+    def clear(self) -> None:
+        """Forget all transitions. The generator goes on."""
+        self._replace(self.memory.padding)
+
+    def _replace(self, padding: str) -> None:
+        before = self.memory
+        self.memory = FrameReplay(**{**self._settings, "beta": before.beta}, padding=padding)
+        self.memory._core.generator_state = before._core.generator_state
+        self._begun[:] = False
+
+    def _observations(self, name: str, value: ArrayLike, count: int) -> NDArray[Any]:
+        array = np.asarray(value)
+        if array.shape != (count, *self.shape):
+            raise ValueError(f"{name}: expected shape {(count, *self.shape)}, got shape {array.shape}")
+        return array.astype(self.memory.dtype, copy=False)
+
+    def _begin(self, lane: int, frames: NDArray[Any]) -> None:
+        """Open an episode with a stack of frames."""
+        if self._find_padding:
+            self._find_padding = False
+            if (frames == frames[0]).all() and frames.any():
+                self._replace("first")
+        start = len(frames) - 1
+        if self.memory.padding == "zero":
+            start = next((number for number in range(start) if frames[number].any()), start)
+        else:
+            start = next((number for number in range(start) if (frames[number + 1] != frames[0]).any()), start)
+        nothing, no = np.zeros(1, np.int64), np.zeros(1, bool)
+        for number in range(start, len(frames)):
+            opens = np.array([number == start])
+            self.memory.append_to([lane], frames[number][None], nothing, nothing, no, no, opens, history=~opens)
+
+    def _joined(self, batch: Batch) -> Batch:
+        join, shape = self.stacks.join, self.shape
+        return batch._replace(obs=join(batch.obs, shape), next_obs=join(batch.next_obs, shape))
+
+
+def _same(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return, (n,), whether rows are equal; NaN equals nothing."""
+    equal: NDArray[np.bool_] = (one == other).reshape(len(one), -1).all(axis=1)
+    return equal

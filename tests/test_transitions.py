@@ -1,0 +1,215 @@
+"""The memory for whole transitions: what comes out is what went in, bit for bit, whatever the stacks are made of."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydqn import TransitionReplay
+from pydqn.transitions import Stacks
+
+RESETS = ("zero", "first", "history", "go on", "one zero")
+
+
+class Stacker:
+    """An environment of random frames in random stacks, along an axis."""
+
+    def __init__(self, stacks, shape, dtype, random, resets):
+        self.stacks, self.shape, self.dtype, self.random, self.resets = stacks, shape, dtype, random, resets
+        self.frames = [np.zeros(stacks.frame_shape, dtype)] * stacks.stack
+
+    def _frame(self):
+        return self.random.integers(0, 3, self.stacks.frame_shape).astype(self.dtype)
+
+    def obs(self):
+        return self.stacks.join(np.stack(self.frames)[None], self.shape)[0].copy()
+
+    def reset(self):
+        count = self.stacks.stack - 1
+        kind = self.random.choice(self.resets)
+        frame = self._frame()
+        before = {
+            "zero": [np.zeros_like(frame)] * count,
+            "first": [frame] * count,
+            "history": [self._frame() for _ in range(count)],
+            "go on": self.frames[1:],
+            "one zero": [np.zeros_like(frame) for _ in range(count // 2)] + [self._frame()] * (count - count // 2),
+        }[kind]
+        self.frames = [*before, frame]
+        return self.obs()
+
+    def step(self):
+        self.frames = [*self.frames[1:], self._frame()]
+        return self.obs()
+
+
+def play(memory, envs, random, steps, some_lanes):
+    """Add transitions; return, per lane, all that were added, with their indices."""
+    added = [[] for _ in envs]
+    now = [env.reset() for env in envs]
+    for _ in range(steps):
+        lanes = [lane for lane in random.permutation(len(envs)) if not some_lanes or random.random() < 0.7]
+        if not lanes:
+            continue
+        lanes = lanes if some_lanes else sorted(lanes)
+        rows = []
+        for lane in lanes:
+            terminated, truncated = random.random(2) < 0.08
+            obs, next_obs = now[lane], envs[lane].step()
+            rows.append((obs, next_obs, int(random.integers(5)), float(random.normal()), terminated, truncated))
+            now[lane] = next_obs
+            if terminated or truncated or random.random() < 0.03:  # the last: nobody is told
+                now[lane] = envs[lane].reset()
+        columns = [np.array(column) for column in zip(*rows, strict=True)]
+        indices = memory.add(*columns, lanes=np.array(lanes) if some_lanes else None)
+        for lane, row, index in zip(lanes, rows, indices.tolist(), strict=True):
+            added[lane].append((index, row))
+    return added
+
+
+def windows(added, n_step, gamma):
+    """Every transition whose window is closed, by index: what an n-step memory has to give."""
+    found = {}
+    for position, (index, (obs, _, action, *_)) in enumerate(added):
+        total, discount = 0.0, 1.0
+        for k, (_, (_, next_obs, _, reward, terminated, truncated)) in enumerate(added[position:], 1):
+            total += discount * np.float64(np.float32(reward))
+            discount *= gamma
+            broken = position + k < len(added) and not np.array_equal(added[position + k][1][0], next_obs)
+            if k == n_step or terminated or truncated or broken:
+                cut = truncated or (k < n_step and not terminated)
+                found[index] = (obs, action, total, 0.0 if terminated else discount, next_obs, k, terminated, cut)
+                break
+    return found
+
+
+SHAPES = [
+    ((4, 6, 5), "uint8", None, Stacks(4, 0, (6, 5), False)),
+    ((6, 5, 4), "uint8", None, Stacks(4, 2, (6, 5), False)),
+    ((14, 13, 12), "uint8", None, Stacks(4, 2, (14, 13, 3), True)),
+    ((12, 13, 14), "uint8", None, Stacks(4, 0, (3, 13, 14), True)),
+    ((3, 6, 5), "uint8", None, Stacks(1, 0, (3, 6, 5), False)),
+    ((3, 6, 5), "uint8", 3, Stacks(3, 0, (6, 5), False)),
+    ((6, 5, 1), "uint8", None, Stacks(1, 0, (6, 5, 1), False)),
+    ((4, 3), "float32", 4, Stacks(4, 0, (3,), False)),
+    ((4,), "float32", None, Stacks(1, 0, (4,), False)),
+    ((4,), "float64", 4, Stacks(4, 0, (1,), False)),
+    ((3, 4, 5, 3), "uint8", 3, Stacks(3, 0, (4, 5, 3), False)),
+    ((), "int64", None, Stacks(1, 0, (1,), False)),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "stack", "expected"), SHAPES)
+def test_stacks_are_told_by_their_shape(shape, dtype, stack, expected):
+    stacks = Stacks.of(shape, np.dtype(dtype), stack)
+    assert stacks == expected
+    observations = np.arange(2 * int(np.prod(shape))).reshape(2, *shape)
+    frames = stacks.split(observations)
+    assert frames.shape == (2, stacks.stack, *stacks.frame_shape)
+    np.testing.assert_array_equal(stacks.join(frames, shape), observations)
+    if stacks.stack > 1:
+        part = np.moveaxis(observations, 1 + stacks.axis, 0)
+        width = len(part) // stacks.stack
+        np.testing.assert_array_equal(frames[:, 0].ravel(), np.moveaxis(part[:width], 0, 1 + stacks.axis).ravel())
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(1, 3),
+    st.sampled_from([1, 1, 3]),
+    st.sampled_from([1.0, 0.5]),
+    st.booleans(),
+    st.lists(st.sampled_from(RESETS), min_size=1, max_size=3),
+    st.integers(0, 2**32),
+    st.integers(3, 200),
+)
+def test_what_comes_out_is_what_went_in(kind, lanes, n_step, gamma, some_lanes, resets, seed, capacity):
+    shape, dtype, stack, stacks = kind
+    random = np.random.default_rng(seed)
+    memory = TransitionReplay(
+        capacity, shape, dtype, stack=stack, num_envs=lanes, n_step=n_step, gamma=gamma, seed=seed
+    )
+    envs = [Stacker(stacks, shape, dtype, random, resets) for _ in range(lanes)]
+    added = play(memory, envs, random, 60, some_lanes)
+    indices = memory.memory.valid_indices()
+    assert len(memory) == len(indices)
+    expected = {}
+    for number, lane in enumerate(added):
+        expected |= (of_lane := windows(lane, n_step, gamma))
+        kept = [index for index in indices.tolist() if index % lanes == number]
+        assert kept == [*of_lane][len(of_lane) - len(kept) :]  # the newest
+        if stacks.stack == 1 or resets == ["zero"]:  # others may take more frames than are set aside
+            assert len(kept) == min(len(of_lane), capacity // lanes)
+    if not len(memory):
+        return
+    for batch in (memory.gather(indices), memory.sample(20), copy.deepcopy(memory).sample(20)):
+        ends = memory.windows(batch.index)
+        for row, index in enumerate(batch.index.tolist()):
+            obs, action, reward, discount, next_obs, k, terminated, truncated = expected[index]
+            np.testing.assert_array_equal(batch.obs[row], obs)
+            np.testing.assert_array_equal(batch.next_obs[row], next_obs)
+            assert batch.action[row] == action
+            assert batch.reward[row] == np.float32(reward)
+            assert batch.discount[row] == np.float32(discount)
+            assert (ends.steps[row], ends.terminated[row], ends.truncated[row]) == (k, terminated, truncated)
+
+
+@pytest.mark.parametrize(("reset", "padding"), [("zero", "zero"), ("first", "first")])
+def test_each_frame_is_stored_once(reset, padding):
+    random = np.random.default_rng(0)
+    memory = TransitionReplay(1000, (4, 84, 84))
+    env = Stacker(memory.stacks, (4, 84, 84), np.uint8, random, [reset])
+    (added,) = play(memory, [env], random, 300, False)
+    assert memory.memory.padding == padding
+    breaks = sum(not np.array_equal(one[1][1], two[1][0]) for one, two in itertools.pairwise(added))
+    assert memory.memory.lane_ticks == [300 + 1 + breaks]
+    assert memory.nbytes < 1.1 * 1000 * (84 * 84 + 12)
+
+
+def test_begun_again_it_is_empty():
+    memory = TransitionReplay(10, (2,), "float32", prioritized=True)
+    row = np.ones((1, 2)), np.zeros((1, 2)), [0], [1.0], [False], [False]
+    memory.add(*row)
+    memory.memory.beta = 0.7
+    memory.clear()
+    assert len(memory) == 0
+    assert memory.memory.beta == 0.7
+    assert memory.add(*row).tolist() == [0]
+    assert memory.sample(1).obs.tolist() == [[1.0, 1.0]]
+
+
+IMAGE = np.zeros((1, 4, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((IMAGE[0], IMAGE, [0], [0.0], [False], [False]), "obs: expected shape (1, 4, 8, 8), got shape (4, 8, 8)"),
+        ((IMAGE, IMAGE[:, :3], [0], [0.0], [False], [False]), "next_obs: expected shape (1, 4, 8, 8)"),
+        ((IMAGE, IMAGE + 1, [0], [0.0], [False], [False]), "next_obs: expected obs moved on by one frame"),
+        ((IMAGE, IMAGE, [-1], [0.0], [False], [False]), "action: expected integers from 0"),
+        ((IMAGE, IMAGE, [0], [np.nan], [False], [False]), "reward: expected finite"),
+        ((IMAGE, IMAGE, [0], [0.0], [0.0], [False]), "terminated: expected booleans"),
+    ],
+)
+def test_bad_transitions(row, message):
+    memory = TransitionReplay(10, (4, 8, 8))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        memory.add(*row)
+    assert str(caught.value).startswith(message)
+    assert len(memory) == 0
+    memory.add(IMAGE, IMAGE, [0], [0.0], [False], [False])
+    assert len(memory) == 1
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="stack: expected a divisor of axis 0 of observations of shape"):
+        TransitionReplay(10, (4, 8, 8), stack=3)
+    with pytest.raises(ValueError, match="capacity: expected an integer of at least 2"):
+        TransitionReplay(1, (4,), num_envs=2)
