@@ -80,7 +80,8 @@ class TransitionReplay:
         shape: of one observation.
         dtype: of observations; others are converted.
         num_envs: lanes.
-        stack: frames in an observation; None to tell by its shape (see `Stacks.of`).
+        stack: frames in an observation; None to tell by its shape (see `Stacks.of`), and to take it for one frame after
+            all when the first step does not move it on by one.
         padding: "zero" or "first": what mostly stands before an episode; None to tell by the first observation.
         settings: all others of `FrameReplay`: n_step, gamma, prioritized, alpha, beta, seed.
 
@@ -105,25 +106,31 @@ class TransitionReplay:
         self.num_envs = integer("num_envs", num_envs, 1)
         self.capacity = integer("capacity", capacity, self.num_envs)
         self.shape = tuple(shape)
-        self.stacks = Stacks.of(self.shape, np.dtype(dtype), stack)
-        per_lane = self.capacity // self.num_envs
-        frame_bytes = math.prod(self.stacks.frame_shape) * np.dtype(dtype).itemsize
-        spare = per_lane if frame_bytes <= _SMALL else max(per_lane // _SPARE, 16)
-        per_lane += spare + self.stacks.stack + settings.get("n_step", 1)
-        self._settings = {
-            "capacity": per_lane * self.num_envs,
-            "frame_shape": self.stacks.frame_shape,
-            "dtype": dtype,
-            "num_envs": num_envs,
-            "stack": self.stacks.stack,
-            "max_transitions": self.capacity,
-            **settings,
-        }
-        self._find_padding = padding is None and self.stacks.stack > 1
-        self.memory = FrameReplay(**self._settings, padding=padding or "zero")
-        self._last = np.zeros((self.num_envs, *self.shape), self.memory.dtype)  # observations that steps have led to
+        self._dtype = np.dtype(dtype)
+        self._settings = settings
         self._begun = np.zeros(self.num_envs, bool)
         self._all = np.arange(self.num_envs)
+        self._padding = padding  # None: not known yet
+        self._stack_is_sure = stack is not None
+        self.stacks = Stacks.of(self.shape, self._dtype, stack)
+        self.memory = self._memory()
+        self._last = np.zeros((self.num_envs, *self.shape), self._dtype)  # observations that steps have led to
+
+    def _memory(self) -> FrameReplay:
+        per_lane = self.capacity // self.num_envs
+        small = math.prod(self.stacks.frame_shape) * self._dtype.itemsize <= _SMALL
+        spare = per_lane if small else max(per_lane // _SPARE, 16)
+        per_lane += spare + self.stacks.stack + int(self._settings.get("n_step", 1))
+        return FrameReplay(
+            per_lane * self.num_envs,
+            self.stacks.frame_shape,
+            dtype=self._dtype,
+            num_envs=self.num_envs,
+            stack=self.stacks.stack,
+            max_transitions=self.capacity,
+            padding=self._padding or "zero",
+            **self._settings,
+        )
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled now."""
@@ -166,8 +173,8 @@ class TransitionReplay:
             self._observations("obs", obs, len(chosen)),
             self._observations("next_obs", next_obs, len(chosen)),
         )
-        frames = self.stacks.split(next_obs)
         moved = self.moved_on(obs, next_obs)
+        frames = self.stacks.split(next_obs)
         if not moved.all():
             raise ValueError(
                 f"next_obs: expected obs moved on by one frame ({self.stacks.stack} frames along axis "
@@ -192,10 +199,19 @@ class TransitionReplay:
         return index
 
     def moved_on(self, obs: NDArray[Any], next_obs: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return, (n,), whether each of the next observations is the one before moved on by a frame."""
+        """Return, (n,), whether each of the next observations is the one before moved on by a frame.
+
+        The first call settles whether they are stacks at all, where nobody has told.
+        """
         if self.stacks.stack == 1:
             return np.ones(len(obs), bool)
-        return _same(self.stacks.split(next_obs)[:, :-1], self.stacks.split(obs)[:, 1:])
+        moved = _same(self.stacks.split(next_obs)[:, :-1], self.stacks.split(obs)[:, 1:])
+        if not self._stack_is_sure and not moved.any():
+            self.stacks = Stacks.of(self.shape, self._dtype, 1)
+            self.clear()
+            moved = ~moved
+        self._stack_is_sure = True
+        return moved
 
     def follows(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
         """Return, (num_envs,), whether each lane's observation is what its last step led to."""
@@ -219,11 +235,9 @@ class TransitionReplay:
 
     def clear(self) -> None:
         """Forget all transitions. The generator goes on."""
-        self._replace(self.memory.padding)
-
-    def _replace(self, padding: str) -> None:
         before = self.memory
-        self.memory = FrameReplay(**{**self._settings, "beta": before.beta}, padding=padding)
+        self.memory = self._memory()
+        self.memory.beta = before.beta
         self.memory._core.generator_state = before._core.generator_state
         self._begun[:] = False
 
@@ -231,14 +245,13 @@ class TransitionReplay:
         array = np.asarray(value)
         if array.shape != (count, *self.shape):
             raise ValueError(f"{name}: expected shape {(count, *self.shape)}, got shape {array.shape}")
-        return array.astype(self.memory.dtype, copy=False)
+        return array.astype(self._dtype, copy=False)
 
     def _begin(self, lane: int, frames: NDArray[Any]) -> None:
         """Open an episode with a stack of frames."""
-        if self._find_padding:
-            self._find_padding = False
-            if (frames == frames[0]).all() and frames.any():
-                self._replace("first")
+        if self._padding is None and len(frames) > 1:
+            self._padding = "first" if frames.any() and (frames == frames[0]).all() else "zero"
+            self.clear()
         start = len(frames) - 1
         if self.memory.padding == "zero":
             start = next((number for number in range(start) if frames[number].any()), start)

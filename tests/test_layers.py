@@ -67,7 +67,16 @@ def test_rooms_import_only_lower_rooms(path):
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
 def test_foreign_packages_stay_in_their_rooms(path):
-    homes = {"gymnasium": {"envs"}, "ale_py": {"atari"}, "argparse": {"cli", "options"}, "matplotlib": {"plots"}}
+    homes = {
+        "gymnasium": {"envs", "sb3", "cleanrl", "gymnasium"},
+        "ale_py": {"atari"},
+        "argparse": {"cli", "options"},
+        "matplotlib": {"plots"},
+        "stable_baselines3": {"sb3"},
+        "torchrl": {"torchrl"},
+        "tensordict": {"torchrl"},
+        "tianshou": {"tianshou"},
+    }
     for name in imports(path):
         home = homes.get(name.split(".")[0])
         assert home is None or path.stem in home, f"{path.name} imports {name}"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydqn import TransitionReplay
 from pydqn.transitions import Stacks
 
+IMAGE = np.zeros((1, 4, 8, 8), np.uint8)
 RESETS = ("zero", "first", "history", "go on", "one zero")
 
 
@@ -172,6 +173,26 @@ def test_each_frame_is_stored_once(reset, padding):
     assert memory.nbytes < 1.1 * 1000 * (84 * 84 + 12)
 
 
+def test_images_that_are_no_stacks_are_taken_whole():
+    images = np.random.default_rng(0).integers(0, 255, (6, 4, 8, 8)).astype(np.uint8)
+    memory = TransitionReplay(10, (4, 8, 8))
+    assert memory.stacks.stack == 4
+    for step in range(5):
+        memory.add(images[step : step + 1], images[step + 1 : step + 2], [step], [0.0], [False], [False])
+    assert memory.stacks.stack == 1
+    batch = memory.gather(memory.memory.valid_indices())
+    np.testing.assert_array_equal(batch.obs, images[:5])
+    np.testing.assert_array_equal(batch.next_obs, images[1:])
+
+
+def test_stacks_that_break_off_later_are_refused():
+    memory = TransitionReplay(10, (4, 8, 8))
+    memory.add(IMAGE, IMAGE, [0], [0.0], [False], [False])
+    with pytest.raises(ValueError, match="next_obs: expected obs moved on by one frame"):
+        memory.add(IMAGE, IMAGE + 1, [0], [0.0], [False], [False])
+    assert len(memory) == 1
+
+
 def test_begun_again_it_is_empty():
     memory = TransitionReplay(10, (2,), "float32", prioritized=True)
     row = np.ones((1, 2)), np.zeros((1, 2)), [0], [1.0], [False], [False]
@@ -182,9 +203,6 @@ def test_begun_again_it_is_empty():
     assert memory.memory.beta == 0.7
     assert memory.add(*row).tolist() == [0]
     assert memory.sample(1).obs.tolist() == [[1.0, 1.0]]
-
-
-IMAGE = np.zeros((1, 4, 8, 8), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +217,7 @@ IMAGE = np.zeros((1, 4, 8, 8), np.uint8)
     ],
 )
 def test_bad_transitions(row, message):
-    memory = TransitionReplay(10, (4, 8, 8))
+    memory = TransitionReplay(10, (4, 8, 8), stack=4)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         memory.add(*row)
     assert str(caught.value).startswith(message)

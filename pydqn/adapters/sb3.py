@@ -1,0 +1,235 @@
+"""pydqn's replay memory in Stable-Baselines3: `DQN(..., replay_buffer_class=ReplayBuffer)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+from torch.nn import functional as F
+
+from pydqn.replay import Batch
+from pydqn.transitions import TransitionReplay
+
+try:
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.buffers import BaseBuffer
+    from stable_baselines3.common.buffers import ReplayBuffer as TheirBuffer
+    from stable_baselines3.common.type_aliases import ReplayBufferSamples
+    from stable_baselines3.common.vec_env import VecNormalize
+except ImportError as error:
+    raise ImportError("pydqn.adapters.sb3 needs Stable-Baselines3: pip install 'pydqn[adapters]'") from error
+
+
+class ReplayBuffer(TheirBuffer):
+    """Stable-Baselines3's replay buffer with every frame stored once, and time limits told from terminations.
+
+    Give it to `DQN` or sb3-contrib's `QRDQN` as `replay_buffer_class`. What `sample` returns is SB3's own tuple and
+    equals what SB3's buffers return for the same transitions, but for this:
+
+    * With `n_steps`, a transition is sampled once its whole window is known, while SB3 cuts the newest windows short.
+    * With `n_steps` and a `VecNormalize` that normalizes rewards, it is their discounted sum that is normalized (and
+      clipped), not each of them.
+    * SB3's `optimize_memory_usage=True` cannot tell time limits and returns, after the end of each episode, the first
+      observation of the next; here it changes nothing.
+
+    `save_replay_buffer` and `load_replay_buffer` work; the file is SB3's: a pickle, to be loaded only from those whom
+    you trust. `buffer.transitions.memory.save(path)` writes pydqn's own format.
+
+    Args:
+        buffer_size: transitions, over all environments (see `pydqn.TransitionReplay` on very short episodes).
+        observation_space: anything that SB3 makes one array of; images as (C, H, W) or (H, W, C). No `Dict`.
+        action_space: a `Discrete`.
+        device: where samples go; PyTorch's name, or "auto".
+        n_envs: environments that step together.
+        optimize_memory_usage: accepted and not needed.
+        handle_timeout_termination: whether `infos[i]["TimeLimit.truncated"]` makes a `done` no termination.
+        n_steps: steps in a return (SB3 wants it here, in `replay_buffer_kwargs`, together with `gamma`).
+        gamma: discount per step of n-step returns.
+        stack: frames in an observation; None to tell by its shape (`pydqn.transitions.Stacks.of`).
+        settings: all others of `pydqn.TransitionReplay`: prioritized, alpha, beta, padding, seed (drawn from NumPy's
+            global generator otherwise, which SB3 seeds).
+
+    Raises:
+        ValueError: an argument is out of range, or a space is not one that fits.
+    """
+
+    transitions: TransitionReplay
+    pos: int
+    full: bool
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: torch.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        *,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+        stack: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(action_space, spaces.Discrete):
+            raise ValueError(f"action_space: expected Discrete, got {action_space}")
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError("observation_space: expected one array, got Dict (use SB3's DictReplayBuffer for those)")
+        # Not TheirBuffer's, which takes memory for two stacks per transition.
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.optimize_memory_usage = optimize_memory_usage
+        self.handle_timeout_termination = handle_timeout_termination
+        self.n_steps = n_steps
+        self.gamma = gamma
+        settings.setdefault("seed", int(np.random.randint(2**31)))  # noqa: NPY002
+        self.transitions = TransitionReplay(
+            self.buffer_size * n_envs,
+            self.obs_shape,
+            observation_space.dtype or np.float32,
+            num_envs=n_envs,
+            stack=stack,
+            n_step=n_steps,
+            gamma=gamma if n_steps > 1 else 1.0,  # then 0 says terminated, whatever SB3's gamma
+            **settings,
+        )
+        # SB3 writes to `dones` when `learn` is called again; `timeouts` go with them. Neither is read here.
+        self.dones = np.zeros((self.buffer_size, n_envs), np.float32)
+        self.timeouts = np.zeros((self.buffer_size, n_envs), np.float32)
+
+    def __len__(self) -> int:
+        """Return how many transitions can be sampled now, over all environments."""
+        return len(self.transitions)
+
+    def add(
+        self,
+        obs: NDArray[Any],
+        next_obs: NDArray[Any],
+        action: NDArray[Any],
+        reward: NDArray[Any],
+        done: NDArray[Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Store a transition of each environment; leading axis n_envs on all.
+
+        Args:
+            obs: what the actions were chosen for, stacks and all.
+            next_obs: what they led to: the terminal observation where `done`.
+            action: (n_envs,) or (n_envs, 1) integers.
+            reward: (n_envs,).
+            done: (n_envs,) whether the episode is over.
+            infos: one each; "TimeLimit.truncated" tells that it was cut off.
+        """
+        shape = (self.n_envs, *self.obs_shape)
+        done = np.asarray(done).astype(bool)
+        timeout = np.zeros(self.n_envs, bool)
+        if self.handle_timeout_termination:
+            timeout = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        self.transitions.add(
+            np.asarray(obs).reshape(shape),
+            np.asarray(next_obs).reshape(shape),
+            np.asarray(action).reshape(self.n_envs),
+            np.asarray(reward).reshape(self.n_envs),
+            done & ~timeout,
+            timeout,
+        )
+        self.dones[self.pos], self.timeouts[self.pos] = done, timeout
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full, self.pos = True, 0
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """Draw transitions: SB3's tuple of tensors on the device, (batch_size, ...).
+
+        Args:
+            batch_size: how many.
+            env: normalizes observations and rewards.
+        """
+        return self._tensors(self.transitions.sample(batch_size), env)
+
+    def sample_weighted(
+        self, batch_size: int, env: VecNormalize | None = None
+    ) -> tuple[ReplayBufferSamples, torch.Tensor, NDArray[np.int64]]:
+        """Draw transitions, with their importance weights, (batch_size, 1), and their indices for their priorities."""
+        batch = self.transitions.sample(batch_size)
+        weight = torch.as_tensor(batch.weight[:, None], device=self.device)
+        return self._tensors(batch, env), weight, batch.index
+
+    def update_priorities(self, index: ArrayLike, priority: ArrayLike) -> None:
+        """Set the priorities of sampled transitions: positive numbers (see `pydqn.FrameReplay.update_priorities`)."""
+        self.transitions.update_priorities(index, priority)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.transitions.clear()
+
+    def _get_samples(self, batch_inds: NDArray[Any], env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """Return the named transitions; the indices are those of `transitions`."""
+        return self._tensors(self.transitions.gather(batch_inds), env)
+
+    def _tensors(self, batch: Batch, env: VecNormalize | None) -> ReplayBufferSamples:
+        dones, discounts = batch.discount == 0, None
+        if self.n_steps > 1:
+            windows = self.transitions.windows(batch.index)
+            dones = windows.terminated
+            discounts = (self.gamma ** windows.steps.astype(np.float64)).astype(np.float32)[:, None]
+        return ReplayBufferSamples(
+            self._tensor(self._normalize_obs(batch.obs, env)),
+            self._tensor(batch.action.astype(self.action_space.dtype, copy=False)[:, None]),
+            self._tensor(self._normalize_obs(batch.next_obs, env)),
+            self._tensor(dones.astype(np.float32)[:, None]),
+            self._tensor(self._normalize_reward(batch.reward[:, None], env)),
+            *([] if discounts is None else [self._tensor(discounts)]),
+        )
+
+    def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.as_tensor(array, device=self.device)  # the memory is the batch's own: nobody writes to it again
+
+
+class PrioritizedDQN(DQN):
+    """SB3's `DQN` with prioritized replay (Schaul et al. 2016, https://arxiv.org/abs/1511.05952).
+
+    The losses are weighted, the sizes of the TD errors become the priorities, and beta rises from where the buffer has
+    it (`replay_buffer_kwargs={"beta": 0.4, "alpha": 0.6}`) to 1 at the end of training. All arguments are `DQN`'s.
+    """
+
+    replay_buffer: ReplayBuffer
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings["replay_buffer_class"] = settings.get("replay_buffer_class") or ReplayBuffer
+        kwargs = settings.get("replay_buffer_kwargs") or {}
+        settings["replay_buffer_kwargs"] = {"prioritized": True, **kwargs}
+        self.priority_beta = float(kwargs.get("beta", 0.4))
+        super().__init__(*args, **settings)
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """Take gradient steps, as SB3's `DQN` does, weighted."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        buffer, losses = self.replay_buffer, []
+        progress = min(max(1 - self._current_progress_remaining, 0.0), 1.0)
+        buffer.transitions.memory.beta = self.priority_beta + (1 - self.priority_beta) * progress
+        for _ in range(gradient_steps):
+            batch, weight, index = buffer.sample_weighted(batch_size, self._vec_normalize_env)
+            with torch.no_grad():
+                following = self.q_net_target(batch.next_observations).amax(dim=1, keepdim=True)
+                discount = self.gamma if batch.discounts is None else batch.discounts
+                target = batch.rewards + (1 - batch.dones) * discount * following
+            values = self.q_net(batch.observations).gather(1, batch.actions.long())
+            loss = (weight * F.smooth_l1_loss(values, target, reduction="none")).mean()
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+            errors = (target - values.detach()).abs().squeeze(1)
+            buffer.update_priorities(index, (errors + 1e-6).cpu().numpy())
+            losses.append(loss.item())
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/loss", np.mean(losses))
+        self.logger.record("train/priority_beta", buffer.transitions.memory.beta)
