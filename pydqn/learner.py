@@ -18,13 +18,13 @@ from pydqn.losses import LOSSES, td_error
 from pydqn.networks import tensors_of
 from pydqn.optimizers import Settings, State, make_optimizer
 from pydqn.pixels import look_up
-from pydqn.policies import Policy
+from pydqn.policies import Policy, resolve_device
 from pydqn.replay import Batch
 from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
 
 
 class Metrics(NamedTuple):
-    """What the latest update saw, as plain numbers."""
+    """What the latest update saw, as plain numbers. With a loss of one's own, values are unknown: NaN."""
 
     loss: float  # weighted mean of the per-sample losses
     mean_q: float  # mean over the batch of the values of the actions taken
@@ -32,14 +32,30 @@ class Metrics(NamedTuple):
     max_q: float  # largest action value of the batch
 
 
+class Transitions(NamedTuple):
+    """What a loss of one's own sees of B transitions: tensors on the device, to be read only.
+
+    Their importance weights are not among them: the learner multiplies the losses by them.
+    """
+
+    obs: Tensor  # (B, stack, *frame_shape), the memory's dtype; or what the network's `prepare` made of that
+    action: Tensor  # (B,) int64
+    reward: Tensor  # (B,) float32: sum of gamma^j r_j over the window, j < k
+    discount: Tensor  # (B,) float32: gamma^k, or 0 after termination
+    next_obs: Tensor  # as obs, k steps later
+
+
+OwnLoss = Callable[[nn.Module, nn.Module, Transitions], Tensor]  # online, target, batch: one loss per sample, (B,)
+
+
 class _Seen(NamedTuple):
-    """The same as tensors, worked out when someone asks; after a capture, memory that every replay writes again."""
+    """What metrics are worked out from when someone asks; after a capture, memory that every replay writes again."""
 
     norm: Tensor
     action: Tensor  # (B,)
     weight: Tensor  # (B,)
-    errors: Tensor  # (B,)
-    values: Tensor  # (B, A)
+    errors: Tensor  # (B,): TD errors, or what a loss of one's own gave
+    values: Tensor | None  # (B, A); None where only the loss knows them
 
 
 class Learner:
@@ -49,33 +65,53 @@ class Learner:
     each number of steps that occurs: batches, learning rate and step counter live on the device. The host runs ahead:
     it waits only until the batch before has left the pinned memory. On a CPU the same function runs eagerly.
 
+    With a `loss` of one's own, the network may give anything: autograd traces the loss, the gradient is that of the
+    weighted mean of its values, and all else stays as it is. The target network makes no gradients; what `online` adds
+    to a target wants `torch.no_grad()`. Both networks stay in the mode (`train` or `eval`) that they are in, and random
+    numbers come from PyTorch's own generator of the device: `state` holds neither. On a CUDA device, the loss and the
+    network run a few times to be recorded, and never again. So they may not branch on data, wait for the device
+    (`.item()`) or bring numbers there (`torch.tensor`), which PyTorch refuses (on a CPU nobody notices); what changes
+    from one update to the next is a buffer of the network, changed in place, or a random number, new at each replay.
+
     Args:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
-            has a method `prepare`, observations go through that once for all the networks that see them.
-        config: the fields of the loss and the optimizer, and the batch size.
-        device: where to learn, as `resolve_device` gives it.
+            has a method `prepare`, observations go through that once for all the networks that see them. All that is
+            learned is a parameter of it, float32. The target is a copy of it, and gets its buffers as its parameters.
+        config: the fields of the loss and the optimizer, `batch_size`, `target_sync_updates` and `precision`.
+        device: where to learn, as `resolve_device` gives it, or takes it ("auto", "cpu", "cuda", "cuda:N").
         example: the largest batch that will come, for shapes and dtypes: `replay.empty_batch(n * config.batch_size)`,
             where n is the number of steps that `update` may have to take at once.
         capture: whether to use a CUDA graph; None for wherever there is CUDA.
         frames: where batches hold rows instead of observations, what they are rows of (`DeviceReplay.frames`).
+        loss: gives the (B,) losses of `Transitions`, one per sample: `loss(online, target, batch)`. `config.loss` and
+            `config.double` mean nothing then, and the precision "auto" is float32; with "bfloat16" it runs under
+            autocast. None for the loss of TD errors that `config` names.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(
         self,
         network: nn.Module,
         config: Config,
-        device: torch.device,
+        device: torch.device | str,
         example: Batch,
         capture: bool | None = None,
         frames: Tensor | None = None,
+        *,
+        loss: OwnLoss | None = None,
     ) -> None:
-        self.device = device
+        if loss is not None and not callable(loss):
+            raise ValueError(f"loss: expected a function of (online, target, batch), got {loss!r} (see Config.loss)")
+        self.device = device = resolve_device(device) if isinstance(device, str) else device
         self.updates = 0
         self._config = config
         captures = device.type == "cuda" if capture is None else capture
         if captures and device.type != "cuda":
             raise ValueError(f"capture: a CUDA graph needs a CUDA device, got {device}")
-        self.policy = Policy(network, device, config.precision)
+        exact = loss is not None and config.precision == "auto"
+        self.policy = Policy(network, device, "float32" if exact else config.precision)
         self.online, self._computing = self.policy.network, self.policy.computing
         self.target = copy.deepcopy(self._computing).requires_grad_(False)
         self._prepare: Callable[[Tensor], Tensor] = getattr(self._computing, "prepare", lambda obs: obs)
@@ -87,7 +123,7 @@ class Learner:
             self._copies,
             self._learning_rate,
         )
-        self._loss = LOSSES[config.loss]
+        self._loss, self._own_loss = LOSSES[config.loss], loss
         self.frames = frames
         self._most = len(example.action) // config.batch_size  # steps at once
         self._inbox = Inbox(example, device)
@@ -106,7 +142,8 @@ class Learner:
         The online network is copied to the target whenever that is due, also between two of them.
 
         Raises:
-            ValueError: the batch is not some whole number of batches, or longer than the `example`.
+            ValueError: the batch is not some whole number of batches, or longer than the `example`; or a `loss` of
+                one's own gave something else than one value per sample.
         """
         size = self._config.batch_size
         count, rest = divmod(len(batch.action), size)
@@ -140,15 +177,25 @@ class Learner:
         if self._seen is None:
             return self._seen_before
         norm, action, weight, errors, values = self._seen
+        norm = norm.to(self.device)
+        if values is None:
+            loss, norm = torch.stack([(weight * errors).mean(), norm]).tolist()
+            return Metrics(loss, math.nan, norm, math.nan)
         loss = (weight * self._loss.value(errors)).mean()
         taken = values.gather(1, action.unsqueeze(1))
-        return Metrics(*torch.stack([loss, taken.mean(), norm.to(self.device), values.max()]).tolist())
+        return Metrics(*torch.stack([loss, taken.mean(), norm, values.max()]).tolist())
 
     def samples(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the latest update's (B,) losses per sample and (B, A) action values (waits for the device)."""
+        """Return the latest update's (B,) losses per sample and (B, A) action values (waits for the device).
+
+        With a loss of one's own, there are no values: (0, 0).
+        """
         if self._seen is None:
             return np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
-        return self._loss.value(self._seen.errors).cpu().numpy(), self._seen.values.cpu().numpy()
+        errors, values = self._seen.errors, self._seen.values
+        if values is None:
+            return errors.cpu().numpy().copy(), np.zeros((0, 0), np.float32)
+        return self._loss.value(errors).cpu().numpy(), values.cpu().numpy()
 
     def diagnosis(self) -> str:
         """Say what the latest update saw, for a person who has to find out why it diverged (waits for the device)."""
@@ -158,9 +205,10 @@ class Learner:
             metrics = self.metrics()
             obs = obs if self.frames is None else look_up(self.frames, obs)
             odd = [name for name, value in self.online.state_dict().items() if not torch.isfinite(value).all()]
+        largest = f"the largest action value {metrics.max_q:g}, " if self._own_loss is None else ""
         return (
             f"the loss of update {self.updates:,} is {metrics.loss:g}, the gradient's norm {metrics.grad_norm:g}, "
-            f"the largest action value {metrics.max_q:g}, rewards lie from {reward.min():g} to {reward.max():g}, "
+            f"{largest}rewards lie from {reward.min():g} to {reward.max():g}, "
             f"observations are {'finite' if torch.isfinite(obs).all() else 'not finite'}, "
             f"weights {'not finite in ' + ', '.join(odd) if odd else 'finite'}, "
             f"the learning rate is {self.learning_rate:g} "
@@ -170,6 +218,7 @@ class Learner:
     def errors(self) -> NDArray[np.float32]:
         """Return the sizes of the TD errors, unweighted, of all transitions in the latest `update`.
 
+        With a loss of one's own, what it gave, sign and all: a prioritized memory takes nothing below zero.
         They are on their way since then: asked for after the next actions have come, they cost no wait.
         """
         return np.zeros(0, np.float32) if self._seen is None else self._outbox.get().copy()
@@ -246,11 +295,25 @@ class Learner:
         size = self._config.batch_size
         part = slice(number * size, (number + 1) * size)
         obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._inbox.tensors)
+        batch = Transitions(obs, action, reward, discount, next_obs)
+        values: Tensor | None = None
+        if self._own_loss is None:
+            root, gradient, errors = self._differentiated(batch, weight)
+            values = root.detach()
+            torch.abs(errors, out=self._errors[part])
+        else:
+            root = self._traced(self._own_loss, batch)
+            gradient, errors = weight / size, self._errors[part].copy_(root.detach())
+        for copy_ in self._copies:
+            copy_.grad = None
+        root.backward(gradient)
+        norm = self._optimizer.step(self._config.max_grad_norm or torch.inf)
+        return _Seen(norm, action, weight, errors, values)
+
+    def _differentiated(self, batch: Transitions, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (B, A) action values, the gradient of the weighted mean of their losses, and (B,) TD errors."""
         with self.policy.autocast():
-            if self.frames is None:
-                obs, next_obs = self._prepare(obs), self._prepare(next_obs)
-            else:
-                obs, next_obs = self._prepare(look_up(self.frames, torch.cat([obs, next_obs]))).chunk(2)
+            obs, action, reward, discount, next_obs = self._observed(batch)
             # With gradients first: autocast remembers its casts of the weights, and those made without gradients
             # would cut the graph (PyTorch before 2.10).
             q_tm1 = self._computing(obs)
@@ -259,15 +322,31 @@ class Learner:
                 selector_t = self._computing(next_obs) if self._config.double else None
         values = q_tm1.detach()
         errors = td_error(values, action, reward, discount, q_t, selector_t)
-        # The gradient of the weighted mean of the losses. Only the actions that were taken have one.
-        slope = (weight * self._loss.slope(errors)).mul_(-1 / size).to(values.dtype)
-        gradient = torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope.unsqueeze(1))
-        for copy_ in self._copies:
-            copy_.grad = None
-        q_tm1.backward(gradient)
-        norm = self._optimizer.step(self._config.max_grad_norm or torch.inf)
-        torch.abs(errors, out=self._errors[part])
-        return _Seen(norm, action, weight, errors, values)
+        # Only the actions that were taken have a slope.
+        slope = (weight * self._loss.slope(errors)).mul_(-1 / len(action)).to(values.dtype)
+        return q_tm1, torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope.unsqueeze(1)), errors
+
+    def _traced(self, own_loss: OwnLoss, batch: Transitions) -> Tensor:
+        """Return the (B,) losses that `own_loss` gives."""
+        kind, size = self.device.type, len(batch.action)
+        # It may run a network without gradients first, so no cast may be remembered: see `_differentiated`.
+        with self.policy.autocast(), torch.autocast(kind, None, torch.is_autocast_enabled(kind), cache_enabled=False):
+            losses: object = own_loss(self._computing, self.target, self._observed(batch))
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        if not isinstance(losses, Tensor) or losses.shape != (size,):
+            raise ValueError(f"loss: expected a tensor of shape ({size},), one value per sample, got {found}")
+        if not losses.requires_grad:
+            raise ValueError("loss: expected values with a gradient for the network's parameters, got some without")
+        return losses
+
+    def _observed(self, batch: Transitions) -> Transitions:
+        """Look up the observations, where there are rows, and prepare them."""
+        obs, next_obs = batch.obs, batch.next_obs
+        if self.frames is None:
+            obs, next_obs = self._prepare(obs), self._prepare(next_obs)
+        else:
+            obs, next_obs = self._prepare(look_up(self.frames, torch.cat([obs, next_obs]))).chunk(2)
+        return batch._replace(obs=obs, next_obs=next_obs)
 
     def _warm_up(self, stream: torch.cuda.Stream) -> None:
         """Take some steps before the first capture, and undo them, so that capturing changes nothing.
@@ -276,7 +355,7 @@ class Learner:
         """
         changed = [
             *tensors_of(self.online),
-            *self.target.buffers(),
+            *tensors_of(self.target),
             *(tensor for state in self._optimizer.state() for tensor in state.values()),
         ]
         before = [tensor.detach().clone() for tensor in changed]
