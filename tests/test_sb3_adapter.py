@@ -228,6 +228,12 @@ def test_windows_stop_at_the_newest(n_steps):
     assert (samples.next_observations - samples.observations == n_steps).all()
 
 
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_no_discount_is_no_termination(n_steps):
+    samples = numbered(n_steps, 10, done_at=5, gamma=0.0)._get_samples(np.array([0, 5]))
+    assert samples.dones.ravel().tolist() == [0.0, 1.0]
+
+
 def test_extended_and_reset():
     env = make_vec_env(Counter)
     buffer = ReplayBuffer(50, env.observation_space, env.action_space, device="cpu")
@@ -365,10 +371,15 @@ def test_without_priorities_the_prioritized_algorithm_is_the_plain_one():
         ones,
         uniform.replay_buffer.transitions.sample(32).index,
     )
+    uniform.replay_buffer.update_priorities = lambda *_: None  # the batch is the other's
     for model in (plain, uniform):
         model.train(3, 32)
     for one, other in zip(plain.q_net.parameters(), uniform.q_net.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+    before = [value.clone() for value in uniform.q_net.parameters()]
+    uniform.replay_buffer.sample_weighted = lambda *_, **__: (batch, 0 * ones, index)
+    uniform.train(3, 32)
+    assert all(map(torch.equal, before, uniform.q_net.parameters()))
 
 
 CARTPOLE = {  # RL Baselines3 Zoo's settings, but for the number of steps

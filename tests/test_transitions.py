@@ -201,8 +201,15 @@ def test_begun_again_it_is_empty():
     memory.clear()
     assert len(memory) == 0
     assert memory.memory.beta == 0.7
-    assert memory.add(*row).tolist() == [0]
-    assert memory.sample(1).obs.tolist() == [[1.0, 1.0]]
+    assert memory.add(row[1], row[0], *row[2:]).tolist() == [0]  # goes on where it was left, and yet opens an episode
+    assert memory.sample(1).obs.tolist() == [[0.0, 0.0]]
+
+
+def test_a_lane_that_begins_with_zeros_begins():
+    memory = TransitionReplay(10, (2,), "float32", num_envs=2)
+    for lane in (0, 1):
+        memory.add(np.zeros((1, 2)), np.ones((1, 2)), [0], [1.0], [False], [False], lanes=[lane])
+    assert len(memory) == 2
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def test_saved_copied_and_pickled_it_goes_on_the_same(tmp_path_factory, shape, s
     assert FrameReplay.load(path).settings == replay.settings
 
 
-def test_lanes_that_meet_again_are_saved_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reload", [False, True])
+def test_lanes_that_meet_again_are_saved_as_they_are(tmp_path, monkeypatch, reload):
     """Rows of a file are counted from the lanes' common end, which moves: no piece of before may be linked then."""
     monkeypatch.setattr("pydqn.stored._BYTES_PER_PIECE", 4 * 2 * (1 + 9))  # four ticks
     replay = FrameReplay(100, (1,), num_envs=2, stack=1)
@@ -113,7 +114,7 @@ def test_lanes_that_meet_again_are_saved_as_they_are(tmp_path, monkeypatch):
             frame = np.full((1, 1), 100 * lane + ticks, np.uint8)
             replay.append_to([lane], frame, [0], [0.0], off, off, np.array([ticks == 0]))
 
-    for lane, count in ((0, 8), (1, 6), (1, 2), (0, 9), (1, 9)):
+    for lane, count in ((0, 8), (1, 6), (1, 2), (0, 2), (1, 2), (0, 9), (1, 9)):
         add(lane, count)
         replay.save(tmp_path / "memory")
         loaded = FrameReplay.load(tmp_path / "memory")
@@ -121,6 +122,7 @@ def test_lanes_that_meet_again_are_saved_as_they_are(tmp_path, monkeypatch):
         np.testing.assert_array_equal(loaded.valid_indices(), indices)
         if len(indices):
             np.testing.assert_array_equal(loaded.gather(indices).next_obs, replay.gather(indices).next_obs)
+        replay = loaded if reload else replay
 
 
 def test_windows_say_how_transitions_end():

@@ -1,0 +1,193 @@
+"""Batches of many steps, in whatever order: what comes out is what went in, and windows stay with their environment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydqn import TransitionReplay
+from pydqn.files import Damaged
+from pydqn.streams import Streams, environments, openings
+
+SHAPE, STACK = (3, 4, 5), 3
+
+
+class Rows:
+    """Steps of several environments of random frames; every row has a number."""
+
+    def __init__(self, envs, random):
+        self.random, self.rows, self.envs = random, [], [[] for _ in range(envs)]
+        self.now, self.names = [self._reset() for _ in range(envs)], list(range(envs))
+
+    def _frame(self):
+        return self.random.integers(1, 256, SHAPE[1:]).astype(np.uint8)
+
+    def _reset(self):
+        return np.stack([self._frame()] * STACK)
+
+    def step(self, env):
+        """Return the number of a new row."""
+        obs = self.now[env]
+        after = np.concatenate([obs[1:], self._frame()[None]])
+        ends, cut = self.random.random(2) < 0.1
+        self.rows.append((obs, after, float(self.random.normal()), ends, ends or cut, self.names[env]))
+        self.envs[env].append(len(self.rows) - 1)
+        self.now[env] = after
+        if ends or cut:
+            self.now[env] = self._reset()
+            self.names[env] = max(self.names) + 1
+        return len(self.rows) - 1
+
+    def batch(self, numbers):
+        obs, after, reward, ends, done, names = (
+            np.array(x) for x in zip(*[self.rows[n] for n in numbers], strict=True)
+        )
+        return obs, after, reward, ends, done, names
+
+    def windows(self, n_step, gamma):
+        """By number of the first row: the last one, the sum of the rewards, and the length of each closed window."""
+        found = {}
+        for numbers in self.envs:
+            for start in range(len(numbers)):
+                total = 0.0
+                for k, number in enumerate(numbers[start : start + n_step], 1):
+                    _, _, reward, _, done, _ = self.rows[number]
+                    total += gamma ** (k - 1) * np.float64(np.float32(reward))
+                    if done or k == n_step:
+                        found[numbers[start]] = (number, total, k)
+                        break
+        return found
+
+
+def feed(streams, rows, numbers, with_names, steps=None):
+    obs, after, reward, ends, done, names = rows.batch(numbers)
+    names = names if with_names else None
+    opens = openings(obs, after, done, names, steps)
+    return streams.extend(obs, after, reward, ends, done, opens, names, {("number",): torch.tensor(numbers)})
+
+
+def numbers_of(streams, index, steps=0):
+    return streams.columns[("number",)].numpy()[streams.places_at(index, steps)]
+
+
+def assert_right(streams, rows, n_step, gamma, whole=True):
+    memory = streams.replay.memory
+    held = memory.valid_indices()
+    batch, k = streams.replay.gather(held), memory.windows(held).steps
+    first, last = numbers_of(streams, held), numbers_of(streams, held, k - 1)
+    wanted = rows.windows(n_step, gamma)
+    for row in range(len(held)):
+        np.testing.assert_array_equal(batch.obs[row], rows.rows[first[row]][0])
+        np.testing.assert_array_equal(batch.next_obs[row], rows.rows[last[row]][1])
+        if whole:
+            number, total, steps = wanted[first[row]]
+            assert (last[row], k[row]) == (number, steps)
+            assert batch.reward[row] == np.float32(total)
+    return first
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["blocks", "steps", "alone", "marked"]),
+    st.booleans(),
+    st.sampled_from([40, 10_000]),
+    st.integers(0, 2**32),
+)
+def test_any_order(envs, n_step, layout, with_names, capacity, seed):
+    random = np.random.default_rng(seed)
+    rows = Rows(envs, random)
+    replay = TransitionReplay(capacity, SHAPE, num_envs=envs, stack=STACK, n_step=n_step, gamma=0.9)
+    streams = Streams(replay)
+    for _ in range(8):
+        length = int(random.integers(1, 12))
+        if layout == "alone":
+            env = int(random.integers(envs))
+            numbers = [rows.step(env) for _ in range(length)]
+        else:
+            numbers = np.array([[rows.step(env) for env in range(envs)] for _ in range(length)])
+            numbers = (numbers if layout == "steps" else numbers.T).ravel().tolist()
+        index = feed(streams, rows, numbers, with_names, length if layout == "marked" else None)
+        held = np.isin(index, replay.memory.valid_indices())
+        np.testing.assert_array_equal(numbers_of(streams, index[held]), np.array(numbers)[held])
+    found = assert_right(streams, rows, n_step, 0.9)
+    assert len(set(found)) == len(found) == len(replay)
+    if capacity > 40:
+        assert sorted(found) == sorted(rows.windows(n_step, 0.9))
+        done = sum(row[4] for row in rows.rows)
+        assert sum(replay.memory.lane_ticks) <= len(rows.rows) + done + envs  # a frame each, and those that open
+
+
+def test_more_environments_than_lanes():
+    rows = Rows(3, np.random.default_rng(0))
+    streams = Streams(TransitionReplay(10_000, SHAPE, stack=STACK, n_step=3, gamma=0.9))
+    for _ in range(10):
+        feed(streams, rows, [rows.step(env) for env in range(3) for _ in range(4)], True)
+    found = assert_right(streams, rows, 3, 0.9, whole=False)
+    assert len(found) > 110
+
+
+def test_environments_are_counted():
+    done = np.zeros(12, bool)
+    assert environments(np.arange(12) == 0, done) == 1
+    assert environments(np.arange(12) % 4 == 0, done) == 3
+    assert environments(np.ones(12, bool), done) == 12
+    assert environments(np.isin(np.arange(12), [0, 5]), done) == 2  # not of one length
+    done[3] = True
+    assert environments(np.arange(12) % 4 == 0, done) == 3  # the first one's episode ended with its block
+    assert environments(np.isin(np.arange(12), [0, 4]), done) == 1
+
+
+def test_a_refused_row_leaves_the_others_whole():
+    rows = Rows(2, np.random.default_rng(0))
+    streams = Streams(TransitionReplay(100, SHAPE, stack=STACK, num_envs=2))
+    numbers = [rows.step(env) for env in range(2) for _ in range(6)]
+    good = rows.rows[9]
+    rows.rows[9] = (*good[:2], np.nan, *good[3:])
+    with pytest.raises(ValueError, match="reward: expected finite"):
+        feed(streams, rows, numbers, False)
+    rows.rows[9] = good
+    assert sorted(assert_right(streams, rows, 1, 1.0)) == [0, 1, 2, 6, 7, 8]
+
+
+def test_saved_and_loaded(tmp_path):
+    rows = Rows(2, np.random.default_rng(1))
+    made = {"num_envs": 2, "n_step": 3, "gamma": 0.9}
+    streams = Streams(TransitionReplay(60, SHAPE, **made))
+    for _ in range(5):
+        feed(streams, rows, [rows.step(env) for env in range(2) for _ in range(10)], False)
+    for path in (tmp_path / "one", tmp_path / "one"):
+        streams.save(path, {"about": ["frames", 3]})
+    loaded, notes = Streams.load(tmp_path / "one", 60, **made)
+    assert notes == {"about": ["frames", 3]}
+    again, notes = Streams.from_state(loaded.state({}), 60, **{**made, "stack": None})
+    assert notes == {}
+    drawn = streams.replay.sample(20).index.tolist()
+    for one in (loaded, again):
+        assert_right(one, rows, 3, 0.9)
+        assert one.replay.sample(20).index.tolist() == drawn
+        assert one.nbytes == streams.nbytes
+    more = Rows(2, np.random.default_rng(2))
+    more.rows, more.envs = rows.rows, rows.envs  # environments begin anew
+    feed(loaded, more, [more.step(env) for env in range(2) for _ in range(10)], False)
+    assert_right(loaded, more, 3, 0.9, whole=False)
+
+
+def test_damage_is_found(tmp_path):
+    rows = Rows(1, np.random.default_rng(1))
+    streams = Streams(TransitionReplay(60, SHAPE))
+    feed(streams, rows, [rows.step(0) for _ in range(10)], False)
+    streams.save(tmp_path, {})
+    feed(streams, rows, [rows.step(0) for _ in range(10)], False)
+    streams.replay.memory.save(tmp_path / "memory")
+    with pytest.raises(Damaged, match="were not saved together"):
+        Streams.load(tmp_path, 60)
+    from pydqn.checkpoint import save_weights
+
+    save_weights(tmp_path / "columns.safetensors", {"a": torch.zeros(1)}, {"b": 1})
+    with pytest.raises(Damaged, match="expected what belongs to transitions, got no 'num_envs'"):
+        Streams.load(tmp_path, 60)
