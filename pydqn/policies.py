@@ -82,7 +82,10 @@ class Policy:
             precision = "float32"
         self.dtype = resolve_precision(precision, device)
         # The float32 parameters, and what computes: the same network, or one with copies of them in bfloat16.
-        self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(device)
+        for tensor in (*network.parameters(), *network.buffers()):  # images channels-last, everything else in order
+            layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            tensor.data = tensor.data.contiguous(memory_format=layout)
         self.computing = self.network if self.dtype == torch.float32 else lowered(self.network, self.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:

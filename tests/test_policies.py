@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_learner import CPU, make, needs_cuda
+from torch import nn
 
 from pydqn import FrameReplay
 from pydqn.device_replay import DeviceReplay
@@ -68,3 +69,20 @@ def test_a_policy_acts_alone():
     values = Policy(network, CPU).values(np.zeros((3, 1, 4), np.float32))
     assert values.shape == (3, 2)
     assert values.dtype == np.float32
+
+
+def test_any_parameters_will_do():
+    """Volumes are not images, and a parameter may lie in memory in any order."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.volume, self.image = nn.Conv3d(1, 2, 3), nn.Conv2d(1, 2, 3)
+            self.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+
+    network = Odd()
+    before = [value.clone() for value in network.parameters()]
+    policy = Policy(network, torch.device("cpu"), "float32")
+    assert all(map(torch.equal, before, policy.network.parameters()))
+    assert network.image.weight.is_contiguous(memory_format=torch.channels_last)
+    assert network.turned.is_contiguous()
