@@ -31,7 +31,7 @@ LAYERS = [
     {"stored"},
     {"envs", "films", "plots", "policies", "replay"},
     {"device_replay", "evaluation", "learner", "transitions"},
-    {"runs", "values"},
+    {"runs", "streams", "values"},
     {"tabular"},
     {"training", "options"},
     {"adapters", "benchmarks"},
@@ -68,7 +68,7 @@ def test_rooms_import_only_lower_rooms(path):
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
 def test_foreign_packages_stay_in_their_rooms(path):
     homes = {
-        "gymnasium": {"envs", "sb3", "cleanrl", "gymnasium"},
+        "gymnasium": {"cleanrl", "envs", "gymnasium", "sb3"},
         "ale_py": {"atari"},
         "argparse": {"cli", "options"},
         "matplotlib": {"plots"},

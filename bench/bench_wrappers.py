@@ -1,0 +1,106 @@
+"""Steps of Breakout through the Gymnasium wrappers: ours, Gymnasium's pair, and ALE's own 84x84 stacks.
+
+`python bench/bench_wrappers.py` lets them take turns and prints ratios; `--quick` sees that it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import ale_py
+import gymnasium
+import numpy as np
+import pytest
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.wrappers import AtariPreprocessing as TheirPreprocessing
+from gymnasium.wrappers import FrameStackObservation
+from timing import rates_in_turns
+
+from pydqn.adapters.gymnasium import AtariPreprocessing, AtariVectorFrames
+
+gymnasium.register_envs(ale_py)
+LANES, STEPS = 8, 50
+ACTIONS = np.random.default_rng(0).integers(4, size=(STEPS, LANES))
+NATIVE = {"img_height": 210, "img_width": 160, "stack_num": 1}
+
+
+def bare():
+    return gymnasium.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0)
+
+
+def ours():
+    return AtariPreprocessing(bare(), noop_max=0, stack=4)
+
+
+def gymnasiums():
+    return FrameStackObservation(TheirPreprocessing(bare(), noop_max=0), 4)
+
+
+def ales(**options):
+    return AtariVectorEnv("breakout", LANES, noop_max=0, use_fire_reset=False, reward_clipping=False, **options)
+
+
+SINGLE = {"ours": ours, "gymnasium": gymnasiums}
+VECTOR = {
+    "ours_over_ale": lambda: AtariVectorFrames(ales(**NATIVE), stack=4),
+    "ours_sync": lambda: SyncVectorEnv([ours] * LANES),
+    "gymnasium_sync": lambda: SyncVectorEnv([gymnasiums] * LANES),
+    "ale_84x84": ales,
+}
+
+
+def play(env):
+    """Take STEPS steps; returns the observations."""
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        return [env.step(actions)[0] for actions in ACTIONS]
+    seen = []
+    for action in ACTIONS[:, 0]:
+        observation, _, terminated, truncated, _ = env.step(action)
+        seen.append(observation)
+        if terminated or truncated:
+            env.reset()
+    return seen
+
+
+def opened(cases, name):
+    """Make an environment and see that it shows what Gymnasium's shows, while nothing ends."""
+    env, judge = cases[name](), cases.get("gymnasium", cases.get("gymnasium_sync"))()
+    observation, expected = env.reset(seed=0)[0], judge.reset(seed=0)[0]
+    if name != "ale_84x84":  # which pads with zeros
+        np.testing.assert_array_equal(observation, expected)
+        np.testing.assert_array_equal(play(env), play(judge))
+    return env
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def bench_one(benchmark, name):
+    assert len(benchmark(play, opened(SINGLE, name))) == STEPS
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def bench_eight(benchmark, name):
+    assert len(benchmark(play, opened(VECTOR, name))) == STEPS
+
+
+def main(rounds):
+    cases = VECTOR | {"gymnasium_async": lambda: AsyncVectorEnv([gymnasiums] * LANES)}
+    for kind, lanes in ((SINGLE, 1), (cases, LANES)):
+
+        def rate(env, lanes=lanes):
+            started = time.perf_counter()
+            play(env)
+            return lanes * STEPS / (time.perf_counter() - started)
+
+        envs = {name: opened(kind, name) for name in kind}
+        rates = rates_in_turns({name: lambda env=env: rate(env) for name, env in envs.items()}, rounds)
+        first = next(iter(rates.values()))
+        for name, value in rates.items():
+            print(f"{lanes} lanes, {name:16s} {value:8,.0f} steps/s; ours: {first / value:.2f} times that", flush=True)
+        for env in envs.values():
+            env.close()
+
+
+if __name__ == "__main__":
+    main(3 if "--quick" in sys.argv else 31)

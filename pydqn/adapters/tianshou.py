@@ -1,0 +1,399 @@
+"""pydqn's replay memory in Tianshou: the buffers of `tianshou.data` by their own names (see `VectorReplayBuffer`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pydqn.checks import integer
+from pydqn.transitions import TransitionReplay
+
+try:
+    import h5py
+    from tianshou import data as theirs
+    from tianshou.data import Batch
+    from tianshou.data.utils.converter import to_hdf5
+except ImportError as error:
+    raise ImportError("pydqn.adapters.tianshou needs Tianshou: pip install 'pydqn[adapters]'") from error
+
+__all__ = ["PrioritizedReplayBuffer", "PrioritizedVectorReplayBuffer", "ReplayBuffer", "VectorReplayBuffer"]
+
+_Positions = NDArray[np.int64]
+_SEEN = ("obs", "obs_next")
+
+
+class _NoColumn:
+    @property
+    def obs(self) -> NDArray[Any]:
+        """Say that there is no such column: observations are put together for the positions that are asked for."""
+        raise ValueError('obs: no such column is kept; use buffer[index].obs or buffer.get(index, "obs")')
+
+    obs_next = obs
+
+
+class _Lane(_NoColumn, theirs.ReplayBuffer):
+    """What Tianshou counts of one environment: where its next transition goes, how long its episode is."""
+
+    def get(self, index: Any, key: str, *rest: Any, **others: Any) -> Any:
+        if key in _SEEN and self._meta.get_keys():  # an empty one has to say so itself, or NumPy takes it for a list
+            raise ValueError(f"buffers: expected the whole buffer to be asked for {key}, not one environment's part")
+        return super().get(index, key, *rest, **others)
+
+
+class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
+    """Tianshou's replay buffer of several environments with every frame stored once, and observations as they were.
+
+    Positions, columns, statistics and what comes out are Tianshou's own, but for this:
+
+    * `obs_next` is always what a step led to. With `ignore_obs_next`, Tianshou returns `obs` once more where an episode
+      was cut off, and at each lane's newest step.
+    * With `stack_num`, stacks are those that a wrapper around the environment would give. Tianshou's begin anew at the
+      oldest step that is left, and those of `obs_next` at an episode's second observation.
+    * An episode ends where the next one begins, even if nobody said so: a trainer resets its collector, for example,
+      after random steps have been collected. `next`, `prev` and `unfinished_index` know, and so n-step returns do.
+    * `random_seed` counts. Tianshou's own draws the same steps from lanes of equal length.
+    * `sample_indices(None)` is all in random order; slices of a buffer that is not full hold transitions only.
+    * `hasnull`, which a trainer calls after each collection, makes no copy of everything.
+    * A copy, pickled or not, goes on as the buffer would.
+
+    Where episodes are shorter than 32 steps, images may fall out before their positions are used again (see
+    `pydqn.TransitionReplay`); those are neither drawn nor counted. Files and pickles are Tianshou's own kind, which
+    runs what it holds: load only those of people whom you trust.
+
+    Args:
+        total_size: transitions over all lanes; each keeps its newest `ceil(total_size / buffer_num)`.
+        buffer_num: lanes, one for each environment.
+        stack_num: observations in a stack; 1 to return them as they come.
+        save_only_last_obs: observations come as stacks along their first axis, and the newest of each is what counts.
+            Where they come `stack_num` at a time they are returned as they came.
+        ignore_obs_next, sample_avail: accepted and not needed, as observations are exact and stacks whole.
+        random_seed: of the generator that draws.
+        stack: frames in an observation, where `stack_num` is 1; None to tell by its shape and the first step (see
+            `pydqn.TransitionReplay`).
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    transitions: TransitionReplay | None = None
+    """Where the frames are, from the first `add` on. `_meta.obs` holds the indices there, or -1."""
+
+    def __init__(
+        self,
+        total_size: int,
+        buffer_num: int,
+        stack_num: int = 1,
+        ignore_obs_next: bool = False,
+        save_only_last_obs: bool = False,
+        sample_avail: bool = False,
+        random_seed: int = 42,
+        *,
+        stack: int | None = None,
+    ) -> None:
+        self._lane_size = integer("total_size", math.ceil(total_size / integer("buffer_num", buffer_num, 1)), 1)
+        options = (integer("stack_num", stack_num, 1), ignore_obs_next, save_only_last_obs, sample_avail)
+        theirs.ReplayBufferManager.__init__(self, [_Lane(self._lane_size, *options) for _ in range(buffer_num)])
+        self._random_state = np.random.RandomState(random_seed)  # Tianshou's kind
+        self._stack = stack
+        self._newest_alone, self._save_only_last_obs = save_only_last_obs, False  # it would cut indices, too
+        self._breaks = np.zeros(self.maxsize, bool)  # where episodes end though nobody said so
+        self._least = np.zeros(self.buffer_num, np.int64)  # the index, per lane, from which on all is held
+        self._seen_nan = False
+
+    def __len__(self) -> int:
+        """Return how many transitions are held."""
+        oldest = (self._oldest() + self._offset)[self._lengths > 0]
+        return int(self._lengths.sum() if self._held(oldest).all() else self._held(self._indices).sum())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self)} of {self.maxsize} transitions in {self.buffer_num} lanes>"
+
+    def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
+        """Store a transition of each lane; return Tianshou's positions, and returns, lengths, starts of ended episodes.
+
+        Args:
+            batch: n rows of obs, obs_next (at the end of an episode its last), act, rew, terminated and truncated;
+                info and policy, if there are any. Observations are arrays of numbers.
+            buffer_ids: (n,) different lanes; None for all.
+
+        Raises:
+            ValueError: observations are missing, no arrays of numbers, of another shape than the first ones, or
+                `obs_next` is not `obs` moved on by a frame (then make the buffer with `stack=1`).
+        """
+        lanes = np.arange(self.buffer_num) if buffer_ids is None else np.asarray(buffer_ids)
+        obs, obs_next = (self._observations(batch, name, len(lanes)) for name in _SEEN)
+        done = np.logical_or(batch.terminated, batch.truncated)
+        last, known = self.last_index[lanes], len(self._meta.get_keys()) > 0
+        before, ended = (self._meta.obs[last], self._meta.done[last]) if known else (np.full(len(lanes), -1), done)
+        index = self._store(obs, obs_next, done, lanes)
+        rest = Batch()
+        rest.__dict__.update({key: batch[key] for key in batch.get_keys() if key not in _SEEN}, obs=index)
+        added: tuple[NDArray[Any], ...] = super().add(rest, lanes)
+        if not known:
+            self._meta.obs[np.delete(self._indices, added[0])] = -1
+        self._breaks[last] = (before >= 0) & (index != before + self.buffer_num) & ~ended
+        self._breaks[added[0]] = False
+        return added
+
+    def _observations(self, batch: Any, name: str, count: int) -> NDArray[Any]:
+        value = getattr(batch, name, None)
+        array = np.asarray(value)
+        if isinstance(value, Batch) or array.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: expected an array of numbers, got {type(value).__name__}")
+        if self.transitions is None:
+            self._make(array.shape[1:], array.dtype.name)
+        if array.shape != (count, *self._shape):
+            raise ValueError(f"{name}: expected shape {(count, *self._shape)}, got shape {array.shape}")
+        self._seen_nan = self._seen_nan or (array.dtype.kind == "f" and bool(np.isnan(array).any()))
+        return array
+
+    def _make(self, shape: tuple[int, ...], dtype: str) -> None:
+        """Take memory for observations like the first ones."""
+        if self._newest_alone and not shape:
+            raise ValueError("obs: expected stacks, as save_only_last_obs says, got single numbers")
+        depth, frame = self.stack_num, shape[1:] if self._newest_alone else shape
+        self._shape, self._out = shape, (depth, *frame) if depth > 1 else frame
+        # Stacks come as they are to be returned, or are made here of the newest observations.
+        self._stacks_here = depth > 1 and not (self._newest_alone and shape[0] == depth)
+        kept, stack = ((depth, math.prod(frame)), depth) if depth > 1 or self._newest_alone else (shape, self._stack)
+        padding = "first" if self._stacks_here else None
+        lanes = self.buffer_num
+        self.transitions = TransitionReplay(self.maxsize, kept, dtype, num_envs=lanes, stack=stack, padding=padding)
+        self._latest = np.zeros((lanes, *self._out), dtype)  # stacks that the lanes' latest steps led to
+        self._open = np.zeros(lanes, bool)  # whether episodes go on from there
+
+    def _store(self, obs: NDArray[Any], obs_next: NDArray[Any], done: NDArray[Any], lanes: NDArray[Any]) -> _Positions:
+        """Hand observations to the memory; return the transitions' indices there, (n,)."""
+        memory, count = self.transitions, len(lanes)
+        assert memory is not None
+        if self._newest_alone and (self._stacks_here or self.stack_num == 1):
+            obs, obs_next = obs[:, -1], obs_next[:, -1]
+        if self._stacks_here:
+            before = self._latest[lanes]
+            follows = self._open[lanes] & (obs == before[:, -1]).reshape(count, -1).all(axis=1)
+            before[~follows] = obs[~follows, None]
+            obs, obs_next = before, np.concatenate([before[:, 1:], obs_next[:, None]], axis=1)
+            self._latest[lanes], self._open[lanes] = obs_next, ~done
+        obs, obs_next = obs.reshape(count, *memory.shape), obs_next.reshape(count, *memory.shape)
+        nothing, no = np.zeros(count, np.int64), np.zeros(count, bool)  # Tianshou's columns hold whatever there is
+        every = np.array_equal(lanes, np.arange(self.buffer_num))
+        index = memory.add(obs, obs_next, nothing, nothing, no, no, None if every else lanes)
+        # Frames fall out one by one. What is newer by less than a stack may still be whole, but need not.
+        lost = index // self.buffer_num + 2 - memory.memory.capacity // self.buffer_num
+        self._least[lanes] = np.where(lost > 0, (lost + memory.stacks.stack - 1) * self.buffer_num, 0)
+        return index
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the transitions at some positions, as Tianshou does; the arrays are the caller's own.
+
+        Raises:
+            ValueError: no transition is held at one of them.
+        """
+        positions, meta = self._positions(index), self._meta
+        obs, obs_next = self._gather(positions)
+        others = {key: self.get(positions, key, Batch()) for key in ("info", "policy")}
+        columns = {key: meta[key][positions] for key in meta.get_keys() if key not in ("obs", *others)}
+        return Batch({"obs": obs, "obs_next": obs_next, **columns, **others})
+
+    def get(self, index: Any, key: str, default_value: Any = None, stack_num: int | None = None) -> Any:
+        """Return a column at some positions, as Tianshou does; `obs` and `obs_next` as they were."""
+        if key not in _SEEN:
+            return super().get(index, key, default_value, stack_num)
+        if stack_num not in (None, self.stack_num):
+            raise ValueError(f"stack_num: expected {self.stack_num} of {key}, as of the buffer, got {stack_num}")
+        return self._gather(self._positions(index))[_SEEN.index(key)]
+
+    def _positions(self, index: Any) -> _Positions:
+        if not isinstance(index, slice):
+            return np.asarray(self._indices[index])
+        return self.sample_indices(0) if index == slice(None) else np.flatnonzero(self._held(self._indices))[index]
+
+    def _gather(self, positions: _Positions) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return obs and obs_next, (*positions.shape, *shape) each."""
+        if self.transitions is None or not self._held(positions).all():
+            raise ValueError(f"index: expected positions at which transitions are held, got {positions}")
+        memory, join, kept = self.transitions.memory, self.transitions.stacks.join, self.transitions.shape
+        # One block, which allocators are quickest with; its halves are apart, since callers may write to them.
+        block = np.empty((positions.size, 2 * memory.stack, *memory.frame_shape), memory.dtype)
+        obs, obs_next = block[:, : memory.stack], block[:, memory.stack :]
+        if positions.size:
+            rest = memory.empty_batch(positions.size)
+            columns = (rest.action, rest.reward, rest.discount, rest.index, rest.weight)
+            memory._core.gather(self._meta.obs[positions].reshape(-1), obs, obs_next, *columns)
+        shape = (*positions.shape, *self._out)
+        return join(obs, kept).reshape(shape), join(obs_next, kept).reshape(shape)
+
+    def _held(self, positions: _Positions) -> NDArray[np.bool_]:
+        if not self._meta.get_keys():
+            return np.zeros(positions.shape, bool)
+        return np.asarray(self._meta.obs[positions] >= self._least[positions // self._lane_size])
+
+    def sample_indices(self, batch_size: int | None) -> _Positions:
+        """Draw positions of transitions, with replacement.
+
+        Args:
+            batch_size: how many; 0 for all, by lane and in order of time; None for all in random order.
+
+        Raises:
+            ValueError: nothing is held.
+        """
+        if batch_size is not None and batch_size < 0:
+            return np.array([], np.int64)
+        if not batch_size:
+            steps = np.arange(self._lane_size)
+            every = (self._oldest()[:, None] + steps) % self._lane_size + self._offset[:, None]
+            every = every[steps < self._lengths[:, None]]
+            every = every[self._held(every)]
+            return every if batch_size == 0 else np.asarray(self._random_state.permutation(every))
+        if not self._lengths.any():
+            raise ValueError(f"batch_size: expected 0 as long as nothing is held, got {batch_size}")
+        drawn = self._draw(batch_size)
+        while (lost := ~self._held(drawn)).any():  # a lane's newest transitions always are
+            drawn[lost] = self._draw(int(lost.sum()))
+        return drawn
+
+    def _draw(self, count: int) -> _Positions:
+        """Draw from all positions that were given out, held or not."""
+        ends = np.cumsum(self._lengths)
+        numbers: _Positions = self._random_state.randint(ends[-1], size=count)
+        if ends[-1] == self.maxsize:
+            return numbers
+        return np.asarray(numbers + (self._offset - ends + self._lengths)[np.searchsorted(ends, numbers, side="right")])
+
+    def _oldest(self) -> NDArray[np.int64]:
+        """Return where each lane's oldest transition is, from the lane's first position on."""
+        full = self._lengths == self._lane_size
+        return np.where(full, (self.last_index - self._offset + 1) % self._lane_size, 0)
+
+    def next(self, index: Any) -> Any:
+        """Return the next positions of the same episodes; the same where there is none."""
+        here = np.asarray(index) % self.maxsize
+        return np.where(self._breaks[here], here, super().next(index))[()]
+
+    def prev(self, index: Any) -> Any:
+        """Return the previous positions of the same episodes; the same where there is none."""
+        here, before = np.asarray(index) % self.maxsize, np.asarray(super().prev(index))
+        return np.where(self._breaks[before] | ~self._held(before), here, before)[()]
+
+    def unfinished_index(self) -> _Positions:
+        """Return the latest positions of episodes without an end: those that go on, and those that were broken off."""
+        return np.union1d(super().unfinished_index(), np.flatnonzero(self._breaks))
+
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forget all transitions. The generator goes on."""
+        super().reset(keep_statistics=keep_statistics)
+        self._breaks[:], self._least[:], self._seen_nan = False, 0, False
+        if self.transitions is not None:
+            self.transitions.clear()
+            self._meta.obs[:], self._open[:] = -1, False
+
+    def hasnull(self) -> bool:
+        """Return whether a NaN or None is held."""
+        odd = _odd(self._meta)
+        if not odd and not self._seen_nan:
+            return False
+        rows = self.sample_indices(0)
+        parts = np.array_split(rows, len(rows) // 256 + 1)  # observations are large
+        self._seen_nan = self._seen_nan and any(np.isnan(seen).any() for part in parts for seen in self._gather(part))
+        return self._seen_nan or any(Batch(column=column[rows]).hasnull() for column in odd)
+
+    def set_batch(self, *_: Any) -> None:
+        """Not possible: frames are stored once, in the order in which they came, and holes would tear their stacks."""
+        raise NotImplementedError("frames are stored once: expected transitions to be given to add, one by one")
+
+    dropnull = set_batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "buffers": [{**lane.__dict__, "_meta": Batch()} for lane in self.buffers]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, buffers=np.empty(len(state["buffers"]), object))
+        for number, values in enumerate(state["buffers"]):
+            self.buffers[number] = lane = _Lane.__new__(_Lane)
+            lane.__dict__.update(values)
+        if self._meta.get_keys():  # what is a part of a column has to be one again
+            self._set_batch_for_children()
+
+    def save_hdf5(self, path: str, compression: str | None = None) -> None:
+        """Write everything to an HDF5 file in Tianshou's way, for `load_hdf5` of the same class."""
+        with h5py.File(path, "w") as file:
+            to_hdf5(self.__getstate__(), file, compression=compression)
+
+
+class PrioritizedVectorReplayBuffer(VectorReplayBuffer, theirs.PrioritizedVectorReplayBuffer):
+    """The same with transitions drawn in proportion to their priorities (Schaul et al. 2016).
+
+    Tianshou's sum tree, priorities and weights, but for this: `set_beta`, `weight_norm` and `random_seed` count;
+    `reset` forgets priorities, too (Tianshou's goes on drawing what it has forgotten); without `weight_norm`, weights
+    are (p / smallest p so far)^(-alpha beta).
+
+    Args:
+        total_size, buffer_num: as of `VectorReplayBuffer`.
+        alpha: the exponent of priorities, above 0.
+        beta: the exponent of weights, from 0 on.
+        weight_norm: whether weights are divided by the largest of the batch.
+        options: all others of `VectorReplayBuffer`.
+    """
+
+    def __init__(
+        self, total_size: int, buffer_num: int, alpha: float, beta: float, weight_norm: bool = True, **options: Any
+    ) -> None:
+        if not (alpha > 0 and beta >= 0):
+            raise ValueError(f"alpha, beta: expected numbers above 0 and from 0 on, got {alpha!r} and {beta!r}")
+        super().__init__(total_size, buffer_num, **options)
+        ours = {**self.__dict__, "options": {**self.options, "alpha": alpha, "beta": beta}}
+        theirs.PrioritizedReplayBuffer.__init__(self, self.maxsize, alpha, beta, weight_norm)
+        self.__dict__.update(ours)  # that one has begun the buffer anew
+
+    def _draw(self, count: int) -> _Positions:
+        drawn = self.weight.get_prefix_sum_idx(self._random_state.random_sample(count) * self.weight.reduce())
+        drawn = np.minimum(drawn, self.maxsize - 1)  # rounded up, it may be one of the leaves that fill the tree
+        if len(lost := drawn[~self._held(drawn)]):
+            self.weight[lost] = np.zeros(len(lost))
+        return np.asarray(drawn)
+
+    def get_weight(self, index: Any) -> Any:
+        """Return the importance weights of transitions, before `weight_norm`."""
+        return (self.weight[index] / self._min_prio**self._alpha) ** -self._beta
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return transitions as `VectorReplayBuffer`, with their `weight`."""
+        positions = self._positions(index)
+        batch, weight = super().__getitem__(positions), self.get_weight(positions)
+        batch.weight = weight / np.max(weight) if self._weight_norm else weight
+        return batch
+
+    def set_beta(self, beta: float) -> None:
+        """Set the exponent of the weights."""
+        self._beta = beta
+
+    def reset(self, keep_statistics: bool = False) -> None:
+        """Forget all transitions and their priorities. The generator goes on."""
+        super().reset(keep_statistics)
+        self.weight, self._max_prio, self._min_prio = theirs.SegmentTree(self.maxsize), 1.0, 1.0
+
+
+class ReplayBuffer(VectorReplayBuffer):
+    """`VectorReplayBuffer` of one environment: `ReplayBuffer(size, ...)`."""
+
+    def __init__(self, size: int, *options: Any, **named: Any) -> None:
+        super().__init__(size, 1, *options, **named)
+
+    def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
+        """Store a transition; without `buffer_ids`, its arrays have no axis of rows."""
+        return super().add(*((Batch.stack([batch]), [0]) if buffer_ids is None else (batch, buffer_ids)))
+
+
+class PrioritizedReplayBuffer(ReplayBuffer, PrioritizedVectorReplayBuffer):
+    """`PrioritizedVectorReplayBuffer` of one environment: `PrioritizedReplayBuffer(size, alpha, beta, ...)`."""
+
+
+def _odd(columns: Any) -> list[Any]:
+    """Return the columns that may hold a NaN or None."""
+    if isinstance(columns, Batch):
+        return [column for part in columns.values() for column in _odd(part)]
+    kind = columns.dtype.kind if isinstance(columns, np.ndarray) else "O"
+    return [] if kind in "biu" or (kind == "f" and not np.isnan(columns).any()) else [columns]

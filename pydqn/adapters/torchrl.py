@@ -1,0 +1,400 @@
+"""The frame-indexed replay memory for TorchRL: `ReplayBuffer` takes the place of `TensorDictReplayBuffer`.
+
+    replay_buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000), batch_size=32)  # TorchRL's
+    replay_buffer = ReplayBuffer(100_000, batch_size=32)  # ours: each frame once
+
+It is TorchRL's own buffer over three parts of ours, a storage, its sampler and its writer; transforms, prefetching,
+pinned memory and `update_tensordict_priority` are TorchRL's. What is sampled is what TorchRL would have sampled, entry
+by entry and bit by bit, but for this:
+
+* `index` names a transition for as long as the buffer lives. TorchRL's is a place: a priority that comes late goes to
+  whatever has been written there meanwhile. (`rb[index]` is the transition; `rb[2:5]` counts those held, oldest first.)
+* n-step returns are a setting of the buffer instead of TorchRL's `MultiStepTransform`, and differ in three ways. There,
+  a window that ends in a terminal state keeps the flags of its first step, so that it bootstraps from the terminal
+  state; here `done`, `terminated` and all else in "next" are those of its last step. There, what is flattened from
+  several environments is one stream, in which windows run from one environment into the next; here they end with their
+  episode. There, the newest n transitions are held back; here it is n - 1, as their windows are open.
+* Prioritized batches are drawn one from each of B equal shares of the priorities, and weights are divided by the
+  largest of the batch, as Schaul et al. 2016 say. TorchRL divides by what the least priority in the whole buffer would
+  weigh: a single error of 0 there makes the weights of all others very small.
+* Batches have to have all entries of the first one, and others are passed over. TorchRL leaves in place of a missing
+  one what was there before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import get_spawning_popen
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torchrl.data.replay_buffers import PrioritizedSampler, Storage, TensorDictReplayBuffer, Writer
+
+from pydqn.checks import integer
+from pydqn.files import read_json, write_json
+from pydqn.replay import Batch, FrameReplay
+from pydqn.streams import Streams, environments, openings
+from pydqn.transitions import TransitionReplay
+
+__all__ = ["FrameSampler", "FrameStorage", "FrameWriter", "ReplayBuffer"]
+
+Key = tuple[str, ...]
+_REWARD, _DONE = ("next", "reward"), ("next", "done")
+_NAMES = ("collector", "traj_ids")  # where collectors say which episode a row is of
+_EPS = 1e-8  # TorchRL adds it to priorities, too
+
+
+class ReplayBuffer(TensorDictReplayBuffer):
+    """A `TensorDictReplayBuffer` that stores each frame once.
+
+    `extend` takes what collectors give: [T] of one environment, [E, T] of several, or that flattened. Episodes go on
+    from one batch to the next.
+
+    Args:
+        capacity: transitions over all environments; each keeps its newest `capacity // num_envs`. (With images, and
+            episodes of less than 32 steps, some fewer: see `TransitionReplay`.)
+        batch_size: as TorchRL's; so are `priority_key`, `transform`, `prefetch` and `pin_memory`.
+        stack: frames in an observation; None to tell by its shape: uint8 images (C, H, W) or (H, W, C) are C gray
+            frames or C / 3 coloured ones, all else is one frame. Say 4 for images of floats after `CatFrames(N=4)`, and
+            1 where a frame differs from one stack to the next (as `VecNorm` makes it).
+        n_step: steps in a return.
+        gamma: discount per step within such a return; that of the loss's value estimator.
+        num_envs: environments behind the data; None to tell by the first batch, which is sure unless it is flattened.
+            (With more than that, some frames are stored twice, and n-step windows end with each batch.)
+        prioritized: whether transitions are drawn by priority, which is what the loss writes to `priority_key`.
+        alpha: exponent of the priorities, from 0 to 1.
+        beta: exponent of the weights, from 0 to 1. May be changed: `rb.sampler.beta`, or one of TorchRL's schedulers.
+        seed: of the sampler's own generator; those of torch and NumPy are not used.
+        others: see `FrameStorage`.
+
+    Raises:
+        ValueError: an argument is out of range, or data do not fit; the message names what.
+        RuntimeError: a batch is drawn from an empty buffer, or the buffer is sent to another process.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        batch_size: int | None = None,
+        stack: int | None = None,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        num_envs: int | None = None,
+        prioritized: bool = False,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        seed: int = 0,
+        priority_key: str = "td_error",
+        transform: Any = None,
+        prefetch: int | None = None,
+        pin_memory: bool = False,
+        **others: Any,
+    ) -> None:
+        others |= {"stack": stack, "n_step": n_step, "gamma": gamma, "prioritized": prioritized, "alpha": alpha}
+        storage = FrameStorage(capacity, num_envs=num_envs, beta=beta, seed=seed, **others)
+        super().__init__(
+            storage=storage,
+            sampler=FrameSampler(storage),
+            writer=FrameWriter(),
+            collate_fn=_as_it_is,
+            batch_size=batch_size,
+            priority_key=priority_key,
+            transform=transform,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held when full; 0 before the first batch."""
+        return int(self.storage.nbytes)
+
+    def _nothing(self, *_: Any) -> None:
+        """TorchRL would pickle batches that were drawn ahead. They are drawn anew instead."""
+
+    _dump_prefetch_state = _load_prefetch_state = _nothing
+
+
+class FrameStorage(Storage):
+    """The transitions. Goes with `FrameSampler` and `FrameWriter` only; `ReplayBuffer` puts them together.
+
+    Args:
+        max_size: the capacity (see `ReplayBuffer`).
+        observation_key: the entry whose frames are stored once; None for "observation" or "pixels", or the only one
+            that could be it. All other tensors are stored as they come, those of "next" as well.
+        terminated_key: in "next": ends an n-step return without a value; "end-of-life" with `EndOfLifeTransform`.
+        keys: which entries are kept, beside the observation, the reward and the flags; None for all of the first batch.
+        num_envs: see `ReplayBuffer`.
+        settings: of `TransitionReplay`: stack, padding, n_step, gamma, prioritized, alpha, beta, seed.
+
+    Attributes:
+        streams: the transitions without their observations, and (`streams.replay`) these; None before the first batch.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        max_size: int,
+        *,
+        observation_key: str | Key | None = None,
+        terminated_key: str | Key = "terminated",
+        keys: Sequence[str | Key] | None = None,
+        num_envs: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(integer("capacity", max_size, 1))
+        if num_envs is not None:
+            settings["num_envs"] = integer("num_envs", num_envs, 1, self.max_size)
+        shape = (settings["stack"],) if isinstance(settings.get("stack"), int) else (1,)
+        trial = TransitionReplay(num_envs or 1, shape, "float32", **settings)  # says what is wrong with the settings
+        self._before, self._settings = trial.memory, settings
+        self._observation = None if observation_key is None else _key(observation_key)
+        self._terminated = ("next", *_key(terminated_key))
+        self._keys = None if keys is None else [_key(key) for key in keys]
+        self.streams: Streams | None = None
+        self._drawn: tuple[torch.Tensor, Batch] | None = None
+
+    @property
+    def memory(self) -> FrameReplay:
+        """Where the frames are, and the priorities; an empty one before the first batch."""
+        return self._before if self.streams is None else self.streams.replay.memory
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held when full; 0 before the first batch."""
+        return 0 if self.streams is None else self.streams.nbytes
+
+    def append(self, data: Any) -> torch.Tensor:
+        """Store a tensordict of any batch shape, time last. Returns int64 indices of that shape."""
+        count, steps = math.prod(data.shape), data.shape[-1] if len(data.shape) > 1 else None
+        if not count:
+            raise ValueError(f"data: expected at least one transition, got shape {tuple(data.shape)}")
+        leaves, names = self._leaves(data), data.get(_NAMES, None)
+        obs, next_obs = (_array(key, leaves.pop(key)) for key in [*leaves][:2])
+        reward = _array(_REWARD, leaves[_REWARD].double(), (count,))
+        ends, done = (_array(key, leaves[key], (count,)) for key in (self._terminated, _DONE))
+        names = None if names is None else _array(_NAMES, names.cpu(), (count,))
+        opens = openings(obs, next_obs, done, names, steps)
+        streams = self.streams
+        if streams is None:
+            lanes = environments(opens, done) if steps is None else count // steps
+            settings = {"num_envs": min(lanes, self.max_size), **self._settings, "beta": self.memory.beta}
+            streams = Streams(TransitionReplay(self.max_size, obs.shape[1:], obs.dtype, **settings))
+        index = streams.extend(obs, next_obs, reward, ends, done, opens, names, leaves)
+        self.streams = streams  # unless the first batch was refused
+        return torch.from_numpy(index).reshape(data.shape)
+
+    def draw(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return B transitions' int64 indices, which `get` finds ready, and float32 weights. RuntimeError: none yet."""
+        memory, size = self.memory, integer("batch_size", batch_size, 1)
+        # Whoever gets them may write to them: `obs` and `next_obs` are not to share their memory.
+        obs, next_obs = np.empty((2, size, memory.stack, *memory.frame_shape), memory.dtype)
+        batch = memory.sample(size, memory.empty_batch(size)._replace(obs=obs, next_obs=next_obs))
+        self._drawn = (torch.from_numpy(batch.index), batch)
+        return self._drawn[0], torch.from_numpy(batch.weight)
+
+    def get(self, index: Any) -> TensorDict:
+        """Return the transitions that have these indices, or, of a slice, those held, oldest first.
+
+        Raises:
+            ValueError: an index names no transition that is held now.
+        """
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and index is drawn[0]:
+            return self._tensordict(drawn[1])
+        wanted = self.memory.valid_indices()[index] if isinstance(index, slice) else np.asarray(index)
+        return self._tensordict(self.memory.gather(wanted.reshape(-1))).reshape(wanted.shape)
+
+    def set(self, *_: Any, **__: Any) -> None:
+        """Raise RuntimeError: what is held is never changed, and `append` alone adds to it."""
+        raise RuntimeError("FrameStorage: expected a FrameWriter to write to it, got something else")
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        yield from (self.get(index) for index in self.memory.valid_indices().tolist())
+
+    def dumps(self, path: str | Path) -> None:
+        """Write everything to a folder, without pickle. Saving there again writes only frames that are new."""
+        if self.streams is None:
+            raise RuntimeError("dumps: expected a buffer with transitions, got an empty one")
+        self.streams.save(Path(path), {"observation": self._observation})
+
+    def loads(self, path: str | Path) -> None:
+        """Read what `dumps` wrote. Episodes that were going on end there, as environments are not saved with it.
+
+        Raises:
+            ValueError: the folder is damaged, or its storage was made with other arguments.
+        """
+        self._restore(*Streams.load(Path(path), self.max_size, **self._settings))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what `dumps` writes, as tensors."""
+        return {} if self.streams is None else self.streams.state({"observation": self._observation})
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Become what `state_dict` told; see `loads`."""
+        self._empty()
+        if state_dict:
+            self._restore(*Streams.from_state(state_dict, self.max_size, **self._settings))
+
+    def _restore(self, streams: Streams, notes: dict[str, Any]) -> None:
+        self.streams, self._observation = streams, tuple(notes["observation"])
+
+    def _leaves(self, data: Any) -> dict[Key, torch.Tensor]:
+        """Return the entries that are kept, (n, ...), the observation first, then what follows it."""
+        leaves = {_key(name): data.get(name) for name in data.keys(True, True) if name != "index"}
+        if self._observation is None:
+            self._observation = _only_observation(leaves)
+        needed = [self._observation, ("next", *self._observation), _REWARD, _DONE, self._terminated]
+        wanted = (self._keys or leaves) if self.streams is None else self.streams.columns
+        found = {}
+        for key in [*needed, *wanted]:
+            leaf = leaves.get(key)
+            if not isinstance(leaf, torch.Tensor):
+                raise ValueError(f"{key}: expected a tensor in every batch, got {leaf!r}; there are {sorted(leaves)}")
+            found[key] = leaf.detach().cpu().reshape(-1, *leaf.shape[len(data.shape) :])
+        return found
+
+    def _tensordict(self, batch: Batch) -> TensorDict:
+        assert self.streams is not None
+        assert self._observation is not None
+        replay, places = self.streams.replay, self.streams.places_at
+        leaves: dict[Key, Any] = {}
+        for key, frames in ((self._observation, batch.obs), (("next", *self._observation), batch.next_obs)):
+            leaves[key] = torch.from_numpy(np.ascontiguousarray(replay.stacks.join(frames, replay.shape)))
+        first = last = torch.from_numpy(places(batch.index))
+        if replay.memory.n_step > 1:
+            steps = replay.windows(batch.index).steps
+            leaves[("steps_to_next_obs",)] = torch.from_numpy(steps)
+            last = torch.from_numpy(places(batch.index, steps - 1))
+        for name, column in self.streams.columns.items():
+            leaves[name] = column.index_select(0, last if name[0] == "next" else first)
+        if replay.memory.n_step > 1:
+            leaves[_REWARD] = torch.from_numpy(batch.reward).to(leaves[_REWARD]).reshape(leaves[_REWARD].shape)
+        return TensorDict(leaves, [len(first)], device=self.device)
+
+    def _empty(self) -> None:
+        if self.streams is not None:
+            columns = self.streams.columns
+            self.streams.replay.clear()
+            self.streams = Streams(self.streams.replay)
+            self.streams.columns = columns
+
+    def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is not None:
+            raise RuntimeError("FrameStorage: cannot be sent to another process; let collectors hand their data over")
+        return super().__getstate__()  # type: ignore[no-any-return]
+
+
+class FrameSampler(PrioritizedSampler):
+    """Draws transitions, uniformly or by priority, whichever the storage was made for."""
+
+    def __init__(self, storage: FrameStorage) -> None:
+        self._frames, self.reduction = storage, "max"
+
+    def __repr__(self) -> str:
+        return f"FrameSampler(prioritized={self._frames.memory.prioritized}, alpha={self.alpha}, beta={self.beta})"
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities."""
+        return self._frames.memory.alpha
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the weights, from 0 to 1."""
+        return self._frames.memory.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._frames.memory.beta = float(value)
+
+    @property
+    def default_priority(self) -> float:
+        """The largest so far, which is what a new transition gets."""
+        return max(float(self._frames.memory._core.largest_priority ** (1 / (self.alpha or 1))) - _EPS, 0.0)
+
+    def sample(self, storage: FrameStorage, batch_size: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return (B,) int64 indices and, if prioritized, "priority_weight", (B,) float32."""
+        index, weight = storage.draw(batch_size)
+        return index, {"priority_weight": weight} if storage.memory.prioritized else {}
+
+    def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
+        """Set priorities; those of transitions that are gone are passed over, and all where sampling is uniform."""
+        if self._frames.memory.prioritized:
+            wanted = torch.as_tensor(index).cpu().numpy().reshape(-1)
+            values = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)
+            self._frames.memory.update_priorities(wanted, np.broadcast_to(values, wanted.shape) + _EPS)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def mark_update(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the memory gives new transitions the largest priority, and the storage saves them all."""
+
+    add = extend = load_state_dict = dumps = loads = _empty = mark_update
+
+
+class FrameWriter(Writer):
+    """Appends to a `FrameStorage`, and counts how much."""
+
+    _write_count = 0
+
+    def extend(self, data: Any) -> torch.Tensor:
+        """Store a tensordict; returns the transitions' indices."""
+        index: torch.Tensor = self._storage.append(data)
+        self._write_count += index.numel()
+        return index
+
+    add = extend
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"_write_count": self._write_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._write_count = int(state_dict["_write_count"])
+
+    def dumps(self, path: str | Path) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        write_json(Path(path) / "writer.json", self.state_dict())
+
+    def loads(self, path: str | Path) -> None:
+        self.load_state_dict(read_json(Path(path) / "writer.json"))
+
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self._write_count *= not empty_write_count
+
+
+def _only_observation(leaves: dict[Key, Any]) -> Key:
+    """Return the one entry that can be the observation."""
+    both = [key for key, leaf in leaves.items() if ("next", *key) in leaves and getattr(leaf, "dtype", 0) != torch.bool]
+    named = [key for key in both if key[-1] in ("observation", "pixels")]
+    found = named or [key for key in both if leaves[key][0].numel() > 1]
+    if len(found) != 1:
+        raise ValueError(f"observation_key: expected one of {sorted(found or leaves)}, got None, which does not tell")
+    return found[0]
+
+
+def _array(key: Key, leaf: torch.Tensor, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    try:
+        return leaf.numpy() if shape is None else leaf.numpy().reshape(shape)
+    except (TypeError, ValueError):
+        wanted = "numbers that NumPy knows" if shape is None else "one number per transition"
+        raise ValueError(f"{key}: expected {wanted}, got {leaf.dtype} of shape {tuple(leaf.shape)}") from None
+
+
+def _key(name: str | Key) -> Key:
+    return (name,) if isinstance(name, str) else tuple(name)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,275 @@
+"""Batches of many steps for a `TransitionReplay`: which lane each goes to, and a place for what else belongs to it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.checkpoint import load_weights, save_weights
+from pydqn.checks import dtype_name
+from pydqn.files import Damaged
+from pydqn.replay import FrameReplay
+from pydqn.transitions import TransitionReplay
+
+if TYPE_CHECKING:
+    import torch
+
+_MEMORY, _COLUMNS, _PLACES = "memory", "columns.safetensors", "places"
+
+
+class Streams:
+    """Feeds a `TransitionReplay` with rows, each a step of one of several environments, however they are ordered.
+
+    A run of rows that follow one another goes to the lane whose last observation it begins with, or else to one whose
+    episode has ended. So environments may come in blocks of T steps, step by step, or one at a time, and episodes go
+    on from one batch to the next. What cannot be told is stored right all the same: an episode that is taken up anew
+    costs some frames more, and n-step windows end where it was left.
+
+    Args:
+        replay: where the frames go.
+
+    Attributes:
+        columns: what else belongs to each transition, by name: tensors, made for what comes with the first batch.
+    """
+
+    columns: dict[tuple[str, ...], torch.Tensor]
+
+    def __init__(self, replay: TransitionReplay) -> None:
+        lanes = replay.num_envs
+        self.replay = replay
+        self.columns = {}
+        self._each = replay.capacity // lanes + replay.memory.n_step  # some have windows that are still open
+        self._counts = np.zeros(lanes, np.int64)  # steps that each lane has got
+        self._place_of = np.zeros(0, np.int64)  # of the step that was taken at each frame
+        self._last = np.zeros((lanes, *replay.shape), replay.memory.dtype)  # observation that each lane has come to
+        self._goes_on = np.zeros(lanes, bool)
+        self._name: list[Any] = [None] * lanes  # of its episode
+        self._written = np.zeros(lanes, np.int64)
+
+    def extend(
+        self,
+        obs: NDArray[Any],
+        next_obs: NDArray[Any],
+        reward: NDArray[Any],
+        terminated: NDArray[np.bool_],
+        done: NDArray[np.bool_],
+        opens: NDArray[np.bool_],
+        names: NDArray[Any] | None,
+        others: Mapping[tuple[str, ...], torch.Tensor],
+    ) -> NDArray[np.int64]:
+        """Store n rows.
+
+        Args:
+            obs: (n, *shape).
+            next_obs: (n, *shape).
+            reward: (n,) finite real numbers.
+            terminated: (n,) bool: no value lies beyond `next_obs`.
+            done: (n,) bool: the episode is over there.
+            opens: (n,) bool: see `openings`.
+            names: (n,) of the episodes; None where they have none.
+            others: (n, ...): what goes into the columns; the same names each time.
+
+        Returns:
+            (n,) int64: the transitions' indices.
+
+        Raises:
+            ValueError: a row does not fit (see `TransitionReplay.add`). Those of earlier steps are stored then.
+        """
+        if not len(self._place_of):
+            self.replay.moved_on(obs, next_obs)  # (may find that they are no stacks, and make another memory)
+            self._place_of = np.zeros(self.replay.memory.capacity, np.int64)
+        if not self.columns:
+            most = len(self._counts) * self._each
+            self.columns = {name: _zeros((most, *other.shape[1:]), other.dtype) for name, other in others.items()}
+        lane = self._lanes(obs, next_obs, done, opens, names)
+        count = np.bincount(lane, minlength=len(self._counts))
+        turn = np.empty_like(lane)  # within its lane, from 0 on
+        turn[np.argsort(lane, kind="stable")] = np.arange(len(lane)) - np.repeat(np.cumsum(count) - count, count)
+        place = lane * self._each + (self._counts[lane] + turn) % self._each
+        order = np.lexsort((lane, turn))  # one step of every lane at a time
+        cut, nothing = done & ~terminated, np.zeros(len(lane), np.int64)
+        index, stored = nothing.copy(), 0
+        try:
+            for rows in np.split(order, np.flatnonzero(np.diff(turn[order])) + 1):
+                some: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+                lanes = None if len(rows) == len(self._counts) else lane[some]
+                index[some] = self.replay.add(
+                    obs[some], next_obs[some], nothing[some], reward[some], terminated[some], cut[some], lanes
+                )
+                stored += len(rows)
+        finally:  # what the memory holds has its columns, even if a later row was refused
+            rows = np.sort(order[:stored])
+            count = np.bincount(lane[rows], minlength=len(self._counts))
+            rows = rows[turn[rows] + self._each >= count[lane[rows]]]  # the others have lost their places to these
+            self._place_of[index[rows] % len(self._place_of)] = place[rows]
+            for name, column in self.columns.items():
+                column[place[rows]] = others[name] if len(rows) == len(lane) else others[name][rows]
+            self._counts += count
+        return index
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held when full."""
+        return self.replay.nbytes + self._place_of.nbytes + sum(int(column.nbytes) for column in self.columns.values())
+
+    def places_at(self, index: NDArray[np.int64], steps: int | NDArray[np.int64] = 0) -> NDArray[np.int64]:
+        """Return, (B,), the places of held transitions, or of those that come so many steps later in their lanes."""
+        places: NDArray[np.int64] = self._place_of[(index + steps * len(self._counts)) % len(self._place_of)]
+        return places
+
+    def save(self, path: Path, notes: dict[str, Any]) -> None:
+        """Write everything to a folder, without pickle, and notes of the caller's, as JSON can hold them.
+
+        Saving there again writes only frames that are new.
+        """
+        import torch
+
+        path.mkdir(parents=True, exist_ok=True)
+        replay, memory = self.replay, self.replay.memory
+        memory.save(path / _MEMORY)
+        columns = {json.dumps(name): column for name, column in self.columns.items()}
+        columns[_PLACES] = torch.from_numpy(self._place_of)
+        made = {"shape": replay.shape, "dtype": memory.dtype.name, "num_envs": replay.num_envs}
+        made |= {"stack": memory.stack, "padding": memory.padding}
+        state = {"ticks": memory.lane_ticks, "counts": self._counts.tolist(), "notes": notes}
+        save_weights(path / _COLUMNS, columns, {**made, **state})
+
+    @classmethod
+    def load(cls, path: Path, capacity: int, **settings: Any) -> tuple[Streams, dict[str, Any]]:
+        """Read what `save` wrote; returns it with the notes.
+
+        Episodes that were going on end there: environments are not saved with it.
+
+        Args:
+            path: the folder.
+            capacity: that of the `TransitionReplay`.
+            settings: all others that it was made with, but for shape and dtype.
+
+        Raises:
+            ValueError: the folder is damaged, or was made with other arguments.
+        """
+        columns, state = load_weights(path / _COLUMNS)
+        try:
+            settings = {"num_envs": state["num_envs"], **settings, "padding": state["padding"]}
+            settings["stack"] = settings.get("stack") or state["stack"]
+            shape, dtype = tuple(state["shape"]), dtype_name("dtype", state["dtype"])
+            counts, ticks, notes, places = state["counts"], state["ticks"], state["notes"], columns.pop(_PLACES)
+        except KeyError as error:
+            raise Damaged(f"{path / _COLUMNS}: expected what belongs to transitions, got no {error}") from None
+        streams = cls(TransitionReplay(capacity, shape, dtype, **settings))
+        memory = FrameReplay.load(path / _MEMORY, streams.replay.memory.settings)
+        if memory.lane_ticks != ticks:
+            raise Damaged(f"{path}: {_MEMORY} and {_COLUMNS} were not saved together")
+        streams.replay.memory = memory
+        streams._counts[:], streams._place_of = counts, places.numpy()
+        streams.columns = {tuple(json.loads(name)): column for name, column in columns.items()}
+        return streams, notes
+
+    def state(self, notes: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the files of `save`, by name: (bytes,) uint8 each."""
+        import torch
+
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder), notes)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(path.relative_to(folder)): torch.from_numpy(np.fromfile(path, np.uint8)) for path in files}
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor], capacity: int, **settings: Any) -> tuple[Streams, Any]:
+        """Undo `state`; see `load`."""
+        with TemporaryDirectory() as folder:
+            for name, content in state.items():
+                path = Path(folder, name)
+                if Path(name).is_absolute() or ".." in path.parts:
+                    raise ValueError(f"state: expected the names of its files, got {name!r}")
+                path.parent.mkdir(exist_ok=True)
+                content.cpu().numpy().tofile(path)
+            return cls.load(Path(folder), capacity, **settings)
+
+    def _lanes(
+        self,
+        obs: NDArray[Any],
+        next_obs: NDArray[Any],
+        done: NDArray[np.bool_],
+        opens: NDArray[np.bool_],
+        names: NDArray[Any] | None,
+    ) -> NDArray[np.int64]:
+        lanes = np.zeros(len(obs), np.int64)
+        if len(self._counts) == 1:
+            return lanes
+        lane = -1
+        for start, stop in pairwise([*np.flatnonzero(opens).tolist(), len(obs)]):
+            name = None if names is None else names[start]
+            lane = self._lane_of(obs[start], name, lane)
+            lanes[start:stop] = lane
+            self._last[lane], self._goes_on[lane], self._name[lane] = next_obs[stop - 1], not done[stop - 1], name
+            self._written[lane] = self._written.max() + 1
+        return lanes
+
+    def _lane_of(self, obs: NDArray[Any], name: Any, previous: int) -> int:
+        """Return the lane of a run that begins with `obs`; `previous` is that of the run before, or -1."""
+        count = len(self._counts)
+        for lane in ((previous + 1 + number) % count for number in range(count)):  # mostly it is the first
+            same = name is None or self._name[lane] is None or self._name[lane] == name
+            if self._goes_on[lane] and same and np.array_equal(self._last[lane], obs):
+                return lane
+        if previous >= 0 and not self._goes_on[previous]:
+            return previous
+        ended = np.flatnonzero(~self._goes_on)
+        return int(ended[self._counts[ended].argmin()] if len(ended) else self._written.argmin())
+
+
+def openings(
+    obs: NDArray[Any],
+    next_obs: NDArray[Any],
+    done: NDArray[np.bool_],
+    names: NDArray[Any] | None = None,
+    steps: int | None = None,
+) -> NDArray[np.bool_]:
+    """Return, (n,), which rows do not go on with the row before.
+
+    Args:
+        obs: (n, *shape).
+        next_obs: (n, *shape).
+        done: (n,) bool: the episode is over after this row.
+        names: (n,) of the episodes; None to compare observations.
+        steps: length of the blocks that each environment comes in; None where there are none.
+    """
+    opens = np.ones(len(done), bool)
+    if names is None:
+        opens[1:] = done[:-1] | (next_obs[:-1] != obs[1:]).any(axis=tuple(range(1, obs.ndim)))
+    else:
+        opens[1:] = done[:-1] | (names[1:] != names[:-1])
+    if steps is not None:
+        opens[::steps] = True
+    return opens
+
+
+def environments(opens: NDArray[np.bool_], done: NDArray[np.bool_]) -> int:
+    """Return of how many environments a batch seems to be: the fewest blocks of one length that explain all breaks.
+
+    Args:
+        opens: (n,) bool: see `openings`.
+        done: (n,) bool: the episode is over after this row.
+    """
+    breaks = np.flatnonzero(opens[1:] & ~done[:-1]) + 1
+    for count in (count for count in range(1, len(opens) + 1) if len(opens) % count == 0):
+        length = len(opens) // count
+        if not (breaks % length).any() and opens[::length].all():
+            return count
+    return 1 + len(breaks)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros that take memory only when they are written to."""
+    import torch
+
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
