@@ -382,23 +382,14 @@ def test_without_priorities_the_prioritized_algorithm_is_the_plain_one():
     assert all(map(torch.equal, before, uniform.q_net.parameters()))
 
 
-CARTPOLE = {  # RL Baselines3 Zoo's settings, but for the number of steps
-    "learning_rate": 2.3e-3,
-    "batch_size": 64,
-    "buffer_size": 100_000,
-    "learning_starts": 1000,
-    "gamma": 0.99,
-    "target_update_interval": 10,
-    "train_freq": 256,
-    "gradient_steps": 128,
-    "exploration_fraction": 0.16,
-    "exploration_final_eps": 0.04,
-    "policy_kwargs": {"net_arch": [256, 256]},
-}
+CARTPOLE = {"learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000}
+CARTPOLE |= {"target_update_interval": 10, "train_freq": 256, "gradient_steps": 128, "exploration_fraction": 0.3}
+CARTPOLE |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]}}
 
 
 @pytest.mark.parametrize("kind", [DQN, PrioritizedDQN])
 def test_cartpole_is_learned(kind):
-    model = model_of(kind, seed=1, **{**CARTPOLE, "exploration_fraction": 0.3}).learn(25_000)
+    """With RL Baselines3 Zoo's settings, but for half as many steps and longer exploration."""
+    model = model_of(kind, seed=1, **CARTPOLE).learn(25_000)
     mean, _ = evaluate_policy(model, model.get_env(), 10, warn=False)
     assert mean > 150

@@ -193,6 +193,7 @@ def test_observations_are_as_they_were(kind, seed):
     def check():
         every = buffer.sample_indices(0)
         assert sorted(every) == sorted(world.expected)
+        assert len(buffer[1:].rew) == len(every) - 1
         for batch, indices in ((buffer[every], every), buffer.sample(20)):
             for row, position in enumerate(indices.tolist()):
                 expected = world.expected[position]

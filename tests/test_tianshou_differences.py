@@ -50,6 +50,10 @@ def test_returns():
     at = np.array([0, 1])
     np.testing.assert_allclose(returns(mine, at, 3), [1 + 0.9 + 0.81 * 2, 1 + 0.9 * 2])
     np.testing.assert_allclose(returns(other, at, 3), [1 + 0.9 + 0.81 + 0.729 * 53, 1 + 0.9 + 0.81 + 0.729 * 54])
+    full = counting(ours.VectorReplayBuffer, 1, 10, broken=[0])
+    assert full.unfinished_index().tolist() == [0, 9]
+    full.add(rows([[60.0]], [[61.0]], terminated=True))  # takes the place of the one that was broken off
+    assert full.unfinished_index().tolist() == []
 
 
 def test_chance():

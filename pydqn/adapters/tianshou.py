@@ -285,7 +285,7 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
     def reset(self, keep_statistics: bool = False) -> None:
         """Forget all transitions. The generator goes on."""
         super().reset(keep_statistics=keep_statistics)
-        self._breaks[:], self._least[:], self._seen_nan = False, 0, False
+        self._breaks[:], self._seen_nan = False, False
         if self.transitions is not None:
             self.transitions.clear()
             self._meta.obs[:], self._open[:] = -1, False
