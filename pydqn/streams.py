@@ -46,7 +46,7 @@ class Streams:
         lanes = replay.num_envs
         self.replay = replay
         self.columns = {}
-        self._each = replay.capacity // lanes + replay.memory.n_step  # some have windows that are still open
+        self._each = replay.capacity // lanes + replay.memory.n_step - 1  # of the newest, windows may be open
         self._counts = np.zeros(lanes, np.int64)  # steps that each lane has got
         self._place_of = np.zeros(0, np.int64)  # of the step that was taken at each frame
         self._last = np.zeros((lanes, *replay.shape), replay.memory.dtype)  # observation that each lane has come to
@@ -83,9 +83,6 @@ class Streams:
         Raises:
             ValueError: a row does not fit (see `TransitionReplay.add`). Those of earlier steps are stored then.
         """
-        if not len(self._place_of):
-            self.replay.moved_on(obs, next_obs)  # (may find that they are no stacks, and make another memory)
-            self._place_of = np.zeros(self.replay.memory.capacity, np.int64)
         if not self.columns:
             most = len(self._counts) * self._each
             self.columns = {name: _zeros((most, *other.shape[1:]), other.dtype) for name, other in others.items()}
@@ -109,6 +106,8 @@ class Streams:
             rows = np.sort(order[:stored])
             count = np.bincount(lane[rows], minlength=len(self._counts))
             rows = rows[turn[rows] + self._each >= count[lane[rows]]]  # the others have lost their places to these
+            if not len(self._place_of):  # (the first row may have settled how large the memory is)
+                self._place_of = np.zeros(self.replay.memory.capacity, np.int64)
             self._place_of[index[rows] % len(self._place_of)] = place[rows]
             for name, column in self.columns.items():
                 column[place[rows]] = others[name] if len(rows) == len(lane) else others[name][rows]
@@ -208,46 +207,39 @@ class Streams:
         lane = -1
         for start, stop in pairwise([*np.flatnonzero(opens).tolist(), len(obs)]):
             name = None if names is None else names[start]
-            lane = self._lane_of(obs[start], name, lane)
+            lane = self._lane_of(obs[start], name, lane + 1)
             lanes[start:stop] = lane
             self._last[lane], self._goes_on[lane], self._name[lane] = next_obs[stop - 1], not done[stop - 1], name
             self._written[lane] = self._written.max() + 1
         return lanes
 
-    def _lane_of(self, obs: NDArray[Any], name: Any, previous: int) -> int:
-        """Return the lane of a run that begins with `obs`; `previous` is that of the run before, or -1."""
+    def _lane_of(self, obs: NDArray[Any], name: Any, guess: int) -> int:
+        """Return the lane of a run that begins with `obs`."""
         count = len(self._counts)
-        for lane in ((previous + 1 + number) % count for number in range(count)):  # mostly it is the first
+        for lane in ((guess + number) % count for number in range(count)):
             same = name is None or self._name[lane] is None or self._name[lane] == name
             if self._goes_on[lane] and same and np.array_equal(self._last[lane], obs):
                 return lane
-        if previous >= 0 and not self._goes_on[previous]:
-            return previous
         ended = np.flatnonzero(~self._goes_on)
         return int(ended[self._counts[ended].argmin()] if len(ended) else self._written.argmin())
 
 
 def openings(
-    obs: NDArray[Any],
-    next_obs: NDArray[Any],
-    done: NDArray[np.bool_],
-    names: NDArray[Any] | None = None,
-    steps: int | None = None,
+    obs: NDArray[Any], next_obs: NDArray[Any], names: NDArray[Any] | None = None, steps: int | None = None
 ) -> NDArray[np.bool_]:
     """Return, (n,), which rows do not go on with the row before.
 
     Args:
         obs: (n, *shape).
         next_obs: (n, *shape).
-        done: (n,) bool: the episode is over after this row.
         names: (n,) of the episodes; None to compare observations.
         steps: length of the blocks that each environment comes in; None where there are none.
     """
-    opens = np.ones(len(done), bool)
+    opens = np.ones(len(obs), bool)
     if names is None:
-        opens[1:] = done[:-1] | (next_obs[:-1] != obs[1:]).any(axis=tuple(range(1, obs.ndim)))
+        opens[1:] = (next_obs[:-1] != obs[1:]).any(axis=tuple(range(1, obs.ndim)))
     else:
-        opens[1:] = done[:-1] | (names[1:] != names[:-1])
+        opens[1:] = names[1:] != names[:-1]
     if steps is not None:
         opens[::steps] = True
     return opens

@@ -65,7 +65,7 @@ class Rows:
 def feed(streams, rows, numbers, with_names, steps=None):
     obs, after, reward, ends, done, names = rows.batch(numbers)
     names = names if with_names else None
-    opens = openings(obs, after, done, names, steps)
+    opens = openings(obs, after, names, steps)
     return streams.extend(obs, after, reward, ends, done, opens, names, {("number",): torch.tensor(numbers)})
 
 
@@ -129,6 +129,16 @@ def test_more_environments_than_lanes():
         feed(streams, rows, [rows.step(env) for env in range(3) for _ in range(4)], True)
     found = assert_right(streams, rows, 3, 0.9, whole=False)
     assert len(found) > 110
+
+
+def test_names_tell_environments_that_look_alike():
+    streams = Streams(TransitionReplay(100, (2,), "float32", num_envs=2, n_step=2, gamma=1.0))
+    alike, never = np.ones((2, 2), np.float32), np.zeros(2, bool)
+    for step, order in enumerate([[0, 1], [1, 0], [0, 1]]):  # rewards tell them apart
+        reward, names = 10.0**step * np.array([[1, 5][env] for env in order]), np.array(order)
+        streams.extend(alike, alike, reward, never, never, openings(alike, alike, names), names, {})
+    held = streams.replay.gather(streams.replay.memory.valid_indices())
+    assert sorted(held.reward.tolist()) == [11, 55, 110, 550]
 
 
 def test_environments_are_counted():

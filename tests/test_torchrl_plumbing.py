@@ -93,12 +93,12 @@ def test_transforms_and_threads():
 
 
 def test_samples_are_the_users_to_change():
-    for make in (film, cartpole):
-        rb = ReplayBuffer(500, batch_size=200)
+    for make, size in ((film, 200), (film, 1), (cartpole, 200)):
+        rb = ReplayBuffer(500, batch_size=size)
         for batch in stream(make):
-            rb.extend(batch)
+            index = rb.extend(batch)
         before = rb[:].clone()
-        for sample in (rb.sample(), rb[:]):
+        for sample in (rb.sample(), rb[:], rb[index[3]], rb[index[3:4]]):
             after = sample["next", "observation"].clone()
             sample["observation"].zero_()
             assert sample["next", "observation"].equal(after)
@@ -112,6 +112,9 @@ def test_parts_alone():
     rb = TensorDictReplayBuffer(**parts, collate_fn=lambda batch: batch, batch_size=4)
     index = rb.extend(rows())
     assert torch.isin(rb.sample()["index"], index).all()
+    drawn, _ = storage.draw(2)
+    assert storage.get(index[:3])["action"].tolist() == [0, 1, 2]
+    assert storage.get(drawn)["action"].equal(drawn)
 
 
 def test_which_entries_are_kept():
@@ -286,7 +289,8 @@ def test_what_came_before_a_bad_row_is_whole():
     with pytest.raises(ValueError, match="reward: expected finite"):
         rb.extend(NAN.clone())
     assert_same(rb[:], torch.cat([good, NAN[:3]]))
-    assert_same(rb[rb.extend(good.clone())], good)
+    rb.extend(good.clone())
+    assert_same(rb[:], torch.cat([good, NAN[:3], good]))
 
 
 def test_bad_arguments():

@@ -62,6 +62,7 @@ def cartpole(seed, one_hot=True):
 @functools.cache
 def collected(make, envs, batches, per_batch):
     """What a collector gives, with a number for each transition."""
+    torch.manual_seed(0)
     env = make(0) if envs == 1 else SerialEnv(envs, [lambda seed=seed: make(seed) for seed in range(envs)])
     collector = Collector(
         env, RandomPolicy(env.action_spec), frames_per_batch=per_batch, total_frames=batches * per_batch

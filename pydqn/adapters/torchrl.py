@@ -184,7 +184,7 @@ class FrameStorage(Storage):
         reward = _array(_REWARD, leaves[_REWARD].double(), (count,))
         ends, done = (_array(key, leaves[key], (count,)) for key in (self._terminated, _DONE))
         names = None if names is None else _array(_NAMES, names.cpu(), (count,))
-        opens = openings(obs, next_obs, done, names, steps)
+        opens = openings(obs, next_obs, names, steps)
         streams = self.streams
         if streams is None:
             lanes = environments(opens, done) if steps is None else count // steps
@@ -204,16 +204,14 @@ class FrameStorage(Storage):
         return self._drawn[0], torch.from_numpy(batch.weight)
 
     def get(self, index: Any) -> TensorDict:
-        """Return the transitions that have these indices, or, of a slice, those held, oldest first.
-
-        Raises:
-            ValueError: an index names no transition that is held now.
-        """
+        """Return the transitions that have these indices (ValueError: they are gone), or a slice of those held."""
         drawn, self._drawn = self._drawn, None
         if drawn is not None and index is drawn[0]:
             return self._tensordict(drawn[1])
         wanted = self.memory.valid_indices()[index] if isinstance(index, slice) else np.asarray(index)
-        return self._tensordict(self.memory.gather(wanted.reshape(-1))).reshape(wanted.shape)
+        batch = self.memory.gather(wanted.reshape(-1))
+        apart = batch._replace(obs=batch.obs.copy(), next_obs=batch.next_obs.copy())
+        return self._tensordict(apart).reshape(wanted.shape)
 
     def set(self, *_: Any, **__: Any) -> None:
         """Raise RuntimeError: what is held is never changed, and `append` alone adds to it."""
