@@ -28,6 +28,13 @@ def test_the_replay_example_works_as_printed():
     assert out.startswith("1992 (32, 4, 84, 84) ")
 
 
+def test_the_transitions_example_works_as_printed():
+    page = (ROOT / "docs" / "embedding.md").read_text()
+    program = re.search(r"<!-- transitions example -->\n```python\n(.*?)```", page, re.DOTALL).group(1)
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert re.match(r"19\d\d \(32, 4\) 0.97", out), out
+
+
 def test_the_presets_are_those_that_exist():
     assert set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE)) == set(PRESETS)
 

@@ -131,12 +131,14 @@ def test_more_environments_than_lanes():
     assert len(found) > 110
 
 
-def test_names_tell_environments_that_look_alike():
+@pytest.mark.parametrize("orders", [[[0, 1], [1, 0], [0, 1]], [[0, 1], [0, 1], [0, 1]]], ids=["names", "order"])
+def test_environments_that_look_alike(orders, request):
     streams = Streams(TransitionReplay(100, (2,), "float32", num_envs=2, n_step=2, gamma=1.0))
     alike, never = np.ones((2, 2), np.float32), np.zeros(2, bool)
-    for step, order in enumerate([[0, 1], [1, 0], [0, 1]]):  # rewards tell them apart
-        reward, names = 10.0**step * np.array([[1, 5][env] for env in order]), np.array(order)
-        streams.extend(alike, alike, reward, never, never, openings(alike, alike, names), names, {})
+    for step, order in enumerate(orders):  # rewards tell them apart
+        reward = 10.0**step * np.array([[1, 5][env] for env in order])
+        names = np.array(order) if "names" in request.node.name else None
+        streams.extend(alike, alike, reward, never, never, openings(alike, alike, names, 1), names, {})
     held = streams.replay.gather(streams.replay.memory.valid_indices())
     assert sorted(held.reward.tolist()) == [11, 55, 110, 550]
 

@@ -139,6 +139,24 @@ def test_lives_end_windows():
     assert rb.storage.memory.lane_ticks == [7]  # the episode goes on
 
 
+def test_environments_are_counted_in_blocks():
+    batch = torch.stack([rows(), rows(), rows()])
+    batch["next", "done"][:, -1] = batch["next", "terminated"][:, -1] = True
+    for given, count in ((batch, 3), (batch.reshape(-1), 1)):
+        rb = ReplayBuffer(100)
+        rb.extend(given.clone())
+        assert rb.storage.memory.num_envs == count
+
+
+def test_samples_can_be_stored_again():
+    one, other = ReplayBuffer(100, batch_size=7, prioritized=True, beta=0.5), ReplayBuffer(100)
+    one.sampler.beta = 0.9
+    one.extend(rows())
+    assert one.storage.memory.beta == 0.9
+    sample = one.sample()
+    assert_same(other[other.extend(sample.clone())], sample)
+
+
 def test_images_that_are_no_stacks():
     batch = rows(50, key="pixels")
     images = torch.randint(0, 256, (51, 4, 9, 8), dtype=torch.uint8)
@@ -252,7 +270,7 @@ def test_other_processes_are_refused():
 
 
 NAN = rows()
-NAN["next", "reward"][3] = np.nan
+NAN["next", "reward"][3], NAN["action"] = np.nan, torch.arange(10, 15)
 WIDE, TWO, NONE = rows(), rows(pixels=torch.rand(5, 3)), rows(key="position")
 WIDE["next", "reward"] = torch.ones(5, 2)
 TWO["next", "pixels"] = torch.rand(5, 3)

@@ -210,8 +210,7 @@ class FrameStorage(Storage):
             return self._tensordict(drawn[1])
         wanted = self.memory.valid_indices()[index] if isinstance(index, slice) else np.asarray(index)
         batch = self.memory.gather(wanted.reshape(-1))
-        apart = batch._replace(obs=batch.obs.copy(), next_obs=batch.next_obs.copy())
-        return self._tensordict(apart).reshape(wanted.shape)
+        return self._tensordict(batch._replace(obs=batch.obs.copy())).reshape(wanted.shape)
 
     def set(self, *_: Any, **__: Any) -> None:
         """Raise RuntimeError: what is held is never changed, and `append` alone adds to it."""
