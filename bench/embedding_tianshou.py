@@ -6,7 +6,7 @@ Prints one line of JSON. Settings are those of Tianshou's examples, with as many
     python bench/embedding_tianshou.py --buffer optimized  # one frame per transition, as in its Atari examples
     python bench/embedding_tianshou.py --buffer pydqn
 
-The buffer is filled by the policy as it begins, before the clock starts. Try it with `--steps 40 --capacity 300`.
+The buffer is filled with random actions before the clock starts. Try it with `--steps 40 --capacity 300`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class Streams:
     A run of rows that follow one another goes to the lane whose last observation it begins with, or else to one whose
     episode has ended. So environments may come in blocks of T steps, step by step, or one at a time, and episodes go
     on from one batch to the next. What cannot be told is stored right all the same: an episode that is taken up anew
-    costs some frames more, and n-step windows end where it was left.
+    costs some frames more, and n-step windows end where it was left. (Only names tell environments apart that have the
+    same observations.)
 
     Args:
         replay: where the frames go.
@@ -51,7 +52,7 @@ class Streams:
         self._place_of = np.zeros(0, np.int64)  # of the step that was taken at each frame
         self._last = np.zeros((lanes, *replay.shape), replay.memory.dtype)  # observation that each lane has come to
         self._goes_on = np.zeros(lanes, bool)
-        self._name: list[Any] = [None] * lanes  # of its episode
+        self._name: list[Any] = [None] * lanes
         self._written = np.zeros(lanes, np.int64)
 
     def extend(
@@ -74,7 +75,7 @@ class Streams:
             terminated: (n,) bool: no value lies beyond `next_obs`.
             done: (n,) bool: the episode is over there.
             opens: (n,) bool: see `openings`.
-            names: (n,) of the episodes; None where they have none.
+            names: (n,) of the episodes, or of the environments; None where they have none.
             others: (n, ...): what goes into the columns; the same names each time.
 
         Returns:
@@ -224,24 +225,19 @@ class Streams:
         return int(ended[self._counts[ended].argmin()] if len(ended) else self._written.argmin())
 
 
-def openings(
-    obs: NDArray[Any], next_obs: NDArray[Any], names: NDArray[Any] | None = None, steps: int | None = None
-) -> NDArray[np.bool_]:
+def openings(obs: NDArray[Any], next_obs: NDArray[Any], names: NDArray[Any] | None = None) -> NDArray[np.bool_]:
     """Return, (n,), which rows do not go on with the row before.
 
     Args:
         obs: (n, *shape).
         next_obs: (n, *shape).
-        names: (n,) of the episodes; None to compare observations.
-        steps: length of the blocks that each environment comes in; None where there are none.
+        names: (n,) of the episodes, or of the environments; None to compare observations.
     """
     opens = np.ones(len(obs), bool)
     if names is None:
         opens[1:] = (next_obs[:-1] != obs[1:]).any(axis=tuple(range(1, obs.ndim)))
     else:
         opens[1:] = names[1:] != names[:-1]
-    if steps is not None:
-        opens[::steps] = True
     return opens
 
 

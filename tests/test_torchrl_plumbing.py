@@ -148,6 +148,16 @@ def test_environments_are_counted_in_blocks():
         assert rb.storage.memory.num_envs == count
 
 
+def test_blocks_of_environments_that_look_alike():
+    rb = ReplayBuffer(100, n_step=2, gamma=1.0)
+    for step in range(3):
+        batch = torch.stack([rows(1, number=torch.tensor([env])) for env in range(2)])
+        batch["observation"], batch["next", "observation"] = torch.ones(2, 1, 4), torch.ones(2, 1, 4)
+        batch["next", "reward"] *= 10.0**step * (1 + batch["number"][..., None])
+        rb.extend(batch)
+    assert sorted(rb[:]["next", "reward"].flatten().tolist()) == [11, 22, 110, 220]
+
+
 def test_samples_can_be_stored_again():
     one, other = ReplayBuffer(100, batch_size=7, prioritized=True, beta=0.5), ReplayBuffer(100)
     one.sampler.beta = 0.9

@@ -183,8 +183,11 @@ class FrameStorage(Storage):
         obs, next_obs = (_array(key, leaves.pop(key)) for key in [*leaves][:2])
         reward = _array(_REWARD, leaves[_REWARD].double(), (count,))
         ends, done = (_array(key, leaves[key], (count,)) for key in (self._terminated, _DONE))
-        names = None if names is None else _array(_NAMES, names.cpu(), (count,))
-        opens = openings(obs, next_obs, names, steps)
+        if names is not None:
+            names = _array(_NAMES, names.cpu(), (count,))
+        elif steps is not None:
+            names = np.repeat(np.arange(count // steps), steps)
+        opens = openings(obs, next_obs, names)
         streams = self.streams
         if streams is None:
             lanes = environments(opens, done) if steps is None else count // steps
