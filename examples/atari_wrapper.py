@@ -13,6 +13,7 @@ gymnasium.register_envs(ale_py)
 # FrameStackObservation: the last four pictures of 84x84, in which a network sees what moves where.
 env = AtariPreprocessing(gymnasium.make("ALE/Pong-v5", frameskip=1), stack=4)
 observation, info = env.reset(seed=0)
+env.step(0)  # the very first time, the kernel is compiled
 started = time.perf_counter()
 for _ in range(200):
     observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
@@ -26,6 +27,7 @@ native = {"img_height": 210, "img_width": 160, "stack_num": 1, "use_fire_reset":
 envs = gymnasium.make_vec("ALE/Pong-v5", 8, "vector_entry_point", **native)
 envs = AtariVectorFrames(envs, stack=4)
 observations, infos = envs.reset(seed=0)
+envs.step(envs.action_space.sample())  # the very first time, the kernel is compiled
 started = time.perf_counter()
 for _ in range(50):
     observations, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())

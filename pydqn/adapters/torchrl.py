@@ -1,8 +1,5 @@
 """The frame-indexed replay memory for TorchRL: `ReplayBuffer` takes the place of `TensorDictReplayBuffer`.
 
-    replay_buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000), batch_size=32)  # TorchRL's
-    replay_buffer = ReplayBuffer(100_000, batch_size=32)  # ours: each frame once
-
 It is TorchRL's own buffer over three parts of ours, a storage, its sampler and its writer; transforms, prefetching,
 pinned memory and `update_tensordict_priority` are TorchRL's. What is sampled is what TorchRL would have sampled, entry
 by entry and bit by bit, but for this:
@@ -17,8 +14,7 @@ by entry and bit by bit, but for this:
 * Prioritized batches are drawn one from each of B equal shares of the priorities, and weights are divided by the
   largest of the batch, as Schaul et al. 2016 say. TorchRL divides by what the least priority in the whole buffer would
   weigh: a single error of 0 there makes the weights of all others very small.
-* Batches have to have all entries of the first one, and others are passed over. TorchRL leaves in place of a missing
-  one what was there before.
+* Batches have to have all entries of the first one. TorchRL leaves in place of a missing one what was there before.
 """
 
 from __future__ import annotations
@@ -32,14 +28,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
-from torchrl.data.replay_buffers import PrioritizedSampler, Storage, TensorDictReplayBuffer, Writer
 
 from pydqn.checks import integer
 from pydqn.files import read_json, write_json
 from pydqn.replay import Batch, FrameReplay
 from pydqn.streams import Streams, environments, openings
 from pydqn.transitions import TransitionReplay
+
+try:
+    from tensordict import TensorDict
+    from torchrl.data.replay_buffers import PrioritizedSampler, Storage, TensorDictReplayBuffer, Writer
+except ImportError as error:
+    raise ImportError("pydqn.adapters.torchrl needs TorchRL: pip install 'pydqn[adapters]'") from error
 
 __all__ = ["FrameSampler", "FrameStorage", "FrameWriter", "ReplayBuffer"]
 
