@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.files import atomic_write, named_errors
+from pydqn.machine import instruction_sets, processor, usable_cores
 
 PROGRESS = "progress.csv"
 _LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
@@ -178,18 +179,15 @@ class Process:
 
 
 def environment() -> dict[str, str]:
-    """Return what a result depends on beside its config: versions and the machine."""
+    """Return what a result depends on beside its config: versions, the processor and what it can do."""
     packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
-    found = {name: metadata.version(name) for name in packages}
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     return {
-        **found,
+        **{name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": f"{processor}, {os.cpu_count()} cores",
+        "processor": processor(),
+        "cores": f"{usable_cores()} usable of {os.cpu_count()}",
+        "instruction_sets": " ".join(instruction_sets()),
     }
 
 

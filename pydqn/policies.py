@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pydqn.machine import instruction_sets
 from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
 from pydqn.pixels import look_up
 from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
@@ -43,33 +40,24 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
-    "auto" takes bfloat16 on processors that turn out to be faster with it, and float32 elsewhere. (A `Policy` whose
-    observations are not pixels takes float32 everywhere.)
+    "auto" takes bfloat16 on processors with instructions for it (AVX-512 BF16, AMX), and float32 elsewhere. (A `Policy`
+    whose observations are not pixels takes float32 everywhere.)
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-@functools.cache
-@torch.no_grad()
 def _bfloat16_pays() -> bool:
-    """Time two of Nature's layers both ways: some milliseconds, once per process.
+    """Whether the processor multiplies bfloat16 itself: then such layers take half as long, elsewhere several times.
 
-    Processors with instructions for bfloat16 take about half as long with it, others several times as long: far enough
-    apart for the same answer each time, as the same run from the same seed needs it.
+    The answer is the machine's and not a measurement's, so that the same seed is the same run there.
     """
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(8):
-        for dtype in best:
-            image, features = torch.ones(32, 32, 20, 20, dtype=dtype), torch.ones(32, 3136, dtype=dtype)
-            image = image.contiguous(memory_format=torch.channels_last)
-            kernel, weight = torch.ones(64, 32, 4, 4, dtype=dtype), torch.ones(512, 3136, dtype=dtype)
-            started = time.perf_counter()
-            F.conv2d(image, kernel, stride=2)
-            F.linear(features, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - started)
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+    if not torch.backends.mkldnn.is_available():  # PyTorch has no other kernels for it
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in older releases
+    there = [name for name, has in capabilities().items() if has] if capabilities else instruction_sets()
+    return "avx512_bf16" in there or "amx_bf16" in there
 
 
 class Policy:

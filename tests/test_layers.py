@@ -20,6 +20,7 @@ LAYERS = [
         "files",
         "lanes",
         "losses",
+        "machine",
         "optimizers",
         "pixels",
         "preprocess",

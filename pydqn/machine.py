@@ -1,0 +1,117 @@
+"""What the processor can do, how many of its cores are ours, and how PyTorch's threads wait. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+
+# Instruction sets that decide how fast a run is, as /proc/cpuinfo writes them on x86 and on ARM.
+_RELEVANT = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),
+    *("asimd", "sve", "sve2", "i8mm", "bf16"),
+)
+# With any of these the user has said how OpenMP's threads wait.
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
+
+
+def processor() -> str:
+    """Return the processor's model, as its maker calls it where the system knows that."""
+    model = _cpuinfo().get("model name", "") or platform.processor() or platform.machine()
+    return " ".join(model.split())
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Return those of the processor that decide how fast a run is; none where the system does not list them."""
+    info = _cpuinfo()
+    listed = {*info.get("flags", "").split(), *info.get("Features", "").split()}
+    return tuple(name for name in _RELEVANT if name in listed)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: those it is bound to, and no more than its container's CPU quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(bound, cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Return the cores' worth of time that control groups grant this process; infinity where there is no limit.
+
+    Containers see the host's cores, but are stopped when they use more time than their quota. Every group above ours
+    counts as well. `root` is where the system's files are.
+    """
+    quota = math.inf
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if not controllers:  # version 2
+                mount, read = root / "sys/fs/cgroup", _quota_of_version_2
+            elif "cpu" in controllers.split(","):
+                mount, read = root / "sys/fs/cgroup/cpu", _quota_of_version_1
+            else:
+                continue
+            path = Path(name.lstrip("/"))
+            # A container may see only its own group, mounted as the root.
+            for group in (path, *path.parents):
+                quota = min(quota, read(mount / group))
+    return quota
+
+
+def _quota_of_version_2(group: Path) -> float:
+    with suppress(OSError, ValueError):
+        most, period = (group / "cpu.max").read_text().split()
+        return int(most) / int(period)  # "max" is no number
+    return math.inf
+
+
+def _quota_of_version_1(group: Path) -> float:
+    with suppress(OSError, ValueError):
+        most = int((group / "cpu.cfs_quota_us").read_text())
+        if most > 0:
+            return most / int((group / "cpu.cfs_period_us").read_text())
+    return math.inf
+
+
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Let OpenMP's threads sleep soon when they wait for each other, unless the user has said how they wait.
+
+    By default they spin for milliseconds at every barrier. Beside another busy process the thread that they wait for
+    may not even be running, so they take the core that it needs: updates become 27 times as slow. Only what is set
+    before torch is imported counts, and child processes inherit it.
+
+    Returns:
+        Whether it was set.
+    """
+    if any(name in environment for name in _WAITING):
+        return False
+    environment["GOMP_SPINCOUNT"] = "1000"  # GCC's libgomp, in PyTorch's wheels for Linux
+    environment["KMP_BLOCKTIME"] = "1"  # LLVM's libomp and Intel's libiomp5; in milliseconds, 200 by default
+    return True
+
+
+def default_torch_threads(convolutions: bool, cores: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many threads a learner's updates should use on a CPU; 0 to leave PyTorch's setting alone.
+
+    A batch of 32 images feeds about four threads, and from three cores on one is left to the emulators. Without
+    convolutions an update is over before a second thread has begun. The number decides the order in which sums are
+    formed, so it follows from the machine and the network alone, never from a measurement.
+    """
+    if "OMP_NUM_THREADS" in environment or "MKL_NUM_THREADS" in environment:
+        return 0
+    if not convolutions:
+        return 1
+    return cores if cores <= 2 else min(4, cores - 1)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return what the system says of the first core."""
+    found: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, colon, value = line.partition(":")
+            if colon:
+                found.setdefault(name.strip(), value.strip())
+    return found
