@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from pydqn.kernels import kernel
 
 _BLOCK = 4096  # numbers that are widened, stepped and rounded while they are in the first-level cache
 _BETA1, _BETA2 = 0.9, 0.999
@@ -307,14 +308,14 @@ def _row(tensor: Tensor) -> NDArray[Any]:
 # would stop that: error_model="numpy".
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _widen(half, out):
     """The upper half of a float32's bits, and zeros."""
     for i in range(half.size):
         out[i] = np.uint32(half[i]) << np.uint32(16)
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _narrow(bits, out):
     """Round float32 to the nearest bfloat16, ties to even (a NaN may become infinite). Nothing where `out` is empty."""
     for i in range(out.size):
@@ -322,7 +323,7 @@ def _narrow(bits, out):
         out[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _float32(grad, buffer):
     """A block of a gradient as float32."""
     if grad.itemsize == 2:
@@ -331,7 +332,7 @@ def _float32(grad, buffer):
     return grad.view(np.float32)
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})  # in any order; a NaN stays one
+@kernel(nogil=True, fastmath={"reassoc", "contract"})  # in any order; a NaN stays one
 def _squares(grad):
     total = np.float32(0)
     for i in range(grad.size):
@@ -339,7 +340,7 @@ def _squares(grad):
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _sum_of_squares(grad):
     buffer = np.empty(_BLOCK, np.float32)
     total = 0.0
@@ -348,7 +349,7 @@ def _sum_of_squares(grad):
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(nogil=True, error_model="numpy")
 def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
     b1, b2, c2 = np.float32(1 - _BETA1), np.float32(_BETA2), np.float32(1 - _BETA2)
     for i in range(parameter.size):
@@ -360,7 +361,7 @@ def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
         parameter[i] -= size * m / (np.sqrt(s) / root + epsilon)
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):
@@ -370,7 +371,7 @@ def _adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
         _narrow(parameter[a:b].view(np.uint32), copy[a:b])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(nogil=True, error_model="numpy")
 def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind, decay, epsilon, momentum, outside):
     one = np.float32(1)
     for i in range(parameter.size):
@@ -388,7 +389,7 @@ def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind,
         parameter[i] -= behind * d
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _rmsprop(grad, parameter, copy, square, mean, change, *numbers):
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from pydqn.kernels import kernel
 
 _STACK = 4  # images that the kernel interleaves; a number that the compiler knows becomes vector instructions
 
@@ -45,13 +46,13 @@ def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _widen(images, out):
     for i in range(out.size):
         out[i] = images[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _interleave(images, out):
     size = images.size // _STACK
     a, b, c, d = images[:size], images[size : 2 * size], images[2 * size : 3 * size], images[3 * size :]
@@ -62,7 +63,7 @@ def _interleave(images, out):
         out[_STACK * i + 3] = d[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _interleave_upper(images, out):
     """The upper half of a float32 is a bfloat16, and all of a whole number below 256 is in it."""
     size = images.size // _STACK
@@ -75,14 +76,14 @@ def _interleave_upper(images, out):
         out[_STACK * i + 3] = d[i] >> half
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _to_float32(run, stride, out, size):
     for sample in range(out.shape[0]):
         start = sample * stride
         _interleave(run[start : start + _STACK * size], out[sample])
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _to_bfloat16(run, stride, out, size):
     wide = np.empty(_STACK * size, np.float32)
     for sample in range(out.shape[0]):

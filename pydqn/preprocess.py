@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from pydqn.kernels import kernel
 
 SIZE = 84  # rows and columns of what every kernel returns
 _CROP_TOP, _CROP_ROWS = 34, 160  # the playing field that `crop_nearest` keeps
@@ -198,7 +199,7 @@ def _tall_plan(height: int, width: int) -> tuple[Any, ...]:
     return (*rows, *_area_table(width, SIZE))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(nogil=True, inline="always")
 def _area_exact(frame, previous, row, column, rows, row_count, row_weight, columns, column_count, column_weight):
     """One pixel in OpenCV's order of float32 operations: along each row first, then down the rows."""
     total = np.float32(0)
@@ -217,7 +218,7 @@ def _area_exact(frame, previous, row, column, rows, row_count, row_weight, colum
 # weighed as rows of the transposed image, which is faster than picking pixels from places that a table tells.
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _weigh_rows(frames, previous, lane, rows, row_count, share, sums):
     """Add up the rows of the pixel-wise maximum that make up each row of the result: (H, W) to (84, W)."""
     for row in range(SIZE):
@@ -231,7 +232,7 @@ def _weigh_rows(frames, previous, lane, rows, row_count, share, sums):
                     sums[row, x] += weight * max(frames[lane, y, x], previous[lane, y, x])
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _weigh(lines, first, count, share, sums):
     """Add up the lines that make up each line of the result: (N, M) to (84, M)."""
     for line in range(SIZE):
@@ -245,14 +246,14 @@ def _weigh(lines, first, count, share, sums):
                     sums[line, x] += weight * lines[source, x]
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _transpose(image, out):
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             out[i, j] = image[j, i]
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _round(area, total, near, rounded, unsure):
     """Round area / total; marks what is so near to a tie that float32 sums of at most 255 may round either way."""
     twice, half = total + total, np.float32(0.5)
@@ -266,7 +267,7 @@ def _round(area, total, near, rounded, unsure):
             unsure[i, j] = np.uint8((rest <= near) | (rest >= most))
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _any(marks, row):
     found = np.uint8(0)
     for c in range(SIZE):
@@ -274,7 +275,7 @@ def _any(marks, row):
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _resize_area(
     frames,
     previous,
@@ -335,7 +336,7 @@ def _resize_area(
 # --- gray and crop ---
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _gray_whole(frames, lane, rows, gray):
     """ITU-R BT.601 in 15 bits, as OpenCV computes it. `frames` are (N, H, 3 W), which LLVM can take apart."""
     for row in range(gray.shape[0]):
@@ -347,7 +348,7 @@ def _gray_whole(frames, lane, rows, gray):
             gray[row, x] = (mixed + np.uint32(blue) * np.uint32(3735) + np.uint32(1 << 14)) >> np.uint32(15)
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _gray_float(frames, lane, top, gray):
     for row in range(gray.shape[0]):
         y = np.uint64(top + row)
@@ -358,7 +359,7 @@ def _gray_float(frames, lane, top, gray):
             gray[row, x] = mixed + np.float32(blue) * np.float32(0.114)
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _crop_nearest(frames, out, rows, columns):
     gray = np.empty((SIZE, frames.shape[2] // 3), np.uint8)
     for lane in range(frames.shape[0]):
@@ -368,7 +369,7 @@ def _crop_nearest(frames, out, rows, columns):
                 out[lane, row, c] = gray[row, columns[c]]
 
 
-@njit(cache=True, nogil=True)
+@kernel(nogil=True)
 def _crop_area(frames, out, rows, row_count, row_weight, columns, column_count, column_weight):
     top = rows[0]
     height, width = rows[-1] + row_count[-1] - top, frames.shape[2] // 3

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
 from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
 from pydqn.envs import Model, StateEnv
 from pydqn.evaluation import BEST_WEIGHTS
+from pydqn.kernels import kernel
 from pydqn.lanes import Episode
 from pydqn.logs import Report
 from pydqn.runs import BaseRun, Due, Learned
@@ -226,7 +226,7 @@ class TabularRun(BaseRun):
         self._best_test = -math.inf if best is None else best
 
 
-@njit(cache=True)
+@kernel()
 def update(table, state, action, reward, discount, next_state, learning_rate):
     """Move one entry towards its target: Q(s,a) <- (1 - alpha) Q(s,a) + alpha (r + discount max Q(s',.)).
 
@@ -243,7 +243,7 @@ def update(table, state, action, reward, discount, next_state, learning_rate):
     table[state, action] = (1 - learning_rate) * table[state, action] + learning_rate * target
 
 
-@njit(cache=True)
+@kernel()
 def _choose(table, state, epsilon, generator):
     """Return an epsilon-greedy action; the first of equally good ones."""
     if epsilon > 0 and generator.random() < epsilon:
@@ -251,7 +251,7 @@ def _choose(table, state, epsilon, generator):
     return table[state].argmax()
 
 
-@njit(cache=True)
+@kernel()
 def _draw(cumulative, start, end, generator):
     """Return an index from `start` to `end` by its cumulative probability."""
     chance = generator.random()
@@ -261,12 +261,12 @@ def _draw(cumulative, start, end, generator):
     return index
 
 
-@njit(cache=True)
+@kernel()
 def _first_state(start, generator):
     return _draw(start, 0, start.size, generator)
 
 
-@njit(cache=True)
+@kernel()
 def _test(table, model, most_steps, games, epsilon, generator):
     """Return the mean return of test games."""
     start, offset, chance, next_state, reward, terminated = model
@@ -283,7 +283,7 @@ def _test(table, model, most_steps, games, epsilon, generator):
     return total / games
 
 
-@njit(cache=True)
+@kernel()
 def _learn(
     table,
     model,

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pydqn"
 LAYERS = [
+    {"kernels"},
     {
         "_core",
         "checks",
