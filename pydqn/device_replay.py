@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pydqn.replay import FrameReplay
+from pydqn.replay import Batch, FrameReplay
 from pydqn.transfers import on
+
+Rows = TypeVar("Rows")
 
 _MOST_ROWS = 2**31 - 1  # rows are int32
 _SHARE = 0.8  # of a GPU's free memory that frames may take; the rest is for networks, graphs and others
@@ -44,8 +49,9 @@ class DeviceReplay(FrameReplay):
     Batches (and `latest`) hold rows, too: `obs` and `next_obs` are (B, stack) int32, to be looked up in `frames` on the
     device, as `Learner(frames=)` and `Actor(frames=)` do.
 
-    Whatever reads rows of `frames` on a GPU has to be launched on the current stream, before the next `append`: later
-    appends write frames over the oldest ones, behind what has been launched, not behind what is launched later.
+    The thread that appends has to launch what reads rows of `frames` before the next `append`, on its current stream:
+    later appends write frames over the oldest ones, behind what has been launched, not behind what is launched later.
+    Other threads may call every method at any time. While they use rows, they keep the frames in place by `reading`.
 
     Args:
         capacity: see `FrameReplay`.
@@ -70,6 +76,7 @@ class DeviceReplay(FrameReplay):
             dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
         except TypeError:
             raise ValueError(f"dtype: expected one that PyTorch has, too, got {self.dtype}") from None
+        self._lock = threading.RLock()  # held while an append brings its frames, and by readers
         self._slots = self.capacity // self.num_envs + 1
         rows = 1 + self._slots * self.num_envs
         if rows > _MOST_ROWS:
@@ -98,14 +105,16 @@ class DeviceReplay(FrameReplay):
             raise ValueError(f"frame: expected shape {expected}, got shape {frames.shape}")
         if frames.dtype != self.dtype:
             raise ValueError(f"frame: expected dtype {self.dtype}, got dtype {frames.dtype}")
-        tick = self._core.ticks
-        rows = self._rows(np.array([tick]), slice(None))
-        slot = self.next_slot()
-        self._core.append(rows[0], action, reward, terminated, truncated, first, None, None)
-        if frames.ctypes.data != slot.ctypes.data or frames.strides != slot.strides:
-            np.copyto(slot, frames)
-        if self._uploads is not None:
-            self._uploads.send(tick, int(rows[0, 0]))
+        with self._lock:
+            tick = self._core.ticks
+            rows = self._rows(np.array([tick]), slice(None))
+            slot = self.next_slot()
+            if frames.ctypes.data != slot.ctypes.data or frames.strides != slot.strides:
+                np.copyto(slot, frames)
+            if self._uploads is not None:
+                self._uploads.send(tick, int(rows[0, 0]))
+            # From here on others see the rows, so the frames come first. Where this raises, they lie in a spare slot.
+            self._core.append(rows[0], action, reward, terminated, truncated, first, None, None)
 
     def append_to(self, lanes: ArrayLike, *columns: Any, **named: Any) -> None:
         """Not offered: frames are sent to the device for all lanes at once."""
@@ -119,6 +128,42 @@ class DeviceReplay(FrameReplay):
         start = int(self._rows(np.array([tick]), 0)[0])
         slot: NDArray[Any] = self.frames[start : start + self.num_envs].numpy()
         return slot
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep all frames that can be read in their places, for threads that do not append themselves.
+
+        Within the block, `append` waits. What the block launches on its current stream is done before a later append
+        writes over what it reads::
+
+            with replay.reading():
+                batch = replay.sample(32)
+                obs = look_up(replay.frames, torch.from_numpy(batch.obs).to(replay.device))
+        """
+        with self._lock:
+            try:
+                yield
+            finally:
+                if self._uploads is not None:
+                    self._uploads.let_finish()
+
+    def sample(self, batch_size: int, out: Batch | None = None) -> Batch:
+        """See `FrameReplay.sample`."""
+        return self._arrived(super().sample(batch_size, out))
+
+    def gather(self, index: ArrayLike) -> Batch:
+        """See `FrameReplay.gather`."""
+        return self._arrived(super().gather(index))
+
+    def latest(self, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """See `FrameReplay.latest`."""
+        return self._arrived(super().latest(out))
+
+    def _arrived(self, rows: Rows) -> Rows:
+        """Let the current stream wait for the frames of these rows: `append` may run on another stream."""
+        if self._uploads is not None:
+            self._uploads.wait()
+        return rows
 
     @classmethod
     def load(
@@ -144,8 +189,9 @@ class DeviceReplay(FrameReplay):
         return (starts[:, None] + lanes if isinstance(lane, slice) else starts + lanes).astype(np.int32)
 
     def _export(self, lane: int, position: int, count: int, ticks: int) -> tuple[NDArray[Any], ...]:
-        rows, *rest = super()._export(lane, position, count, ticks)
-        return self.frames[torch.from_numpy(rows).to(self.device, torch.int64)].cpu().numpy(), *rest
+        with self._lock:
+            rows, *rest = self._arrived(super()._export(lane, position, count, ticks))
+            return self.frames[torch.from_numpy(rows).to(self.device, torch.int64)].cpu().numpy(), *rest
 
     def _import(self, lane: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
         first = self._core.ticks - self._core.stored(lane) + position
@@ -158,11 +204,14 @@ class DeviceReplay(FrameReplay):
 class Uploads:
     """New frames on their way from pinned memory to their rows, on a stream of their own.
 
-    Two rules keep them apart from readers, which are launched on the current stream:
+    Three rules keep them apart from readers:
 
-    * Whatever is launched after `send` waits until its frames are there.
+    * Whatever is launched on the current stream after `send` waits until its frames are there. Other streams, those of
+      other threads, `wait`.
     * The row that is written at tick t held a frame that batches could name until tick t - 1 was appended. So the copy
-      waits for all that had been launched by then, and for nothing younger: it runs beside the updates of its own step.
+      waits for all that had been launched on the current stream by then, and for nothing younger: it runs beside the
+      updates of its own step.
+    * It waits for all that other streams had launched when they called `let_finish`.
 
     Args:
         frames: (R, *frame_shape) on the device.
@@ -174,10 +223,12 @@ class Uploads:
         self._frames, self._cuda = frames, cuda
         pinned = frames.device.type == "cuda"
         shape = (2, num_envs, *frames.shape[1:])  # one is filled while the other may still be read
-        self._staging = torch.empty(shape, dtype=frames.dtype, pin_memory=pinned)
+        self._staging = torch.empty(shape, dtype=frames.dtype, device="cpu", pin_memory=pinned)
+        self._readers: list[Any] = []  # events
         with on(frames.device):
             self._stream = cuda.Stream(frames.device)
             self._arrived = [cuda.Event(), cuda.Event()]  # per half of the staging memory
+            self._newest = self._arrived[0]
             self._launched = cuda.Event()  # all that was launched when the previous frames were sent
             self._launched.record(cuda.current_stream(frames.device))
 
@@ -192,9 +243,24 @@ class Uploads:
         half, arrived = self._staging[tick % 2], self._arrived[tick % 2]
         with on(self._frames.device):
             current = self._cuda.current_stream(self._frames.device)
-            self._stream.wait_event(self._launched)
+            for event in (self._launched, *self._readers):
+                self._stream.wait_event(event)
+            self._readers.clear()
             with self._cuda.stream(self._stream):
                 self._frames[row : row + len(half)].copy_(half, non_blocking=True)
                 arrived.record(self._stream)
             current.wait_event(arrived)
             self._launched.record(current)
+            self._newest = arrived
+
+    def wait(self) -> None:
+        """Let the current stream wait for the frames that were sent last, and so for all before them."""
+        with on(self._frames.device):
+            self._cuda.current_stream(self._frames.device).wait_event(self._newest)
+
+    def let_finish(self) -> None:
+        """Let what is sent later wait for all that the current stream has launched by now."""
+        with on(self._frames.device):
+            event = self._cuda.Event()
+            event.record(self._cuda.current_stream(self._frames.device))
+            self._readers.append(event)
