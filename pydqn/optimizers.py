@@ -15,10 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn.kernels import kernel
-
-_BLOCK = 4096  # numbers that are widened, stepped and rounded while they are in the first-level cache
-_BETA1, _BETA2 = 0.9, 0.999
+from pydqn.step_kernels import BETA1, BETA2, adam, narrow, rmsprop, sum_of_squares
 
 
 class Settings(NamedTuple):
@@ -233,7 +230,7 @@ class OnePass:
         self._settings = settings
         self._learning_rate = learning_rate
         self._copies = list(copies)
-        self._steps = 0
+        self._steps = [0] * len(self._copies)  # of each parameter, as PyTorch counts them: those with a gradient
         self._state: State = []
         # The memory never moves, so NumPy's views of it are made once.
         self._views: list[tuple[NDArray[Any], ...]] = []
@@ -254,40 +251,48 @@ class OnePass:
     def step(self, max_norm: float) -> Tensor:
         """See `Optimizer`."""
         grads = [None if copy.grad is None else _row(_laid_out(copy.grad, copy)) for copy in self._copies]
-        norm = math.sqrt(sum(_sum_of_squares(grad) for grad in grads if grad is not None))
-        self._steps += 1
-        name, epsilon, decay, momentum = self._settings
+        norm = math.sqrt(sum(sum_of_squares(grad) for grad in grads if grad is not None))
+        # As PyTorch clips: a norm that is not a number spoils all gradients, one without a limit none.
+        scale = max_norm / (norm + 1e-6) if max_norm < math.inf else 1.0
+        scale = 1.0 if scale > 1 else scale
         rate = float(self._learning_rate)
-        scale = min(1.0, max_norm / (norm + 1e-6))
-        if name == "adam":
-            kernel: Callable[..., None] = _adam
-            numbers = [scale, rate / (1 - _BETA1**self._steps), math.sqrt(1 - _BETA2**self._steps), epsilon]
-        else:
-            kernel = _rmsprop
-            # PyTorch applies the rate behind the momentum, the others before it.
-            within, behind = (1.0, rate) if name == "rmsprop" else (rate, 1.0)
-            numbers = [scale, within, behind, decay, epsilon, momentum, name == "rmsprop"]
-        single = [np.float32(number) for number in numbers]
-        for grad, views in zip(grads, self._views, strict=True):
+        kernel: Callable[..., None] = adam if self._settings.name == "adam" else rmsprop
+        numbers: dict[int, list[np.float32]] = {}  # by the number of steps, mostly the same for all parameters
+        for index, (grad, views) in enumerate(zip(grads, self._views, strict=True)):
             if grad is not None:
-                kernel(grad, *views, *single)
+                self._steps[index] += 1
+                steps = self._steps[index]
+                if steps not in numbers:
+                    numbers[steps] = [np.float32(number) for number in self._numbers(scale, rate, steps)]
+                kernel(grad, *views, *numbers[steps])
         return torch.tensor(norm)
+
+    def _numbers(self, scale: float, rate: float, steps: int) -> list[float]:
+        """Return what the kernel needs beside arrays, for a parameter's `steps`th step."""
+        name, epsilon, decay, momentum = self._settings
+        if name == "adam":
+            return [scale, rate / (1 - BETA1**steps), math.sqrt(1 - BETA2**steps), epsilon]
+        # PyTorch applies the rate behind the momentum, the others before it.
+        within, behind = (1.0, rate) if name == "rmsprop" else (rate, 1.0)
+        return [scale, within, behind, decay, epsilon, momentum, name == "rmsprop"]
 
     def refresh(self) -> None:
         """See `Optimizer`."""
         for parameter, copy, *_ in self._views:
-            _narrow(parameter.view(np.uint32), copy)
+            narrow(parameter.view(np.uint32), copy)
 
     def state(self) -> State:
         """See `Optimizer`."""
-        step = torch.tensor(float(self._steps))
-        return [{**state, "step": step.clone()} if self._steps else {} for state in self._state]
+        return [
+            {**state, "step": torch.tensor(float(steps))} if steps else {}
+            for state, steps in zip(self._state, self._steps, strict=True)
+        ]
 
     def restore(self, state: State) -> None:
         """See `Optimizer`."""
-        for ours, theirs in zip(self._state, state, strict=True):
+        for index, (ours, theirs) in enumerate(zip(self._state, state, strict=True)):
             if theirs:  # `RMSProp` does not count its steps, but it has taken some
-                self._steps = int(theirs.get("step", torch.tensor(1)))
+                self._steps[index] = int(theirs.get("step", torch.tensor(1)))
             for name in ours.keys() & theirs.keys():
                 ours[name].copy_(theirs[name])
 
@@ -302,98 +307,3 @@ def _row(tensor: Tensor) -> NDArray[Any]:
         tensor = tensor.permute(0, 2, 3, 1)
     row = tensor.detach().view(-1)
     return row.view(torch.int16).numpy().view(np.uint16) if row.dtype == torch.bfloat16 else row.numpy()
-
-
-# Each loop below is short and on its own, so that LLVM turns it into vector instructions. A division that may raise
-# would stop that: error_model="numpy".
-
-
-@kernel(nogil=True)
-def _widen(half, out):
-    """The upper half of a float32's bits, and zeros."""
-    for i in range(half.size):
-        out[i] = np.uint32(half[i]) << np.uint32(16)
-
-
-@kernel(nogil=True)
-def _narrow(bits, out):
-    """Round float32 to the nearest bfloat16, ties to even (a NaN may become infinite). Nothing where `out` is empty."""
-    for i in range(out.size):
-        b = bits[i]
-        out[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@kernel(nogil=True)
-def _float32(grad, buffer):
-    """A block of a gradient as float32."""
-    if grad.itemsize == 2:
-        _widen(grad, buffer.view(np.uint32))
-        return buffer[: grad.size]
-    return grad.view(np.float32)
-
-
-@kernel(nogil=True, fastmath={"reassoc", "contract"})  # in any order; a NaN stays one
-def _squares(grad):
-    total = np.float32(0)
-    for i in range(grad.size):
-        total += grad[i] * grad[i]
-    return total
-
-
-@kernel(nogil=True)
-def _sum_of_squares(grad):
-    buffer = np.empty(_BLOCK, np.float32)
-    total = 0.0
-    for start in range(0, grad.size, _BLOCK):
-        total += _squares(_float32(grad[start : start + _BLOCK], buffer))
-    return total
-
-
-@kernel(nogil=True, error_model="numpy")
-def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
-    b1, b2, c2 = np.float32(1 - _BETA1), np.float32(_BETA2), np.float32(1 - _BETA2)
-    for i in range(parameter.size):
-        g = grad[i] * scale
-        m = mean[i] + b1 * (g - mean[i])
-        s = square[i] * b2 + c2 * g * g
-        mean[i] = m
-        square[i] = s
-        parameter[i] -= size * m / (np.sqrt(s) / root + epsilon)
-
-
-@kernel(nogil=True)
-def _adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
-    buffer = np.empty(_BLOCK, np.float32)
-    for a in range(0, parameter.size, _BLOCK):
-        b = min(a + _BLOCK, parameter.size)
-        g = _float32(grad[a:b], buffer)
-        _adam_block(g, parameter[a:b], mean[a:b], square[a:b], scale, size, root, epsilon)
-        _narrow(parameter[a:b].view(np.uint32), copy[a:b])
-
-
-@kernel(nogil=True, error_model="numpy")
-def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind, decay, epsilon, momentum, outside):
-    one = np.float32(1)
-    for i in range(parameter.size):
-        g = grad[i] * scale
-        s = square[i] * decay + (one - decay) * g * g
-        square[i] = s
-        if mean.size:
-            m = mean[i] + (one - decay) * (g - mean[i])
-            mean[i] = m
-            s -= m * m
-        d = within * g / (np.sqrt(s) + epsilon if outside else np.sqrt(s + epsilon))
-        if change.size:
-            d += momentum * change[i]
-            change[i] = d
-        parameter[i] -= behind * d
-
-
-@kernel(nogil=True)
-def _rmsprop(grad, parameter, copy, square, mean, change, *numbers):
-    buffer = np.empty(_BLOCK, np.float32)
-    for a in range(0, parameter.size, _BLOCK):
-        b = min(a + _BLOCK, parameter.size)
-        g = _float32(grad[a:b], buffer)
-        _rmsprop_block(g, parameter[a:b], square[a:b], mean[a:b], change[a:b], *numbers)
-        _narrow(parameter[a:b].view(np.uint32), copy[a:b])

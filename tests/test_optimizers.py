@@ -111,6 +111,92 @@ def test_many_numbers_and_a_gradient_in_bfloat16_against_pytorch():
     assert torch.equal(copy.detach(), parameter.detach().to(torch.bfloat16))
 
 
+GAPS = [(True, True), (True, False), (False, False), (True, False), (False, True), (True, True)]  # who has a gradient
+
+
+def stepped(optimizer, copies, generator, rounds):
+    """Take steps in which some parameters have no gradient."""
+    for count in range(rounds):
+        set_grads(copies, generator)
+        for has_one, copy in zip(GAPS[count % len(GAPS)], copies, strict=True):
+            copy.grad = copy.grad if has_one else None
+        optimizer.step(math.inf)
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("settings", METHODS, ids=str)
+def test_a_step_is_one_that_had_a_gradient(settings, kind, low):
+    """Each parameter has steps of its own: a twin takes those alone in which there was a gradient."""
+    rate, generator = torch.tensor(0.01), torch.Generator().manual_seed(1)
+    parameters, copies, optimizer = make(settings, kind, rate, low=low)
+    twins = [[Twin(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]
+    for count in range(30):
+        grads = set_grads(copies, generator)
+        for has_one, copy, row, grad in zip(GAPS[count % len(GAPS)], copies, twins, grads, strict=True):
+            if not has_one:
+                copy.grad = None
+                continue
+            for twin, value in zip(row, grad.flatten().tolist(), strict=True):
+                twin.step(value, 0.01)
+        optimizer.step(math.inf)
+    assert twins[0][0].steps == 20
+    assert twins[1][0].steps == 15
+    for parameter, row in zip(parameters, twins, strict=True):
+        expected = torch.tensor([twin.value for twin in row]).view(parameter.shape)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=str)
+@pytest.mark.parametrize("saves", [OnePass, Kernels])
+@pytest.mark.parametrize("loads", [OnePass, Kernels])
+def test_steps_of_each_parameter_are_saved(settings, saves, loads):
+    """Also of one that has had no gradient yet."""
+    rate, generator = torch.tensor(0.01), torch.Generator().manual_seed(2)
+    parameters, copies, _ = make(settings, saves, rate)
+    unused = torch.nn.Parameter(torch.ones(2))
+    first = saves(settings, [*parameters, unused], [*copies, unused], rate)
+    stepped(first, copies, generator, 4)
+    others, other_copies, _ = make(settings, loads, rate)
+    for other, parameter in zip(others, parameters, strict=True):
+        other.data.copy_(parameter.data)
+    other_unused = torch.nn.Parameter(torch.ones(2))
+    second = loads(settings, [*others, other_unused], [*other_copies, other_unused], rate)
+    second.restore([{name: value.clone() for name, value in row.items()} for row in first.state()])
+    if settings.name == "adam":
+        for optimizer in (first, second):
+            assert [int(row["step"]) if row else 0 for row in optimizer.state()] == [3, 1, 0]
+    for optimizer, these in ((first, copies), (second, other_copies)):
+        stepped(optimizer, these, torch.Generator().manual_seed(3), 6)
+    for ours, theirs in zip(others, parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(other_unused.detach(), torch.ones(2))
+
+
+def test_one_count_for_all_parameters_can_be_restored():
+    """As files of before hold it: what had no gradient was counted, too."""
+    rate = torch.tensor(0.1)
+    (parameter, other), _, optimizer = make(Settings("adam", 1e-8), OnePass, rate)
+    zeros = [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in (parameter, other)]
+    optimizer.restore([{**row, "step": torch.tensor(7.0)} for row in zeros])
+    assert [int(row["step"]) for row in optimizer.state()] == [7, 7]
+
+
+@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("max_norm", [math.inf, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_spoil_the_same_everywhere(kind, max_norm, bad):
+    """Clipping by a norm that is not finite reaches all parameters; without clipping each keeps its own."""
+    one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    one.grad, other.grad = torch.tensor([bad, 1.0]), torch.ones(2)
+    kind(Settings("adam", 1e-8), [one, other], [one, other], torch.tensor(0.1)).step(max_norm)
+    assert torch.isnan(one[0])
+    spoiled = max_norm < math.inf and math.isnan(bad)
+    assert torch.isnan(other).all() == spoiled
+    if not spoiled:
+        assert torch.isfinite(other).all()
+
+
 @pytest.mark.parametrize("settings", METHODS, ids=str)
 def test_one_goes_on_where_the_other_stopped(settings):
     """The state has the same names and meanings on every device."""
