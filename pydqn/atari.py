@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,39 +13,16 @@ from pydqn.config import Config
 from pydqn.lanes import Returns, Step
 from pydqn.preprocess import KERNELS, SIZE
 
-_FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
+FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
 _NO_CAP = 2**31 - 1  # ALE counts in 32 bits
 _Answer = tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[Any]]]
 
 
-def rom_of(env_id: str) -> str | None:
-    """Return the ROM name of an Atari id, or None for any other Gymnasium id.
-
-    Atari ids are "pong", "Pong", "ALE/Pong-v5", and Gym's old "Pong-v4" and "PongNoFrameskip-v4", whose differences are
-    fields of `Config`.
-
-    Raises:
-        ValueError: the id has an Atari game's form, but ALE has no such game, or none for one player.
-    """
+def games() -> dict[str, str]:
+    """Return the ROM of every game that ale_py has, by the names "space_invaders" and "SpaceInvaders"."""
     from ale_py import roms
 
-    known: dict[str, str] = {
-        name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))
-    }
-    old = re.fullmatch(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]", env_id)
-    if old and old[1] in known:
-        name = old[1]
-    elif not env_id.startswith("ALE/") and ("/" in env_id or "-" in env_id):
-        return None
-    else:
-        name = env_id.removeprefix("ALE/").split("-v")[0]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see ale_py.roms.get_all_rom_ids()"
-        raise ValueError(f"env_id: there is no Atari game {env_id!r}; {hint}")
-    if known[name] in _FOR_TWO:
-        raise ValueError(f"env_id: {env_id} needs two players; ALE plays it for nobody alone")
-    return known[name]
+    return {name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))}
 
 
 class AtariLanes:

@@ -136,6 +136,11 @@ class Config:
     evaluation_every_steps: int = _field(0, "decisions between evaluations; 0 for none while training", least=0)
     evaluation_episodes: int = _field(10, "whole games per evaluation", least=1)
     evaluation_epsilon: float = _field(0.001, "probability of a random action in evaluation", least=0)
+    evaluation_max_episode_steps: int = _field(
+        100_000,
+        "evaluation cuts a game after so many decisions where nothing else limits it (with a warning); 0 for never",
+        least=0,
+    )
     evaluation_protocol: str = _field(
         "own", "published settings that replace the run's own in evaluation", choices=("own", "nature", "machado2018")
     )

@@ -5,7 +5,6 @@ The only room that knows gymnasium.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import os
@@ -14,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.atari import AtariLanes, rom_of
+from pydqn.atari import AtariLanes
 from pydqn.config import Config
+from pydqn.ids import rom_of, spec_of
 from pydqn.lanes import Lanes, Returns, Step
-
-_MOST_STEPS = 10_000  # in an episode of an environment that has no limit of its own
 
 
 def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Lanes:
@@ -31,6 +29,20 @@ def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False
     if rom is not None:
         return AtariLanes(rom, config, num_envs, seed, render=render)
     return GymLanes(config, num_envs, seed, render=render)
+
+
+def episode_limit(config: Config) -> int | None:
+    """Return after how many decisions an episode is truncated; None where neither the config nor Gymnasium limits it.
+
+    (An Atari game is limited in frames: `config.max_episode_frames`.)
+
+    Raises:
+        ValueError: no such environment.
+    """
+    if rom_of(config.env_id) is not None:
+        return config.max_episode_steps or config.max_episode_frames // config.frame_skip
+    limit: int | None = config.max_episode_steps or spec_of(config.env_id).max_episode_steps
+    return limit
 
 
 class GymLanes:
@@ -155,7 +167,7 @@ class StateEnv:
             )
         self._states = states
         self.num_states = states.total
-        self.most_steps = int(self._env.spec.max_episode_steps)
+        self.most_steps: int | None = self._env.spec.max_episode_steps  # None for no limit
         self._seed: int | None = seed
 
     def model(self) -> Model | None:
@@ -255,17 +267,16 @@ class _States(NamedTuple):
 
 
 def _made(make: Any, config: Config, **options: Any) -> Any:
-    """Make a Gymnasium environment with a limit of steps, so that no policy can play on for ever."""
+    """Make a Gymnasium environment; its episodes end by its own limit of steps, or the config's, or none."""
     import gymnasium
 
-    env_id = config.env_id
+    spec = spec_of(config.env_id)
+    if config.max_episode_steps:
+        options["max_episode_steps"] = config.max_episode_steps
     try:
-        limit = config.max_episode_steps or gymnasium.spec(env_id).max_episode_steps or _MOST_STEPS
-        return make(env_id, max_episode_steps=limit, **options)
+        return make(spec, **options)
     except (gymnasium.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]}){hint}") from None
+        raise ValueError(f"env_id: Gymnasium cannot make {config.env_id!r} ({str(error).splitlines()[0]})") from None
 
 
 def _reporting(env_id: str, seeds: list[int]) -> Any:

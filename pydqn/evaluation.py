@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pydqn.atari import rom_of
 from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from pydqn.config import Config
-from pydqn.envs import make_lanes
+from pydqn.envs import episode_limit, make_lanes
 from pydqn.files import Damaged, read_json
+from pydqn.ids import rom_of
 from pydqn.lanes import Episode, Lanes
 from pydqn.networks import QNetwork, Table, make_network
 from pydqn.policies import Policy, resolve_device
@@ -169,8 +170,21 @@ def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed:
 
 
 def under_protocol(config: Config) -> Config:
-    """Return `config` with the settings that its `evaluation_protocol` fixes."""
-    return dataclasses.replace(config, **PROTOCOLS[config.evaluation_protocol].settings)
+    """Return `config` as evaluation plays: with what its protocol fixes, and a limit of steps where it has none."""
+    config = dataclasses.replace(config, **PROTOCOLS[config.evaluation_protocol].settings)
+    if episode_limit(config) is None:  # a policy may go on for ever
+        config = dataclasses.replace(config, max_episode_steps=config.evaluation_max_episode_steps)
+    return config
+
+
+def warn_if_cut(config: Config, steps: int) -> None:
+    """Warn when a game of `steps` decisions, played `under_protocol(config)`, was cut for want of another limit."""
+    if episode_limit(config) is None and 0 < config.evaluation_max_episode_steps <= steps:
+        warnings.warn(
+            f"evaluation_max_episode_steps: {config.env_id} has no limit of steps of its own, and a game of an "
+            f"evaluation was cut after {steps:,}; its return counts as it is (0 for no cut)",
+            stacklevel=2,
+        )
 
 
 def evaluate_policy(
@@ -181,7 +195,7 @@ def evaluate_policy(
     Every lane plays a fixed share of the games, so that short games are not preferred. Once `stop()` is true, those
     that have ended so far are returned.
     """
-    config = under_protocol(config)
+    own, config = config, under_protocol(config)
     num_envs = min(episodes, _MOST_LANES)
     lanes = make_lanes(config, num_envs, seed)
     left = np.array([len(range(lane, episodes, num_envs)) for lane in range(num_envs)])
@@ -189,6 +203,7 @@ def evaluate_policy(
     try:
         for moment in steps_of(config, lanes, policy, config.evaluation_epsilon, seed):
             for episode in moment.episodes:
+                warn_if_cut(own, episode.steps)
                 if left[episode.lane] > 0:
                     left[episode.lane] -= 1
                     returns.append(episode.total)
@@ -245,10 +260,10 @@ def score(
     games = rules.episodes if episodes is None else episodes
     _require("episodes", games, 1)
     _require("seed", seed, 0)
-    config = under_protocol(config)
-    lanes = make_lanes(config, 1, seed)
+    played = under_protocol(config)
+    lanes = make_lanes(played, 1, seed)
     try:
-        policy, metadata = load_policy(run, config, lanes, weights)
+        policy, metadata = load_policy(run, played, lanes, weights)
     finally:
         lanes.close()
     returns = evaluate_policy(config, policy, games, seed)
@@ -257,7 +272,7 @@ def score(
     return Score(
         env_id=config.env_id,
         protocol=config.evaluation_protocol,
-        settings={name: getattr(config, name) for name in told},
+        settings={name: getattr(played, name) for name in told},
         seed=seed,
         trained_steps=int(metadata.get("steps", 0)),
         returns=returns,
@@ -310,7 +325,8 @@ def watch(
     """Play one game with a run's weights (see `load_policy`); yields a `Scene` per step, and the `Game` at the end."""
     _require("seed", seed, 0)
     _require("most_steps", most_steps, 1)
-    config = under_protocol(load_run(run, **overrides, clip_rewards=False))
+    own = load_run(run, **overrides, clip_rewards=False)
+    config = under_protocol(own)
     lanes = make_lanes(config, 1, seed, render=True)
     try:
         policy, _ = load_policy(run, config, lanes, weights)
@@ -322,6 +338,8 @@ def watch(
             counts[names[action]] += 1
             total += reward
             yield Scene(lanes.picture(), action, names, tuple(moment.values[0].tolist()), reward, total)
+            if moment.episodes:
+                warn_if_cut(own, steps)
             if moment.episodes or steps >= most_steps:
                 yield Game(moment.episodes[0].total if moment.episodes else math.nan, steps, counts)
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -259,6 +260,14 @@ class BaseRun:
             or 0 < config.stop_successes <= self._successes
             or self.mean_return() >= config.stop_return
             or self._evaluation >= config.stop_evaluation_return
+        )
+
+    def _warn_of_cut(self, steps: int, way_on: str) -> None:
+        """Warn that a game is cut off which has gone on since the checkpoint before, `steps` decisions ago."""
+        warnings.warn(
+            f"checkpoint_every_steps: a game of {self.config.env_id} had gone on for all {steps:,} steps between two "
+            f"checkpoints when the second cut it off, so games of that length never end; {way_on}",
+            stacklevel=2,
         )
 
     def _clock(self) -> float:

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
 from pydqn.envs import Model, StateEnv
-from pydqn.evaluation import BEST_WEIGHTS
+from pydqn.evaluation import BEST_WEIGHTS, under_protocol, warn_if_cut
 from pydqn.kernels import kernel
 from pydqn.lanes import Episode
 from pydqn.logs import Report
 from pydqn.runs import BaseRun, Due, Learned
 from pydqn.schedules import epsilon
+
+_NO_LIMIT = 2**62  # steps
 
 
 class Trials(NamedTuple):
@@ -41,6 +43,7 @@ class Outcome(NamedTuple):
 
     steps: int
     test_mean: float  # of the last test; NaN when there was none
+    longest_test: int  # steps of the longest test game
     episodes: list[tuple[float, int, int]]  # of games that ended: return, length, and after how many of these steps
 
 
@@ -49,14 +52,17 @@ class ModelledTask:
 
     steps_at_once = 1_000  # for so long, whoever wants to stop the run has to wait
 
-    def __init__(self, model: Model, most_steps: int, config: Config, generators: list[np.random.Generator]) -> None:
+    def __init__(
+        self, model: Model, most_steps: int | None, config: Config, generators: list[np.random.Generator]
+    ) -> None:
         # A plain tuple: compiled code is kept on the disk by its arguments' types, and ours may be renamed some day.
         self._model = tuple(model)
-        self._most_steps = most_steps
+        self._most_steps = most_steps or _NO_LIMIT
+        self._most_test_steps = most_steps or config.evaluation_max_episode_steps or _NO_LIMIT
         self._config = config
         self._generators = generators
         self._state = int(_first_state(model.start, generators[0]))
-        self._length, self._total = 0, 0.0
+        self.length, self._total = 0, 0.0
 
     def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
         """Take up to `len(epsilons)` steps, one update of the table each; stops early after a test that beats the best.
@@ -67,21 +73,22 @@ class ModelledTask:
             tests: when to test.
         """
         config = self._config
-        steps, test_mean, self._state, self._length, self._total, *ended = _learn(
+        steps, test_mean, longest, self._state, self.length, self._total, *ended = _learn(
             table,
             self._model,
             self._most_steps,
+            self._most_test_steps,
             config.learning_rate,
             config.gamma,
             epsilons,
             self._state,
-            self._length,
+            self.length,
             self._total,
             tuple(tests),
             config.evaluation_epsilon,
             *self._generators,
         )
-        return Outcome(steps, test_mean, list(zip(*(column.tolist() for column in ended), strict=True)))
+        return Outcome(steps, test_mean, longest, list(zip(*(column.tolist() for column in ended), strict=True)))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -97,35 +104,37 @@ class SteppedTask:
         self._config = config
         self._generators = generators
         self._state = self._env.reset()
-        self._length, self._total = 0, 0.0
+        self.length, self._total = 0, 0.0
 
     def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
         """As `ModelledTask.learn`."""
         config = self._config
         episodes: list[tuple[float, int, int]] = []
-        test_mean = math.nan
+        test_mean, longest = math.nan, 0
         for count, chance in enumerate(epsilons, 1):
             action = _choose(table, self._state, chance, self._generators[0])
             state, reward, terminated, truncated = self._env.step(action)
             update(table, self._state, action, reward, 0.0 if terminated else config.gamma, state, config.learning_rate)
-            self._state, self._length, self._total = state, self._length + 1, self._total + reward
+            self._state, self.length, self._total = state, self.length + 1, self._total + reward
             if terminated or truncated:
-                episodes.append((self._total, self._length, count))
-                self._state, self._length, self._total = self._env.reset(), 0, 0.0
+                episodes.append((self._total, self.length, count))
+                self._state, self.length, self._total = self._env.reset(), 0, 0.0
             if tests.every_steps and (tests.steps_before + count) % tests.every_steps == 0:
-                test_mean = sum(self._play(table) for _ in range(tests.games)) / tests.games
+                played = [self._play(table) for _ in range(tests.games)]
+                test_mean = sum(total for total, _ in played) / tests.games
+                longest = max(longest, *(steps for _, steps in played))
                 if test_mean > tests.best:
-                    return Outcome(count, test_mean, episodes)
-        return Outcome(len(epsilons), test_mean, episodes)
+                    return Outcome(count, test_mean, longest, episodes)
+        return Outcome(len(epsilons), test_mean, longest, episodes)
 
-    def _play(self, table: NDArray[np.float64]) -> float:
-        """Return the return of one test game."""
-        state, total, over = self._test_env.reset(), 0.0, False
+    def _play(self, table: NDArray[np.float64]) -> tuple[float, int]:
+        """Return the return of one test game, and its steps."""
+        state, total, steps, over = self._test_env.reset(), 0.0, 0, False
         while not over:
             action = _choose(table, state, self._config.evaluation_epsilon, self._generators[1])
             state, reward, terminated, truncated = self._test_env.step(action)
-            total, over = total + reward, terminated or truncated
-        return total
+            total, steps, over = total + reward, steps + 1, terminated or truncated
+        return total, steps
 
     def close(self) -> None:
         """Release the environments."""
@@ -155,7 +164,7 @@ class TabularRun(BaseRun):
         shape = env.num_states, env.num_actions
         model = env.model()
         if model is None:
-            return SteppedTask((env, StateEnv(config, test_seed)), config, generators), shape
+            return SteppedTask((env, StateEnv(under_protocol(config), test_seed)), config, generators), shape
         env.close()
         return ModelledTask(model, env.most_steps, config, generators), shape
 
@@ -164,6 +173,7 @@ class TabularRun(BaseRun):
         config = self.config
         self._started = time.perf_counter()
         self._report()
+        opened = self.steps
         log, checkpoint = Due(config.log_every_steps, self.steps), Due(config.checkpoint_every_steps, self.steps)
         while not (self._stopping or self._finished()):
             end = min(config.total_steps, log.next, checkpoint.next, self.steps + self._task.steps_at_once)
@@ -174,6 +184,9 @@ class TabularRun(BaseRun):
             if checkpoint(self.steps):
                 self._checkpoint()
                 if not self._finished():
+                    if self._task.length >= self.steps - opened:
+                        self._warn_of_cut(self.steps - opened, "raise it")
+                    opened = self.steps
                     # With all its generators, so that a run that is resumed from here is the same run.
                     self._task.close()
                     self._task, _ = self._make_task(self._seeds(self.steps))
@@ -205,6 +218,7 @@ class TabularRun(BaseRun):
             self.steps = before + after
             self._end(Episode(0, total, length))
         self.steps = self.frames = before + outcome.steps
+        warn_if_cut(config, outcome.longest_test)
         if not math.isnan(outcome.test_mean):
             self._evaluation = outcome.test_mean
             if outcome.test_mean > self._best_test:
@@ -268,19 +282,20 @@ def _first_state(start, generator):
 
 @kernel()
 def _test(table, model, most_steps, games, epsilon, generator):
-    """Return the mean return of test games."""
+    """Return the mean return of test games, and the steps of the longest."""
     start, offset, chance, next_state, reward, terminated = model
-    total = 0.0
+    total, longest = 0.0, 0
     for _ in range(games):
         state = _first_state(start, generator)
-        for _ in range(most_steps):
+        for steps in range(1, most_steps + 1):
+            longest = max(longest, steps)
             pair = state * table.shape[1] + _choose(table, state, epsilon, generator)
             outcome = _draw(chance, offset[pair], offset[pair + 1], generator)
             total += reward[outcome]
             state = next_state[outcome]
             if terminated[outcome]:
                 break
-    return total / games
+    return total / games, longest
 
 
 @kernel()
@@ -288,6 +303,7 @@ def _learn(
     table,
     model,
     most_steps,
+    most_test_steps,
     learning_rate,
     gamma,
     epsilons,
@@ -306,7 +322,7 @@ def _learn(
     )
     start, offset, chance, next_states, rewards, ends_game = model
     steps_before, every_steps, games, best = tests
-    ended, test_mean, count = 0, np.nan, 0
+    ended, test_mean, longest_test, count = 0, np.nan, 0, 0
     while count < epsilons.size:
         action = _choose(table, state, epsilons[count], generator)
         pair = state * table.shape[1] + action
@@ -320,7 +336,8 @@ def _learn(
             ended += 1
             state, length, total = _first_state(start, generator), 0, 0.0
         if every_steps and (steps_before + count) % every_steps == 0:
-            test_mean = _test(table, model, most_steps, games, test_epsilon, test_generator)
+            test_mean, longest = _test(table, model, most_test_steps, games, test_epsilon, test_generator)
+            longest_test = max(longest_test, longest)
             if test_mean > best:
                 break
-    return count, test_mean, state, length, total, returns[:ended], lengths[:ended], ends[:ended]
+    return count, test_mean, longest_test, state, length, total, returns[:ended], lengths[:ended], ends[:ended]

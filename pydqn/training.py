@@ -139,6 +139,7 @@ class Run(BaseRun):
         # Updates are counted from the step at which learning began, or began again.
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
         self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
+        self._uncut = 0  # the same since all games were opened together
         self._film = Film(self.logdir / VIDEOS, config.video_format) if config.video_every_episodes else None
 
     def reports(self) -> Iterator[Report]:
@@ -218,6 +219,7 @@ class Run(BaseRun):
         slot = self.replay.next_slot()
         step = self.lanes.recv(slot)
         self._age = np.where(step.first, 0, self._age + 1)
+        self._uncut += 1
         reward = self._shaped(step) if config.success_steps else step.reward
         # A frame that opens an episode is part of no transition, and neither are those that are not to be stored.
         first = self._age <= config.skip_first_steps
@@ -298,9 +300,12 @@ class Run(BaseRun):
         No emulator's inside can be saved, but so both are the same run. The games that are cut off here are truncated
         for the learner, and count for nothing else.
         """
+        if self._age.max() >= self._uncut:
+            way_on = "raise it, or let games go on (checkpoint_replay=False, --no-checkpoint-replay)"
+            self._warn_of_cut(self._uncut, way_on)
         self.lanes.close()
         self.lanes = self._make_lanes(_Seeds.of(self._seeds(self.steps)).lanes)
-        self._age[:] = 0
+        self._age[:], self._uncut = 0, 0
         if self._film is not None:
             self._film.drop()
         open_episodes(self.lanes, self.replay)

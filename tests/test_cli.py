@@ -270,7 +270,10 @@ def test_every_setting_is_an_option_with_help(capsys):
         ("train pong --loss hinge", "loss: expected one of huber, mse, got 'hinge'"),
         ("train pong --nonsense 3", "unrecognized arguments: --nonsense 3"),
         ("train pong --env-id brekout", "env_id: there is no Atari game 'brekout'; did you mean breakout"),
-        ("train pong --env-id CartPol-v1", "env_id: Gymnasium cannot make 'CartPol-v1'"),
+        (
+            "train pong --env-id CartPol-v1",
+            "env_id: Gymnasium knows no 'CartPol-v1'; did you mean CartPole-v0 or",
+        ),
         ("train pong --env-id CartPole-v1", "network: 'small' needs frames of two axes, got (4,); mlp takes any"),
         ("train pong --env-id Pendulum-v1 --network mlp", "env_id: Pendulum-v1 has Box"),
         ("train pong --device cuda:77", "device: 'cuda:77' is not there"),

@@ -11,9 +11,10 @@ from ale_py import roms
 from test_replay import assert_same, play
 
 from pydqn import FrameReplay, preset
-from pydqn.atari import _FOR_TWO, rom_of
+from pydqn.atari import FOR_TWO
 from pydqn.envs import make_lanes
 from pydqn.evaluation import memory_settings, open_episodes
+from pydqn.ids import rom_of
 
 ENDS = ["", "", "", "terminated", "", "truncated", "life", "", "both", "cut", ""]
 
@@ -84,7 +85,7 @@ def test_saving_takes_little_memory(tmp_path):
     assert max(grown) < 150 << 20
 
 
-GAMES = sorted(set(roms.get_all_rom_ids()) - _FOR_TWO)
+GAMES = sorted(set(roms.get_all_rom_ids()) - FOR_TWO)
 
 
 def test_games_are_those_that_ale_registers():
@@ -93,7 +94,7 @@ def test_games_are_those_that_ale_registers():
     assert {f"ALE/{game.title().replace('_', '')}-v5" for game in GAMES} == {
         name for name in gymnasium.registry if name.startswith("ALE/")
     }
-    for name in ("combat", "ALE/Joust-v5", "MazeCraze", "Warlords-v4"):
+    for name in ("combat", "ALE/Joust-v5", "MazeCraze", "WarlordsNoFrameskip-v4"):
         with pytest.raises(ValueError, match=f"^env_id: {name} needs two players"):
             rom_of(name)
 

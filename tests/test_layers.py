@@ -30,7 +30,7 @@ LAYERS = [
         "transfers",
     },
     {"atari", "checkpoint", "logs", "networks", "optimizers", "pieces", "presets", "recording", "schedules"},
-    {"stored"},
+    {"ids", "stored"},
     {"envs", "films", "plots", "policies", "replay"},
     {"device_replay", "evaluation", "learner", "transitions"},
     {"runs", "streams", "values"},
@@ -70,7 +70,7 @@ def test_rooms_import_only_lower_rooms(path):
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
 def test_foreign_packages_stay_in_their_rooms(path):
     homes = {
-        "gymnasium": {"cleanrl", "envs", "gymnasium", "sb3"},
+        "gymnasium": {"cleanrl", "envs", "gymnasium", "ids", "sb3"},
         "ale_py": {"atari"},
         "argparse": {"cli", "options"},
         "matplotlib": {"plots"},
