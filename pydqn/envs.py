@@ -5,10 +5,10 @@ The only room that knows gymnasium.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from pydqn.atari import AtariLanes
 from pydqn.config import Config
 from pydqn.ids import rom_of, spec_of
 from pydqn.lanes import Lanes, Returns, Step
+
+if TYPE_CHECKING:
+    from pydqn.checked import Checked
 
 
 def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Lanes:
@@ -46,90 +49,101 @@ def episode_limit(config: Config) -> int | None:
 
 
 class GymLanes:
-    """Any Gymnasium environment with Discrete actions, through `make_vec`.
+    """Gymnasium environments with Discrete actions, one after the other in this thread.
 
     Observations are Box, or Discrete, or a Tuple of Discrete ones (one-hot). Steps run inside `recv`: such environments
-    hold the GIL, so there is nothing to overlap.
+    hold the GIL, so there is nothing to overlap. An episode that ended is followed by a reset at the next step, as in
+    Gymnasium's `SyncVectorEnv`; infos are not looked at.
     """
 
     def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
-        import gymnasium
+        from gymnasium import spaces
 
-        self._env_id, self._clip = config.env_id, config.clip_rewards
-        options: dict[str, Any] = {}
-        if render:
-            options["render_mode"] = "rgb_array"
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
-        self._seeds: Any = [int(seed) for seed in np.random.SeedSequence(seed).generate_state(num_envs)]
-        options["wrappers"] = [_reporting(config.env_id, self._seeds)]
-        self._env: Any = _made(gymnasium.make_vec, config, num_envs=num_envs, vectorization_mode="sync", **options)
-        self._action_start, self.num_actions = _actions(config.env_id, self._env.single_action_space)
-        self.action_names = tuple(map(str, range(self.num_actions)))
-        observation = self._env.single_observation_space
-        self._states = _States.of(observation)
-        self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        if self._states is not None:
-            self.frame_shape: tuple[int, ...] = (self._states.total,)
-        elif isinstance(observation, gymnasium.spaces.Box) and observation.shape:
-            self.frame_shape = observation.shape
-            if observation.dtype == np.uint8:
-                self.dtype = np.dtype(np.uint8)
-        else:
-            raise ValueError(f"env_id: {config.env_id} has {observation} observations; expected Box or Discrete ones")
+        self._clip = config.clip_rewards
         self.num_envs = num_envs
+        self._seeds = _seeds(seed, num_envs)
+        self._envs: list[Any] = []
+        self._checked: list[Checked] = []
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            for index, own in enumerate(self._seeds):
+                env, checked = _open(config, index, num_envs, own, render=render and index == 0)
+                self._envs.append(env)
+                self._checked.append(checked)
+                _require_same_spaces(config.env_id, env, self._envs[0], index)
+            self._action_start, self.num_actions = _actions(config.env_id, self._envs[0].action_space)
+            self.action_names = tuple(map(str, range(self.num_actions)))
+            observation = self._envs[0].observation_space
+            self._states = _States.of(observation)
+            self.dtype: np.dtype[Any] = np.dtype(np.float32)
+            if self._states is not None:
+                self.frame_shape: tuple[int, ...] = (self._states.total,)
+            elif isinstance(observation, spaces.Box) and observation.shape:
+                self.frame_shape = observation.shape
+                if observation.dtype == np.uint8:
+                    self.dtype = np.dtype(np.uint8)
+            else:
+                raise ValueError(
+                    f"env_id: {config.env_id} has {observation} observations; expected Box or Discrete ones"
+                )
+            failed.pop_all()
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, np.bool_)
         self._returns = Returns(num_envs)
 
-    def reset(self, out: NDArray[Any]) -> None:
-        observation, _ = self._env.reset(seed=self._seeds)
-        self._write(observation, out)
-        self._require_finite("an observation", out)
+    def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
+        if seed is not None:
+            self._seeds = _seeds(seed, self.num_envs)
+        for index, env in enumerate(self._envs):
+            observation, _ = env.reset(seed=self._seeds[index])
+            self._write(observation, out[index])
+        self._require_finite(out)
+        self._done = np.zeros(self.num_envs, np.bool_)
+        self._returns = Returns(self.num_envs)
 
     def send(self, action: NDArray[np.int64]) -> None:
         self._action = action + self._action_start
 
     def recv(self, out: NDArray[Any]) -> Step:
-        observation, reward, terminated, truncated, _ = self._env.step(self._action)
-        first, self._done = self._done, terminated | truncated
-        self._write(observation, out)
-        reward = np.where(first, 0.0, reward)
-        self._require_finite("an observation", out)
-        self._require_finite("a reward", reward)
+        first, reward = self._done, np.zeros(self.num_envs)
+        terminated, truncated = np.zeros(self.num_envs, np.bool_), np.zeros(self.num_envs, np.bool_)
+        for index, env in enumerate(self._envs):
+            if first[index]:
+                observation, _ = env.reset()
+            else:
+                observation, reward[index], terminated[index], truncated[index], _ = env.step(self._action[index])
+            self._write(observation, out[index])
+        self._require_finite(out)
+        self._done = terminated | truncated
         episodes = self._returns.add(reward, first, self._done)
         reward = np.sign(reward) if self._clip else reward
         return Step(reward, terminated, truncated, first, episodes, int(np.count_nonzero(~first)))
 
     def _write(self, observation: Any, out: NDArray[Any]) -> None:
+        """Write one environment's observation into its own frame."""
         if self._states is None:
             out[...] = observation
         else:
             out[...] = 0
-            out[np.arange(self.num_envs), self._states.number(observation)] = 1
+            out[self._states.number(observation)] = 1
 
-    def _require_finite(self, what: str, values: NDArray[Any]) -> None:
+    def _require_finite(self, out: NDArray[Any]) -> None:
         """One that is not would spoil the memory, and the weights, long after it came."""
-        if values.dtype.kind != "f":
+        if out.dtype.kind != "f":
             return
-        finite = np.isfinite(values)
+        finite = np.isfinite(out)
         if not finite.all():
-            lane = int(np.argmin(finite.reshape(self.num_envs, -1).all(axis=1)))
-            raise RuntimeError(
-                f"env_id: {self._env_id} gave {what} that is not finite in lane {lane} (seed {self._seeds[lane]})"
-            )
+            index = int(np.argmin(finite.reshape(self.num_envs, -1).all(axis=1)))
+            self._checked[index].refuse("returned an observation that is not finite")
 
     def picture(self) -> NDArray[np.uint8]:
-        from gymnasium.error import DependencyNotInstalled
-
-        try:
-            pictures = self._env.render()
-        except DependencyNotInstalled as error:
-            raise RuntimeError(f"render: {error}") from None  # names the pip command
-        assert pictures is not None
-        return np.asarray(pictures[0], np.uint8)
+        return self._checked[0].image()
 
     def close(self) -> None:
-        self._env.close()
+        from pydqn.checked import close
+
+        while self._envs:
+            close(self._envs.pop(), self._checked.pop())
 
 
 class Model(NamedTuple):
@@ -154,11 +168,9 @@ class StateEnv:
     """
 
     def __init__(self, config: Config, seed: int) -> None:
-        import gymnasium
-
         if rom_of(config.env_id) is not None:
             raise ValueError(f"env_id: {config.env_id} has pixels; a table needs Discrete observations")
-        self._env: Any = _reporting(config.env_id, [seed])(_made(gymnasium.make, config))
+        self._env, self._checked = _open(config, 0, 1, seed)
         self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
         states = _States.of(self._env.observation_space)
         if states is None:
@@ -200,7 +212,9 @@ class StateEnv:
 
     def close(self) -> None:
         """Release the environment."""
-        self._env.close()
+        from pydqn.checked import close
+
+        close(self._env, self._checked)
 
 
 class Outline(NamedTuple):
@@ -214,10 +228,11 @@ class Outline(NamedTuple):
 
 def outline(config: Config) -> Outline:
     """Return the outline of a Gymnasium task."""
-    import gymnasium
     from gymnasium import spaces
 
-    env: Any = _made(gymnasium.make, config)
+    from pydqn.checked import close
+
+    env, checked = _open(config, 0, 1, 0)
     try:
         space, bare = env.observation_space, env.unwrapped
         if isinstance(space, spaces.Box):
@@ -234,7 +249,7 @@ def outline(config: Config) -> Outline:
             return Outline(None, sizes, letters, (up, right, down, left))
         return Outline(None, sizes, [], ())
     finally:
-        env.close()
+        close(env, checked)
 
 
 class _States(NamedTuple):
@@ -266,47 +281,45 @@ class _States(NamedTuple):
         return total
 
 
-def _made(make: Any, config: Config, **options: Any) -> Any:
-    """Make a Gymnasium environment; its episodes end by its own limit of steps, or the config's, or none."""
+def _seeds(seed: int, num_envs: int) -> list[int]:
+    return [int(own) for own in np.random.SeedSequence(seed).generate_state(num_envs)]
+
+
+def _open(config: Config, index: int, num_envs: int, seed: int, *, render: bool = False) -> tuple[Any, Checked]:
+    """Make one environment of `num_envs`; its episodes end by its own limit of steps, or the config's, or none.
+
+    Returns the environment, and the part of it that names its mistakes.
+    """
     import gymnasium
 
-    spec = spec_of(config.env_id)
+    from pydqn.checked import WITHOUT_IMAGES, check, named
+
+    env_id = config.env_id
+    options: dict[str, Any] = {}
     if config.max_episode_steps:
         options["max_episode_steps"] = config.max_episode_steps
+    if render:
+        options["render_mode"] = "rgb_array"
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
+    spec = spec_of(env_id)
     try:
-        return make(spec, **options)
+        env = gymnasium.make(spec, **options)
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"env_id: Gymnasium cannot make {config.env_id!r} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]})") from None
+    except (Exception, SystemExit) as error:
+        hint = f"; {WITHOUT_IMAGES}" if "'render_mode'" in str(error) else ""
+        which = f"env index {index} of {num_envs} (seed {seed})"
+        raise RuntimeError(f"env_id: {env_id}, {which} could not be made: {named(error)}{hint}") from error
+    return check(env, env_id, index, seed)
 
 
-def _reporting(env_id: str, seeds: list[int]) -> Any:
-    """Return a wrapper that says, when an environment fails, which it was: the nth one made is lane n."""
-    import gymnasium
-
-    lanes = itertools.count()
-
-    class Reporting(gymnasium.Wrapper[Any, Any, Any, Any]):
-        def __init__(self, env: Any) -> None:
-            super().__init__(env)
-            self._lane, self._steps = next(lanes), 0
-
-        def reset(self, **options: Any) -> Any:
-            return self._call(self.env.reset, **options)
-
-        def step(self, action: Any) -> Any:
-            self._steps += 1
-            return self._call(self.env.step, action)
-
-        def _call(self, function: Any, *arguments: Any, **options: Any) -> Any:
-            try:
-                return function(*arguments, **options)
-            except Exception as error:
-                raise RuntimeError(
-                    f"env_id: {env_id} failed in lane {self._lane} (seed {seeds[self._lane]}) after "
-                    f"{self._steps:,} steps: {type(error).__name__}: {error}"
-                ) from error
-
-    return Reporting
+def _require_same_spaces(env_id: str, env: Any, first: Any, index: int) -> None:
+    for name in ("observation_space", "action_space"):
+        own, expected = getattr(env, name), getattr(first, name)
+        if own != expected:
+            raise ValueError(
+                f"env_id: {env_id}, env index {index}: its {name} is {own}, that of env index 0 {expected}"
+            )
 
 
 def _actions(env_id: str, space: Any) -> tuple[int, int]:

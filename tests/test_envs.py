@@ -278,7 +278,7 @@ def test_a_missing_extra_names_the_pip_command(monkeypatch):
     def render():
         raise gymnasium.error.DependencyNotInstalled('no pygame: run `pip install "gymnasium[classic-control]"`')
 
-    monkeypatch.setattr(lanes._env, "render", render)
+    monkeypatch.setattr(lanes._envs[0].unwrapped, "render", render)
     with pytest.raises(RuntimeError, match="pip install"):
         lanes.picture()
 

@@ -286,7 +286,8 @@ def test_an_environment_that_fails_is_named(failing, small, tmp_path):
     with pytest.raises(RuntimeError) as raised, run:
         list(run.reports())
     assert str(raised.value) == (
-        f"env_id: {failing} failed in lane 2 (seed {seeds[2]}) after 25 steps: OSError: the console has caught fire"
+        f"env_id: {failing}, env index 2 (seed {seeds[2]}), step 25: "
+        "step() failed: OSError: the console has caught fire"
     )
     assert isinstance(raised.value.__cause__, OSError)
     # All but the step that failed is there.
@@ -299,7 +300,9 @@ def test_an_environment_that_fails_is_named(failing, small, tmp_path):
 def test_a_reward_that_is_no_number_is_refused(failing, small, tmp_path, monkeypatch):
     monkeypatch.setattr(Failing.__init__, "__defaults__", ("nan", 1))
     config = dataclasses.replace(small, env_id=failing, checkpoint_every_steps=0)
-    with pytest.raises(RuntimeError, match=r"gave a reward that is not finite in lane 1 \(seed \d+\)"):
+    with pytest.raises(
+        RuntimeError, match=r"env index 1 \(seed \d+\), step 25: step\(\) returned a reward that is not finite: nan"
+    ):
         train(config, tmp_path)
 
 
@@ -311,7 +314,9 @@ def test_an_observation_that_is_no_number_is_refused(failing, small, tmp_path, m
         Failing, "step", lambda self, action: (np.array([0, math.inf, 0], np.float32), *step(self, action)[1:])
     )
     config = dataclasses.replace(small, env_id=failing, checkpoint_every_steps=0)
-    with pytest.raises(RuntimeError, match=r"gave an observation that is not finite in lane 0 \(seed \d+\)"):
+    with pytest.raises(
+        RuntimeError, match=r"env index 0 \(seed \d+\), step 1: returned an observation that is not finite"
+    ):
         train(config, tmp_path)
 
 
@@ -320,7 +325,7 @@ def test_a_table_names_its_environment(failing, tmp_path, monkeypatch):
     monkeypatch.setattr(Failing, "reset", lambda self, *, seed=None, options=None: (0, {}))
     monkeypatch.setattr(Failing, "step", lambda self, action: 1 / 0)
     config = Config(agent="tabular", env_id=failing, num_envs=1, total_steps=100)
-    with pytest.raises(RuntimeError, match=r"failed in lane 0 \(seed \d+\) after 1 steps: ZeroDivisionError"):
+    with pytest.raises(RuntimeError, match=r"env index 0 \(seed \d+\), step 1: step\(\) failed: ZeroDivisionError"):
         train(config, tmp_path)
 
 

@@ -16,6 +16,7 @@ LAYERS = [
     {"kernels"},
     {
         "_core",
+        "checked",
         "checks",
         "config",
         "files",
@@ -70,7 +71,7 @@ def test_rooms_import_only_lower_rooms(path):
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
 def test_foreign_packages_stay_in_their_rooms(path):
     homes = {
-        "gymnasium": {"cleanrl", "envs", "gymnasium", "ids", "sb3"},
+        "gymnasium": {"checked", "cleanrl", "envs", "gymnasium", "ids", "sb3"},
         "ale_py": {"atari"},
         "argparse": {"cli", "options"},
         "matplotlib": {"plots"},
