@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from pydqn.options import make_parser
 from pydqn.presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    from pydqn.locks import Claim
     from pydqn.logs import ProgressBar, Report
     from pydqn.runs import BaseRun
 
@@ -108,8 +110,8 @@ def _train(arguments: argparse.Namespace) -> int:
         raise
     except _ERRORS as error:
         code = _fail(error)
-        if run is not None and (checkpoint := latest_checkpoint(logdir)) is not None:
-            print(f"run: {checkpoint} is whole (pydqn train --resume {logdir})", file=sys.stderr)
+        if run is not None and (checkpoint := latest_checkpoint(run.logdir)) is not None:
+            print(f"run: {checkpoint} is whole ({_command('train', '--resume', run.logdir)})", file=sys.stderr)
         return code
     code = _AGAIN if run.stopped else 0
     result = run.result()
@@ -120,12 +122,19 @@ def _train(arguments: argparse.Namespace) -> int:
         f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} games "
         f"in {result.seconds / 60:.1f} min; {mean}"
     )
-    more = f"pydqn train --resume {logdir}" if code else f"pydqn play {logdir} --record game.mp4"
-    print(f"run: {logdir}   ({more}, pydqn plot {logdir} -o curve.png)")
+    words = ("train", "--resume", run.logdir) if code else ("play", run.logdir, "--record", "game.mp4")
+    print(f"run: {run.logdir}   ({_command(*words)}, {_command('plot', run.logdir, '-o', 'curve.png')})")
     return code
 
 
-def _to_resume(arguments: argparse.Namespace, path: str | Path) -> tuple[Config, Path, bool | Path]:
+def _command(*words: str | Path) -> str:
+    """Return a command as it can be typed: a folder (a `Path`) may have any name, for the shell as for our options."""
+    return shlex.join(
+        ["pydqn", *(f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in words)]
+    )
+
+
+def _to_resume(arguments: argparse.Namespace, path: str | Path) -> tuple[Config, Path | Claim, bool | Path]:
     from pydqn.checkpoint import run_of
     from pydqn.evaluation import load_run
 
@@ -135,31 +144,26 @@ def _to_resume(arguments: argparse.Namespace, path: str | Path) -> tuple[Config,
     return load_run(logdir, **_given(arguments)), logdir, checkpoint or True
 
 
-def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path, bool | Path]:
+def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path | Claim, bool | Path]:
     """Return what to run and where; an unfinished run that is there already may go on instead."""
     from pydqn.checkpoint import latest_checkpoint, read_state
-    from pydqn.logs import PROGRESS
+    from pydqn.locks import claim_numbered, holder_of
 
     config = preset(arguments.preset, **_given(arguments))
     task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
     logdir = Path(arguments.logdir or Path("runs") / f"{task}-{config.seed}")
     checkpoint, state = latest_checkpoint(logdir), {}
-    with suppress(ValueError):  # a damaged one is not offered
+    with suppress(ValueError, OSError):  # a damaged one is not offered, nor one of a run that is going on
         state = {} if checkpoint is None else read_state(checkpoint)
-    if state.get("finished") is False:
+    if state.get("finished") is False and holder_of(logdir) is None:
         offer = f"{logdir} can go on from step {state['steps']:,}"
         if sys.stdin.isatty() and sys.stderr.isatty():
             with suppress(EOFError):  # Ctrl-D
                 if input(f"{offer}. Resume it? [Y/n] ").strip().lower() in ("", "y", "yes"):
                     return _to_resume(arguments, logdir)
         else:
-            print(f"{offer}: pydqn train --resume {logdir}", file=sys.stderr)
-    if not arguments.logdir:
-        number = 1
-        while (logdir / PROGRESS).exists():
-            number += 1
-            logdir = Path("runs") / f"{task}-{config.seed}.{number}"
-    return config, logdir, False
+            print(f"{offer}: {_command('train', '--resume', logdir)}", file=sys.stderr)
+    return config, logdir if arguments.logdir else claim_numbered(logdir), False
 
 
 def _follow(run: BaseRun, bar: ProgressBar) -> None:
@@ -261,6 +265,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import statistics
 
     from pydqn.evaluation import SCORES, score
+    from pydqn.files import append_line
 
     result = score(
         arguments.folder,
@@ -270,8 +275,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **_overrides(arguments),
     )
-    with open(Path(arguments.folder) / SCORES, "a") as file:
-        file.write(json.dumps(result._asdict()) + "\n")
+    append_line(Path(arguments.folder) / SCORES, json.dumps(result._asdict()))
     returns = result.returns
     spread = statistics.stdev(returns) if len(returns) > 1 else 0.0
     normalized = result.human_normalized_percent

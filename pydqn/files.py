@@ -7,6 +7,7 @@ an index by their size and checksum (a `Stamp`), and the index is written after 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -87,6 +88,22 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file in one piece, so that those of several processes do not mix.
+
+    Half a line that an earlier crash, or a full disk, has left at the end stays a line of its own.
+    """
+    data = f"{line}\n".encode()
+    with named_errors(path), open(path, "a+b", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        written = file.write(data)
+        if written is None or written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_stamped(path: Path, data: bytes) -> Stamp:

@@ -33,6 +33,7 @@ from pydqn.config import Config
 from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS
 from pydqn.files import Damaged, write_json
 from pydqn.lanes import Episode
+from pydqn.locks import Claim
 from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
 from pydqn.replay import FrameReplay
 from pydqn.schedules import epsilon
@@ -79,19 +80,22 @@ class BaseRun:
 
     Args:
         config: what to run.
-        logdir: folder of the run; made if it is not there.
+        logdir: folder of the run, made if it is not there; or a claim on it. Until this run is closed, no other can
+            write there.
         resume: go on from the folder's latest checkpoint, or from this one; later ones are removed then.
 
     Raises:
         ValueError: the configuration cannot run on this machine, or `logdir` holds a run already (or, to resume, none,
-            or a damaged one: the message names the file, and the checkpoint that is whole).
+            or a damaged one: the message names the file, and the checkpoint that is whole), or one that is going on
+            (`pydqn.locks.Taken`).
     """
 
     replay: FrameReplay | None = None  # goes into checkpoints, where the config says so
     saving: Callable[[float], None] | None = None  # told, while a memory is saved, which share of it is done
 
-    def __init__(self, config: Config, logdir: str | os.PathLike[str], *, resume: bool | Path = False) -> None:
-        self.logdir = Path(logdir)
+    def __init__(self, config: Config, logdir: str | os.PathLike[str] | Claim, *, resume: bool | Path = False) -> None:
+        self._claim = logdir if isinstance(logdir, Claim) else Claim(logdir)
+        self.logdir = self._claim.folder
         self.config = config
         self.steps = self.frames = 0
         self.returns: list[float] = []
@@ -106,17 +110,23 @@ class BaseRun:
         self._resumed: dict[str, Any] | None = None  # the state that the run goes on from
         self._process = Process()
         self._log: RunLog | None = None
-        path = None
-        if resume:
-            path = latest_checkpoint(self.logdir) if resume is True else resume
-            if path is None:
-                raise ValueError(f"run: {str(logdir)!r} has no checkpoint to go on from")
-        elif (self.logdir / PROGRESS).exists():
-            raise ValueError(f"logdir: {str(logdir)!r} holds a run already; choose another folder, or resume it")
         with ExitStack() as failed:
             failed.callback(self._release)
-            self._begin(path)
+            self._begin(self._start(resume))
             failed.pop_all()
+
+    def _start(self, resume: bool | Path) -> Path | None:
+        """Return the checkpoint to go on from, or None for a run that is to begin, in a folder that holds no other."""
+        latest = latest_checkpoint(self.logdir)
+        if resume:
+            path = latest if resume is True else resume
+            if path is None:
+                raise ValueError(f"run: {str(self.logdir)!r} has no checkpoint to go on from")
+            return path
+        if any((self.logdir / name).exists() for name in (CONFIG, PROGRESS, CHECKPOINTS, BEST_WEIGHTS.parent)):
+            way = "resume it" if latest else "remove that one, which came to no checkpoint"
+            raise ValueError(f"logdir: {str(self.logdir)!r} holds a run already; choose another folder, or {way}")
+        return None
 
     def _begin(self, path: Path | None) -> None:
         """Open everything, anew or as a checkpoint says, and the folder last."""
@@ -128,15 +138,15 @@ class BaseRun:
                 self._go_on(path)
             except Damaged as error:
                 raise Damaged(f"{error}; {_way_on(self.logdir, path)}") from None
-        for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
-            (self.logdir / folder).mkdir(parents=True, exist_ok=True)
+            # Before the logs are cut back: whatever is resumed later must not count rows that are not there.
+            discard_after(path)
         write_json(self.logdir / CONFIG, config.to_dict())
+        for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
+            (self.logdir / folder).mkdir(exist_ok=True)
         write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic()})
         self._log = RunLog(self.logdir, self.steps, len(self.returns))
         if path is None:
             self._checkpoint()  # so that whatever comes, there is one to go on from
-        else:
-            discard_after(path)
 
     # --- what a kind of run fills in ---
 
@@ -229,6 +239,7 @@ class BaseRun:
 
     def _release(self) -> None:
         with ExitStack() as last:
+            last.callback(self._claim.release)
             last.callback(self.close)
             if self._log is not None:
                 last.callback(self._log.close)

@@ -25,6 +25,7 @@ from pydqn.evaluation import BEST_WEIGHTS, evaluate_policy, load_run, memory_set
 from pydqn.films import Film
 from pydqn.lanes import Episode, Lanes, Step
 from pydqn.learner import Learner, Metrics
+from pydqn.locks import Claim
 from pydqn.logs import Report
 from pydqn.policies import Actor, Policy, resolve_device
 from pydqn.replay import FrameReplay
@@ -41,6 +42,7 @@ def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
 
     Raises:
         ValueError: the configuration cannot run on this machine, or `logdir` holds a run already.
+        Taken: that run is going on (a ValueError that says where).
     """
     return _finish(open_run(config, logdir))
 
@@ -58,7 +60,7 @@ def resume(logdir: str | os.PathLike[str], **overrides: Any) -> Result:
     return _finish(open_run(load_run(run, **overrides), run, resume=checkpoint or True))
 
 
-def open_run(config: Config, logdir: str | os.PathLike[str], *, resume: bool | Path = False) -> BaseRun:
+def open_run(config: Config, logdir: str | os.PathLike[str] | Claim, *, resume: bool | Path = False) -> BaseRun:
     """Make the kind of run that `config.agent` says."""
     kind = TabularRun if config.agent == "tabular" else Run
     return kind(config, logdir, resume=resume)

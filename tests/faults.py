@@ -2,9 +2,9 @@
 
     LD_PRELOAD=faults.so python faults.py faults.so ACTION STRIDE
 
-ACTION is weights, memory, checkpoints or training. Forks a child for every STRIDEth operation of an action, lets it be
-killed there (or halfway through the next write, or lets the disk be full, or read-only, from there on), and looks at
-what is left. Ends with an error at the first thing that is lost or half-written.
+ACTION is weights, memory, checkpoints, training or resuming. Forks a child for every STRIDEth operation of an action,
+lets it be killed there (or halfway through the next write, or lets the disk be full, or read-only, from there on), and
+looks at what is left. Ends with an error at the first thing that is lost or half-written.
 """
 
 from __future__ import annotations
@@ -191,6 +191,37 @@ class Training:
         assert result(self.folder) == self.undisturbed
 
 
+class Resuming(Training):
+    """A whole run that goes back to an older checkpoint; what is left is resumed, and becomes the run that it was.
+
+    Killed only: what a file is like that was cut short, or refused, the others say.
+    """
+
+    kinds = ("kill",)
+
+    def prepare(self) -> None:
+        pid = os.fork()  # (see below)
+        if not pid:
+            Training.act(self)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        self.undisturbed = result(self.folder)
+        older, latest = checkpoints(self.folder)
+        assert int(older.name[5:]) < int(latest.name[5:]) == 200
+
+    def act(self) -> None:
+        Run(self.config, self.folder, resume=checkpoints(self.folder)[0])
+
+    def check_again(self) -> None:
+        pid = os.fork()
+        if not pid:
+            with Run(self.config, self.folder, resume=True) as run:
+                list(run.reports())
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert result(self.folder) == self.undisturbed
+
+
 def content(path: Path) -> bytes:
     memory = FrameReplay.load(path)
     return b"".join(column.tobytes() for column in memory.gather(memory.valid_indices()))
@@ -215,11 +246,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve() / "here"
         root.mkdir()
-        action = {"memory": Memory, "checkpoints": Checkpoints, "weights": Weights, "training": Training}[name](root)
+        actions = {Memory, Checkpoints, Weights, Training, Resuming}
+        action = next(action for action in actions if action.__name__.lower() == name)(root)
         action.prepare()
         shutil.copytree(root, root.with_name("prepared"))
-        for kind, code in KINDS.items():
-            at = 1
+        for kind in getattr(action, "kinds", KINDS):
+            code, at = KINDS[kind], 1
             while True:
                 shutil.rmtree(root)
                 shutil.copytree(root.with_name("prepared"), root)

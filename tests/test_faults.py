@@ -26,7 +26,7 @@ def library(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("action", "stride", "least"),
-    [("weights", 1, 12), ("memory", 1, 80), ("checkpoints", 1, 120), ("training", 41, 20)],
+    [("weights", 1, 12), ("memory", 1, 80), ("checkpoints", 1, 120), ("training", 41, 20), ("resuming", 1, 20)],
 )
 def test_nothing_is_lost_or_half_written(library, action, stride, least):
     """Killed at every operation that changes the disk, and refused each of them (a whole run: at a part of them)."""
@@ -40,5 +40,5 @@ def test_nothing_is_lost_or_half_written(library, action, stride, least):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(re.search(r": (\d+) faults", done.stdout)[1]) >= least
-    for kind in ("kill", "kill halfway", "full disk", "read only"):
+    for kind in ["kill"] if action == "resuming" else ["kill", "kill halfway", "full disk", "read only"]:
         assert f"'{kind}': " in done.stdout

@@ -30,7 +30,7 @@ LAYERS = [
         "step_kernels",
         "transfers",
     },
-    {"atari", "checkpoint", "logs", "networks", "optimizers", "pieces", "presets", "recording", "schedules"},
+    {"atari", "checkpoint", "locks", "logs", "networks", "optimizers", "pieces", "presets", "recording", "schedules"},
     {"ids", "stored"},
     {"envs", "films", "plots", "policies", "replay"},
     {"device_replay", "evaluation", "learner", "transitions"},

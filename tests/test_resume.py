@@ -39,6 +39,7 @@ def kill(run):
             os.dup2(nowhere.fileno(), file.fileno())
     run._log.close()
     run.close()
+    run._claim.release()  # as the system does it
 
 
 @pytest.mark.parametrize("with_replay", [False, True])
