@@ -20,7 +20,8 @@ def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert uint8 images to floating point and interleave them, values unchanged.
 
     One pass of one core for the usual stack of four on a CPU, which a conversion and a transposition by PyTorch take
-    more than twice as long for. Anything else goes through PyTorch.
+    more than twice as long for. Anything else goes through PyTorch, and so does everything while the operations are
+    recorded, for `torch.export`, `torch.jit.trace`, ONNX and the like.
 
     Args:
         images: (B, C, H, W) uint8; each sample's images contiguous.
@@ -30,7 +31,7 @@ def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
         (B, C, H, W) of that dtype, channels-last.
     """
     batch, channels, height, width = images.shape
-    if images.device.type != "cpu" or images.dtype != torch.uint8 or channels != _STACK or not batch:
+    if _recorded() or images.device.type != "cpu" or images.dtype != torch.uint8 or channels != _STACK or not batch:
         # In two calls: in one, it takes twice as long.
         return images.to(dtype).contiguous(memory_format=torch.channels_last)
     size, stride = height * width, images.stride(0)
@@ -44,6 +45,12 @@ def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         _to_float32(run, stride, pixels.numpy().reshape(batch, -1), size)
     return pixels.permute(0, 3, 1, 2)
+
+
+def _recorded() -> bool:
+    """Return whether PyTorch writes down operations instead of, or beside, carrying them out."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @kernel(nogil=True)

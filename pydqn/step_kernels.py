@@ -47,6 +47,7 @@ def _squares(grad):
 
 @kernel(nogil=True)
 def sum_of_squares(grad):
+    """Return that of a row of float32, or of bfloat16 as its bits."""
     buffer = np.empty(_BLOCK, np.float32)
     total = 0.0
     for start in range(0, grad.size, _BLOCK):
@@ -68,6 +69,7 @@ def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
 
 @kernel(nogil=True)
 def adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
+    """Take a step of Adam with the gradient times `scale`, and round the parameter into its copy, if there is one."""
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):
         b = min(a + _BLOCK, parameter.size)
@@ -96,6 +98,7 @@ def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind,
 
 @kernel(nogil=True)
 def rmsprop(grad, parameter, copy, square, mean, change, *numbers):
+    """Take a step of RMSProp: centered where `mean` is not empty, with momentum where `change` is not."""
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):
         b = min(a + _BLOCK, parameter.size)
