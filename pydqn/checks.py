@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 _WHOLE = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
+_RANK = {"b": 0, "i": 1, "u": 1, "f": 2}  # kinds of numbers, each a part of the next
 _DTYPES = ["bool", *_WHOLE, "float16", "float32", "float64", "float96", "float128"]
 
 
@@ -51,3 +52,58 @@ def indices(index: ArrayLike) -> NDArray[np.int64]:
     if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
         raise ValueError(f"index: expected a list of integers, got {index!r}")
     return np.require(wanted, np.int64, ["C", "A"])
+
+
+def flags(name: str, value: ArrayLike) -> NDArray[np.bool_]:
+    """Return booleans: of booleans, or of numbers that are 0 or 1."""
+    array = np.asarray(value)
+    if array.dtype.kind in "iuf" and ((array == 0) | (array == 1)).all():
+        return array.astype(bool)
+    if array.dtype.kind != "b":
+        raise ValueError(f"{name}: expected booleans, or numbers that are 0 or 1, got {value!r} of dtype {array.dtype}")
+    return array
+
+
+def converted(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False) -> NDArray[Any]:
+    """Return numbers as a buffer's dtype, every value as it was.
+
+    Booleans may become integers and integers may become reals, never the other way round: an image of reals from 0 to 1
+    means something else than one of integers, even where it is black.
+
+    Args:
+        name: of the argument.
+        array: numbers of any dtype.
+        dtype: that of the buffer.
+        rounded: whether reals may lose digits (they are rounded to the nearest, and stay finite).
+
+    Raises:
+        ValueError: a value would change.
+    """
+    if array.dtype == dtype:
+        return array
+    if array.dtype.kind not in _RANK or _RANK[array.dtype.kind] > _RANK[dtype.kind]:
+        raise _would_change(name, array, dtype, "")
+    if np.can_cast(array.dtype, dtype):
+        return array.astype(dtype)
+    if array.dtype.kind != "f":
+        # Not by converting there and back: what an overflow gives differs from processor to processor.
+        most = 1 << (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else np.iinfo(dtype).max
+        least = -most if dtype.kind == "f" else np.iinfo(dtype).min
+        for value in (int(array.min()), int(array.max())) if array.size else ():
+            if not least <= value <= most:
+                raise _would_change(name, array, dtype, f" with the value {value}")
+        return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    kept = np.isfinite(result) if rounded else result == array
+    if not (kept | ~np.isfinite(array)).all():
+        raise _would_change(name, array, dtype, f" with the value {array[~kept & np.isfinite(array)][0]!r}")
+    return result
+
+
+def _would_change(name: str, array: NDArray[Any], dtype: np.dtype[Any], value: str) -> ValueError:
+    other = f"make the buffer with dtype={array.dtype.name!r}, or " if array.dtype.kind in _RANK else ""
+    return ValueError(
+        f"{name}: expected dtype {dtype}, as of the buffer, got dtype {array.dtype}{value}, which would change; "
+        f"{other}convert {name} to {dtype} yourself"
+    )

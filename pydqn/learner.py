@@ -126,7 +126,7 @@ class Learner:
         self._loss, self._own_loss = LOSSES[config.loss], loss
         self.frames = frames
         self._most = len(example.action) // config.batch_size  # steps at once
-        self._inbox = Inbox(example, device)
+        self._inbox = Inbox(example, device, names=example._fields)
         self._seen: _Seen | None = None
         self._seen_before = Metrics(*[math.nan] * 4)  # by the run that this one goes on with
         self._errors = torch.zeros(len(example.action), device=device)
@@ -142,8 +142,8 @@ class Learner:
         The online network is copied to the target whenever that is due, also between two of them.
 
         Raises:
-            ValueError: the batch is not some whole number of batches, or longer than the `example`; or a `loss` of
-                one's own gave something else than one value per sample.
+            ValueError: the batch is not some whole number of batches, longer than the `example`, or of other dtypes; or
+                a `loss` of one's own gave something else than one value per sample.
         """
         size = self._config.batch_size
         count, rest = divmod(len(batch.action), size)

@@ -117,7 +117,7 @@ class Actor:
     ) -> None:
         self._policy = policy
         self.frames = frames
-        self._inbox, self._outbox = Inbox([example], policy.device), Outbox(policy.device)
+        self._inbox, self._outbox = Inbox([example], policy.device, names=["obs"]), Outbox(policy.device)
         self._captures = policy.device.type == "cuda" if capture is None else capture
         self._graph: Graph[Tensor] | None = None
 

@@ -172,7 +172,7 @@ class FrameReplay(Stored):
             frame: (num_envs, *frame_shape), the replay's dtype: the newest frame only. When it is the array that
                 `next_slot` gave, nothing is copied.
             action: (num_envs,) integers: the actions that led to the frames.
-            reward: (num_envs,) finite real numbers: what they earned.
+            reward: (num_envs,) finite real numbers: what they earned, rounded to float32.
             terminated: (num_envs,) bool: no value lies beyond this frame.
             truncated: (num_envs,) bool: the episode was cut off here; value goes on.
             first: (num_envs,) bool: the frame opens an episode; the lane's action, reward and flags are ignored.
@@ -223,19 +223,29 @@ class FrameReplay(Stored):
         """
         return self._core.next_slot()
 
-    def empty_batch(self, batch_size: int) -> Batch:
-        """Allocate a batch that `sample` can fill again and again (its `out`)."""
+    def empty_batch(self, batch_size: int, *, apart: bool = False) -> Batch:
+        """Allocate a batch that `sample` can fill again and again (its `out`).
+
+        Args:
+            batch_size: B.
+            apart: whether `obs` and `next_obs` are contiguous arrays of their own, so that whoever gets them may write
+                to them. To fill them takes longer, by a fifth to a third.
+        """
         size = integer("batch_size", batch_size, 1)
-        # One-step observations overlap in all but one frame: one block holds both. Longer windows may end early.
-        depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack
         shape, dtype = self._cell()
-        block = np.empty((size, depth, *shape), dtype)
+        if apart:
+            obs, next_obs = (np.empty((size, self.stack, *shape), dtype) for _ in range(2))
+        else:
+            # One-step observations overlap in all but one frame: one block holds both. Longer windows may end early.
+            depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack
+            block = np.empty((size, depth, *shape), dtype)
+            obs, next_obs = block[:, : self.stack], block[:, depth - self.stack :]
         return Batch(
-            obs=block[:, : self.stack],
+            obs=obs,
             action=np.empty(size, np.int64),
             reward=np.empty(size, np.float32),
             discount=np.empty(size, np.float32),
-            next_obs=block[:, depth - self.stack :],
+            next_obs=next_obs,
             index=np.empty(size, np.int64),
             weight=np.empty(size, np.float32),
         )
@@ -271,16 +281,16 @@ class FrameReplay(Stored):
             raise ValueError(f"priority: expected real numbers, got {priority!r}")
         self._core.update_priorities(indices(index), values.astype(np.float64))
 
-    def gather(self, index: ArrayLike) -> Batch:
+    def gather(self, index: ArrayLike, out: Batch | None = None) -> Batch:
         """Return the named transitions, as `sample` would (`index` as in `Batch.index` or `valid_indices`).
 
         Raises:
-            ValueError: an index names no transition that is held now.
+            ValueError: an index names no transition that is held now, or `out` does not fit.
         """
         wanted = indices(index)
         if not wanted.size:
             raise ValueError(f"index: expected a list of at least one integer, got {index!r}")
-        batch = self.empty_batch(wanted.size)
+        batch = self.empty_batch(wanted.size) if out is None else out
         self._core.gather(wanted, *_columns(batch))
         return batch
 

@@ -32,10 +32,19 @@ class Inbox:
         examples: arrays with the shapes and dtypes of all that will be put.
         device: where `tensors` are.
         packs: whether to copy; None for wherever there is CUDA.
+        names: of the arrays, for messages.
     """
 
-    def __init__(self, examples: Sequence[NDArray[Any]], device: torch.device, packs: bool | None = None) -> None:
+    def __init__(
+        self,
+        examples: Sequence[NDArray[Any]],
+        device: torch.device,
+        packs: bool | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self._packs = device.type == "cuda" if packs is None else packs
+        self._dtypes = [array.dtype for array in examples]
+        self._names = [f"array {number}" for number in range(len(examples))] if names is None else names
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         if not self._packs:
             self.tensors = [torch.from_numpy(array) for array in examples]
@@ -58,7 +67,13 @@ class Inbox:
 
         Waits only until the arrays before have left the pinned memory. Work launched on the current stream from now on
         sees the new ones.
+
+        Raises:
+            ValueError: an array has another dtype than its example.
         """
+        for name, array, dtype in zip(self._names, arrays, self._dtypes, strict=True):
+            if array.dtype != dtype:  # to be converted, values would change
+                raise ValueError(f"{name}: expected dtype {dtype}, as of the example, got dtype {array.dtype}")
         if not self._packs:
             self.tensors = [torch.from_numpy(array) for array in arrays]
             return

@@ -190,7 +190,7 @@ def test_saved_and_loaded(tmp_path):
 
 def test_damage_is_found(tmp_path):
     rows = Rows(1, np.random.default_rng(1))
-    streams = Streams(TransitionReplay(60, SHAPE))
+    streams = Streams(TransitionReplay(60, SHAPE, stack=STACK))
     feed(streams, rows, [rows.step(0) for _ in range(10)], False)
     streams.save(tmp_path, {})
     feed(streams, rows, [rows.step(0) for _ in range(10)], False)

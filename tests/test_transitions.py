@@ -185,6 +185,106 @@ def test_images_that_are_no_stacks_are_taken_whole():
     np.testing.assert_array_equal(batch.next_obs, images[1:])
 
 
+def gray_stacks(depth, axis, steps, padding, dtype="uint8"):
+    """Observations of a stack of random gray images, (steps + 1, *shape)."""
+    frames = np.random.default_rng(0).integers(1, 255, (steps + depth, 16, 17)).astype(dtype)
+    frames[:depth] = frames[depth - 1] if padding == "first" else frames[:depth]
+    frames[: depth - 1] *= padding != "zero"
+    return np.stack([np.moveaxis(frames[step : step + depth], 0, axis) for step in range(steps + 1)])
+
+
+@pytest.mark.parametrize("padding", ["zero", "first", "history"])
+@pytest.mark.parametrize(
+    ("depth", "axis", "dtype", "share"),
+    [(3, 0, "uint8", 3), (3, 2, "uint8", 3), (6, 0, "uint8", 6), (6, 2, "uint8", 6), (4, 0, "float32", 4)],
+)
+def test_gray_stacks_that_are_stored_whole_are_told_of(depth, axis, dtype, share, padding):
+    obs = gray_stacks(depth, axis, 12, padding, dtype)
+    whole = TransitionReplay(1000, obs.shape[1:], dtype)
+    stacked = TransitionReplay(1000, obs.shape[1:], dtype, stack=depth)
+
+    def add(memory):
+        for step in range(12):
+            memory.add(obs[[step]], obs[[step + 1]], [0], [0.0], [False], [False])
+
+    with pytest.warns(UserWarning, match=f"pass stack={depth} to store each frame once, .* about 1/{share} of the mem"):
+        add(whole)
+    add(stacked)
+    for one, other in zip(whole.gather(range(12)), stacked.gather(stacked.memory.valid_indices()), strict=True):
+        if one.dtype != np.int64:  # of indices, which may count frames that stood before
+            np.testing.assert_array_equal(one, other)
+
+
+def test_gray_stacks_that_begin_as_colours_are_refused_with_advice():
+    """Nothing moves at first, so that they may be two images in colour."""
+    obs = np.repeat(gray_stacks(6, 0, 3, "first"), [3, 1, 1, 1], axis=0)
+    memory = TransitionReplay(100, obs.shape[1:])
+    memory.add(obs[[0]], obs[[1]], [0], [0.0], [False], [False])
+    memory.add(obs[[2]], obs[[3]], [0], [0.0], [False], [False])
+    with pytest.raises(ValueError, match="next_obs: .*pass stack=6 for gray frames, or stack=1 for"):
+        memory.add(obs[[3]], obs[[4]], [0], [0.0], [False], [False])
+
+
+def test_other_images_are_not_taken_for_gray_stacks():
+    """Colours, black at first and then one colour after the other; and stacks that are stored as such."""
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 255, (20, 3, 16, 17)).astype(np.uint8)
+    colours[:8] = 0
+    colours[8, :2] = 0  # blue only: as of (0, 0, 0) moved on
+    for obs, stack in [
+        (colours, None),
+        (gray_stacks(4, 0, 19, "zero"), None),
+        (gray_stacks(3, 0, 19, "zero"), 1),
+        (np.repeat(colours[:, :1], 3, axis=1), None),
+        (np.zeros_like(colours), None),
+        (random.normal(size=(20, 3, 6)), None),
+        (random.normal(size=(20, 3)), None),
+    ]:
+        memory = TransitionReplay(100, obs.shape[1:], obs.dtype, stack=stack)
+        for step in range(len(obs) - 1):
+            memory.add(obs[[step]], obs[[step + 1]], [0], [0.0], [False], [False])
+        assert len(memory) == len(obs) - 1
+
+
+@pytest.mark.parametrize("padding", ["zero", "first"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_saved_and_restored(tmp_path, padding, lanes):
+    random = np.random.default_rng(0)
+
+    def make(capacity=60, **settings):
+        settings = {"num_envs": lanes, "n_step": 3, "gamma": 0.9, "prioritized": True, "seed": 3} | settings
+        return TransitionReplay(capacity, (4, 8, 8), **settings)
+
+    saved, restored = make(), make()
+    envs = [Stacker(saved.stacks, (4, 8, 8), np.uint8, random, [padding]) for _ in range(lanes)]
+    play(saved, envs, random, 50, False)
+    saved.update_priorities(saved.memory.valid_indices()[:5], np.arange(1, 6))
+    saved.save(tmp_path)
+    restored.restore(tmp_path)
+    assert restored.memory.padding == padding
+    for one, other in zip(saved.sample(20), restored.sample(20), strict=True):
+        np.testing.assert_array_equal(one, other)
+    more = play(restored, envs, random, 20, False)  # other episodes begin
+    held = restored.memory.valid_indices()
+    for lane in more:
+        expected = windows(lane, 3, 0.9)
+        newest = [index for index in expected if index in held]
+        assert newest
+        batch = restored.gather(newest)
+        np.testing.assert_array_equal(batch.obs, [expected[index][0] for index in newest])
+        np.testing.assert_allclose(batch.reward, [expected[index][2] for index in newest], rtol=1e-6)
+    for other, message in [
+        (make(n_step=1), "n_step 3, expected 1"),
+        (make(gamma=0.5), "gamma 0.9, expected 0.5"),
+        (make(70), f"max_transitions 60, expected {70 // lanes * lanes}"),
+        (make(stack=1), "stack 4, expected 1"),
+        (TransitionReplay(60, (4, 6, 6), num_envs=lanes, n_step=3, gamma=0.9, prioritized=True), "frames of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            other.restore(tmp_path)
+        assert len(other) == 0
+
+
 def test_stacks_that_break_off_later_are_refused():
     memory = TransitionReplay(10, (4, 8, 8))
     memory.add(IMAGE, IMAGE, [0], [0.0], [False], [False])

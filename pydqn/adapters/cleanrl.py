@@ -10,6 +10,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from pydqn.checks import converted, flags
 from pydqn.transitions import TransitionReplay
 
 
@@ -49,10 +50,9 @@ class _Lanes:
         self, obs: ArrayLike, next_obs: ArrayLike, action: ArrayLike, reward: ArrayLike, terminated: Any, truncated: Any
     ) -> None:
         ours = self.transitions
-        shape = (ours.num_envs, *ours.shape)
-        before, after = np.asarray(obs).reshape(shape), np.asarray(next_obs).reshape(shape)
-        actions, rewards = np.asarray(action).reshape(ours.num_envs), np.asarray(reward).reshape(ours.num_envs)
-        ends, cuts = np.asarray(terminated).astype(bool), np.asarray(truncated).astype(bool)
+        before, after = self._observations("obs", obs), self._observations("next_obs", next_obs)
+        columns = {"action": action, "reward": reward, "done": terminated, "truncated": truncated}
+        actions, rewards, ends, cuts = (self._column(name, column) for name, column in columns.items())
         moved = ours.moved_on(before, after)
         keep = ~(self._next_step & self._over)
         # Scripts put in the final observation only where an episode was truncated. After a termination the first one
@@ -79,6 +79,21 @@ class _Lanes:
                 column[lanes] for column in (before, after, actions, rewards, ends, cuts)
             )
             ours.add(obs, next_obs, action, reward, ended, cut, None if keep.all() else lanes)
+
+    def _observations(self, name: str, value: ArrayLike) -> NDArray[Any]:
+        ours, array = self.transitions, np.asarray(value)
+        expected = (ours.num_envs, *ours.shape)
+        if array.shape == ours.shape and ours.num_envs == 1:
+            array = array[None]
+        if array.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got shape {array.shape}")
+        return converted(name, array, ours.memory.dtype, rounded=True)
+
+    def _column(self, name: str, value: ArrayLike) -> NDArray[Any]:
+        array, count = np.asarray(value), self.transitions.num_envs
+        if array.size != count:
+            raise ValueError(f"{name}: expected shape ({count},), got shape {array.shape}")
+        return array.reshape(count)
 
 
 class ReplayBuffer:
@@ -161,7 +176,7 @@ class ReplayBuffer:
         """Store a transition of each environment; leading axis n_envs on all.
 
         Args:
-            obs: what the actions were chosen for.
+            obs: what the actions were chosen for. Reals are rounded to the observation space's dtype.
             next_obs: what they led to: the final observation where an episode was truncated.
             action: (n_envs,) integers.
             reward: (n_envs,).
@@ -169,9 +184,9 @@ class ReplayBuffer:
             infos: Gymnasium's dictionary, which is not read, or a list of one each.
             truncated: (n_envs,), where it is known.
         """
-        done, cuts = np.asarray(done).astype(bool), np.zeros(self.n_envs, bool)
+        done, cuts = flags("done", done), np.zeros(self.n_envs, bool)
         if truncated is not None:
-            cuts |= np.asarray(truncated).astype(bool)
+            cuts = flags("truncated", truncated)
         if self.handle_timeout_termination and isinstance(infos, (list, tuple)) and len(infos) == self.n_envs:
             timeout = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
             done, cuts = done & ~timeout, cuts | timeout
@@ -179,7 +194,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, env: None = None) -> ReplayBufferSamples:
         """Draw `batch_size` transitions: tensors on the device."""
-        batch = self.transitions.sample(batch_size)
+        batch = self.transitions.sample(batch_size, apart=True)
         columns = (
             batch.obs,
             batch.action[:, None],
@@ -259,13 +274,13 @@ class PrioritizedReplayBuffer:
         truncated: ArrayLike | None = None,
     ) -> None:
         """Store a transition of each environment (see `ReplayBuffer.add`; mind the order)."""
-        done = np.asarray(done).astype(bool).reshape(self.transitions.num_envs)
-        cuts = np.zeros_like(done) if truncated is None else np.asarray(truncated).astype(bool)
+        done = flags("done", done)
+        cuts = np.zeros_like(done) if truncated is None else flags("truncated", truncated)
         self._lanes.add(obs, next_obs, action, reward, done, cuts)
 
     def sample(self, batch_size: int) -> PrioritizedBatch:
         """Draw `batch_size` transitions by their priorities: tensors on the device."""
-        batch = self.transitions.sample(batch_size)
+        batch = self.transitions.sample(batch_size, apart=True)
         ends = self.transitions.windows(batch.index).terminated
         obs, action, reward, next_obs, done, weight, discount = (
             torch.as_tensor(column, device=self.device)
