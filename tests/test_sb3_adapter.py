@@ -22,7 +22,6 @@ from pydqn.adapters.sb3 import PrioritizedDQN, ReplayBuffer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*n_steps.*is ignored:UserWarning"),
     pytest.mark.filterwarnings("ignore:The last trajectory in the replay buffer:UserWarning"),
 ]
 
@@ -316,7 +315,7 @@ def test_the_same_seed_is_the_same_run():
 
 
 def test_saved_and_loaded(tmp_path):
-    model = model_of(PrioritizedDQN, replay_buffer_kwargs={"n_steps": 3, "gamma": 0.9}).learn(300)
+    model = model_of(PrioritizedDQN, n_steps=3, gamma=0.9).learn(300)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     other = PrioritizedDQN.load(tmp_path / "model", env=make_vec_env("CartPole-v1"))
