@@ -20,6 +20,7 @@ def arguments(doc, buffers, steps, capacity):
     parser.add_argument(
         "--steps", type=int, default=steps, help="with learning, after the buffer has been filled (atari)"
     )
+    parser.add_argument("--total", type=int, default=100_000, help="steps in all (cartpole with TorchRL)")
     parser.add_argument("--capacity", type=int, default=capacity, help="transitions in the buffer (atari)")
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()

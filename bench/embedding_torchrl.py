@@ -78,7 +78,7 @@ def main():
     torch.manual_seed(chosen.seed)
     meter = embedded.Meter()
     if chosen.task == "cartpole":
-        (env, net), settings, capacity, random, total = cartpole(), CARTPOLE, 10_000, 2_000, 100_000
+        (env, net), settings, capacity, random, total = cartpole(), CARTPOLE, 10_000, 2_000, chosen.total
     else:
         (env, net), settings, capacity, random = atari(), ATARI, chosen.capacity, chosen.capacity
         total = capacity + chosen.steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _MEMORY, _COLUMNS, _PLACES = "memory", "columns.safetensors", "places"
+_MOST_LEFT = 1000  # episodes that were left in the middle, remembered in case that they are gone on with
 
 
 class Streams:
@@ -54,6 +56,8 @@ class Streams:
         self._goes_on = np.zeros(lanes, bool)
         self._name: list[Any] = [None] * lanes
         self._written = np.zeros(lanes, np.int64)
+        self._left: dict[Any, None] = {}
+        self._warned: set[str] = set()
 
     def extend(
         self,
@@ -113,6 +117,7 @@ class Streams:
             for name, column in self.columns.items():
                 column[place[rows]] = others[name] if len(rows) == len(lane) else others[name][rows]
             self._counts += count
+        self._tell_of_idle_lanes()
         return index
 
     @property
@@ -203,8 +208,6 @@ class Streams:
         names: NDArray[Any] | None,
     ) -> NDArray[np.int64]:
         lanes = np.zeros(len(obs), np.int64)
-        if len(self._counts) == 1:
-            return lanes
         lane = -1
         for start, stop in pairwise([*np.flatnonzero(opens).tolist(), len(obs)]):
             name = None if names is None else names[start]
@@ -221,39 +224,42 @@ class Streams:
             same = name is None or self._name[lane] is None or self._name[lane] == name
             if self._goes_on[lane] and same and np.array_equal(self._last[lane], obs):
                 return lane
+        if _sign(obs, name) in self._left:
+            self._warn(
+                f"num_envs: the buffer was made for {count} environments, or its first batch came from so many, but "
+                "there are more: episodes stop and go on later. Some frames are stored twice, and n-step windows end "
+                "where episodes stop. Make the buffer with num_envs=..."
+            )
         ended = np.flatnonzero(~self._goes_on)
-        return int(ended[self._counts[ended].argmin()] if len(ended) else self._written.argmin())
+        if len(ended):
+            return int(ended[self._counts[ended].argmin()])
+        lane = int(self._written.argmin())
+        self._left[_sign(self._last[lane], self._name[lane])] = None
+        if len(self._left) > _MOST_LEFT:
+            del self._left[next(iter(self._left))]
+        return lane
+
+    def _tell_of_idle_lanes(self) -> None:
+        """Warn where the buffer should be full, and is not, as some lanes get little or nothing."""
+        each = self.replay.capacity // len(self._counts)
+        held, capacity = int(np.minimum(self._counts, each).sum()), each * len(self._counts)
+        if self._counts.sum() >= 2 * capacity and held < 0.75 * capacity:
+            self._warn(
+                f"num_envs: the buffer keeps only {held} of the newest {capacity} transitions, as each of its "
+                f"{len(self._counts)} environments keeps {each}, and {int((self._counts < each).sum())} of them have "
+                "fewer. Make the buffer with num_envs=..."
+            )
+
+    def _warn(self, message: str) -> None:
+        """Warn once."""
+        if message[:60] not in self._warned:
+            self._warned.add(message[:60])
+            warnings.warn(message, stacklevel=2)
 
 
-def openings(obs: NDArray[Any], next_obs: NDArray[Any], names: NDArray[Any] | None = None) -> NDArray[np.bool_]:
-    """Return, (n,), which rows do not go on with the row before.
-
-    Args:
-        obs: (n, *shape).
-        next_obs: (n, *shape).
-        names: (n,) of the episodes, or of the environments; None to compare observations.
-    """
-    opens = np.ones(len(obs), bool)
-    if names is None:
-        opens[1:] = (next_obs[:-1] != obs[1:]).any(axis=tuple(range(1, obs.ndim)))
-    else:
-        opens[1:] = names[1:] != names[:-1]
-    return opens
-
-
-def environments(opens: NDArray[np.bool_], done: NDArray[np.bool_]) -> int:
-    """Return of how many environments a batch seems to be: the fewest blocks of one length that explain all breaks.
-
-    Args:
-        opens: (n,) bool: see `openings`.
-        done: (n,) bool: the episode is over after this row.
-    """
-    breaks = np.flatnonzero(opens[1:] & ~done[:-1]) + 1
-    for count in (count for count in range(1, len(opens) + 1) if len(opens) % count == 0):
-        length = len(opens) // count
-        if not (breaks % length).any() and opens[::length].all():
-            return count
-    return 1 + len(breaks)
+def _sign(obs: NDArray[Any], name: Any) -> Any:
+    """What an episode can be told by: its name, or where it has come to."""
+    return hash(obs.tobytes()) if name is None else ("name", name)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pydqn import TransitionReplay
 from pydqn.files import Damaged
-from pydqn.streams import Streams, environments, openings
+from pydqn.orders import openings
+from pydqn.streams import Streams
 
 SHAPE, STACK = (3, 4, 5), 3
 
@@ -18,8 +19,8 @@ SHAPE, STACK = (3, 4, 5), 3
 class Rows:
     """Steps of several environments of random frames; every row has a number."""
 
-    def __init__(self, envs, random):
-        self.random, self.rows, self.envs = random, [], [[] for _ in range(envs)]
+    def __init__(self, envs, random, ends=0.1):
+        self.ends, self.random, self.rows, self.envs = ends, random, [], [[] for _ in range(envs)]
         self.now, self.names = [self._reset() for _ in range(envs)], list(range(envs))
 
     def _frame(self):
@@ -32,7 +33,7 @@ class Rows:
         """Return the number of a new row."""
         obs = self.now[env]
         after = np.concatenate([obs[1:], self._frame()[None]])
-        ends, cut = self.random.random(2) < 0.1
+        ends, cut = self.random.random(2) < self.ends
         self.rows.append((obs, after, float(self.random.normal()), ends, ends or cut, self.names[env]))
         self.envs[env].append(len(self.rows) - 1)
         self.now[env] = after
@@ -90,6 +91,7 @@ def assert_right(streams, rows, n_step, gamma, whole=True):
     return first
 
 
+@pytest.mark.filterwarnings("ignore:num_envs. the buffer keeps only:UserWarning")  # one at a time, unevenly
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(1, 4),
@@ -126,8 +128,12 @@ def test_any_order(envs, n_step, layout, with_names, capacity, seed):
 def test_more_environments_than_lanes():
     rows = Rows(3, np.random.default_rng(0))
     streams = Streams(TransitionReplay(10_000, SHAPE, stack=STACK, n_step=3, gamma=0.9))
-    for _ in range(10):
-        feed(streams, rows, [rows.step(env) for env in range(3) for _ in range(4)], True)
+    numbers = [[rows.step(env) for env in range(3) for _ in range(4)] for _ in range(10)]
+    feed(streams, rows, numbers[0], True)
+    with pytest.warns(UserWarning, match="num_envs: the buffer was made for 1 environments"):
+        feed(streams, rows, numbers[1], True)
+    for batch in numbers[2:]:
+        feed(streams, rows, batch, True)  # said once
     found = assert_right(streams, rows, 3, 0.9, whole=False)
     assert len(found) > 110
 
@@ -142,15 +148,15 @@ def test_names_tell_environments_that_look_alike():
     assert sorted(held.reward.tolist()) == [11, 55, 110, 550]
 
 
-def test_environments_are_counted():
-    done = np.zeros(12, bool)
-    assert environments(np.arange(12) == 0, done) == 1
-    assert environments(np.arange(12) % 4 == 0, done) == 3
-    assert environments(np.ones(12, bool), done) == 12
-    assert environments(np.isin(np.arange(12), [0, 5]), done) == 2  # not of one length
-    done[3] = True
-    assert environments(np.arange(12) % 4 == 0, done) == 3  # the first one's episode ended with its block
-    assert environments(np.isin(np.arange(12), [0, 4]), done) == 1
+def test_more_lanes_than_environments():
+    rows = Rows(1, np.random.default_rng(0), ends=0.0)
+    streams = Streams(TransitionReplay(100, SHAPE, stack=STACK, num_envs=5))
+    numbers = [rows.step(0) for _ in range(300)]
+    feed(streams, rows, numbers[:199], False)
+    message = "keeps only 20 of the newest 100 transitions, as each of its 5 environments keeps 20, and 4 of them"
+    with pytest.warns(UserWarning, match=message):
+        feed(streams, rows, numbers[199:210], False)
+    feed(streams, rows, numbers[210:], False)  # said once
 
 
 def test_a_refused_row_leaves_the_others_whole():

@@ -7,32 +7,22 @@ import io
 import multiprocessing
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # its own, when it is imported
     pytest.importorskip("torchrl", reason="needs TorchRL: pip install 'pydqn[adapters]'")
-    from tensordict import TensorDict
     from torchrl.checkpoint import Checkpoint
     from torchrl.collectors import Collector
-    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    from torchrl.data import TensorDictReplayBuffer
     from torchrl.envs import ToTensorImage
     from torchrl.modules import RandomPolicy
-    from torchrl_streams import assert_same, cartpole, film, own, stream
+    from torchrl_streams import assert_same, cartpole, film, own, rows, stream
 
     from pydqn.adapters.torchrl import FrameSampler, FrameStorage, FrameWriter, ReplayBuffer
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-
-def rows(count=5, shape=(4,), key="observation", **others):
-    """One episode that goes on."""
-    states = torch.rand(count + 1, *shape)
-    flags = {name: torch.zeros(count, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
-    after = {key: states[1:], "reward": torch.ones(count, 1), **flags}
-    return TensorDict({key: states[:-1], "action": torch.arange(count), "next": after, **others}, [count])
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -159,7 +149,7 @@ def test_blocks_of_environments_that_look_alike():
 
 
 def test_samples_can_be_stored_again():
-    one, other = ReplayBuffer(100, batch_size=7, prioritized=True, beta=0.5), ReplayBuffer(100)
+    one, other = ReplayBuffer(100, batch_size=7, prioritized=True, beta=0.5), ReplayBuffer(100, num_envs=1)
     one.sampler.beta = 0.9
     one.extend(rows())
     assert one.storage.memory.beta == 0.9
@@ -277,74 +267,3 @@ def test_other_processes_are_refused():
         process.start()
     with pytest.raises(RuntimeError, match="process"):
         multiprocessing.get_context("spawn").Process(target=print, args=(FrameStorage(10),)).start()
-
-
-NAN = rows()
-NAN["next", "reward"][3], NAN["action"] = np.nan, torch.arange(10, 15)
-WIDE, TWO, NONE = rows(), rows(pixels=torch.rand(5, 3)), rows(key="position")
-WIDE["next", "reward"] = torch.ones(5, 2)
-TWO["next", "pixels"] = torch.rand(5, 3)
-NONE["velocity"], NONE["next", "velocity"] = torch.rand(5, 3), torch.rand(5, 3)
-HALF = rows().apply(lambda leaf: leaf.bfloat16() if leaf.shape[1:] == (4,) else leaf)
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (rows()[:0], "data: expected at least one transition, got shape (0,)"),
-        (rows().exclude(("next", "done")), "('next', 'done'): expected a tensor in every batch, got None"),
-        (rows().exclude(("next", "observation")), "observation_key: expected one of"),
-        (TWO, "observation_key: expected one of [('observation',), ('pixels',)], got None, which does not tell"),
-        (NONE, "observation_key: expected one of [('position',), ('velocity',)], got None"),
-        (WIDE, "('next', 'reward'): expected one number per transition, got torch.float64 of shape (5, 2)"),
-        (HALF, "('observation',): expected numbers that NumPy knows, got torch.bfloat16 of shape (5, 4)"),
-        (NAN, "reward: expected finite"),
-    ],
-)
-def test_bad_data(batch, message):
-    rb = ReplayBuffer(100)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        rb.extend(batch)
-    assert str(caught.value).startswith(message)
-    assert len(rb) == 0
-    good = rows()
-    assert_same(rb[rb.extend(good.clone())], good)
-
-
-def test_what_came_before_a_bad_row_is_whole():
-    rb, good = ReplayBuffer(100), rows()
-    rb.extend(good.clone())
-    with pytest.raises(ValueError, match="reward: expected finite"):
-        rb.extend(NAN.clone())
-    assert_same(rb[:], torch.cat([good, NAN[:3]]))
-    rb.extend(good.clone())
-    assert_same(rb[:], torch.cat([good, NAN[:3], good]))
-
-
-def test_bad_arguments():
-    for settings, message in (
-        ({"capacity": 0}, "capacity: expected an integer of at least 1, got 0"),
-        ({"num_envs": 200}, "num_envs: expected an integer of at most 100"),
-        ({"n_step": 0}, "n_step: expected an integer of at least 1"),
-        ({"alpha": 2.0, "prioritized": True}, "alpha: expected a number from 0 to 1"),
-        ({"beta": -1}, "beta: expected a number from 0 to 1"),
-        ({"stack": 0}, "stack: expected an integer of at least 1"),
-        ({"padding": "none"}, "padding: expected 'zero' or 'first'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ReplayBuffer(**{"capacity": 100, **settings})
-    rb = ReplayBuffer(100, prioritized=True)
-    with pytest.raises(ValueError, match="beta: expected a number from 0 to 1"):
-        rb.sampler.beta = 1.5
-    rb.extend(rows())
-    with pytest.raises(ValueError, match="index: 99 is not a transition that is held now"):
-        rb[99]
-    with pytest.raises(RuntimeError, match="expected a FrameWriter"):
-        rb[0] = rows()[0]
-    with pytest.raises(ValueError, match="priority: expected positive"):
-        rb.update_priority(torch.tensor([0]), torch.tensor([np.nan]))
-    with pytest.raises(RuntimeError, match="expected a FrameWriter"):
-        storage = FrameStorage(10)
-        TensorDictReplayBuffer(storage=storage, sampler=FrameSampler(storage), collate_fn=list).extend(rows())
-    with pytest.raises(AttributeError):
-        TensorDictReplayBuffer(storage=LazyTensorStorage(10), writer=FrameWriter()).extend(rows())

@@ -7,6 +7,7 @@ import functools
 import gymnasium as gym
 import numpy as np
 import torch
+from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import (
@@ -92,3 +93,11 @@ def assert_same(ours, theirs, leave_out=("index",)):
         assert ours[key].dtype == theirs[key].dtype, key
         assert ours[key].is_contiguous(), key
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0, msg=str(key))
+
+
+def rows(count=5, shape=(4,), key="observation", **others):
+    """One episode that goes on."""
+    states = torch.rand(count + 1, *shape)
+    flags = {name: torch.zeros(count, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
+    after = {key: states[1:], "reward": torch.ones(count, 1), **flags}
+    return TensorDict({key: states[:-1], "action": torch.arange(count), "next": after, **others}, [count])

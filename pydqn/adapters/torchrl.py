@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pydqn.checks import integer
+from pydqn.entries import Key, fit, flags, key, numbers, observations, only_observation, rows
 from pydqn.files import read_json, write_json
+from pydqn.orders import block_names, environments, openings
 from pydqn.replay import Batch, FrameReplay
-from pydqn.streams import Streams, environments, openings
+from pydqn.streams import Streams
 from pydqn.transitions import TransitionReplay
 
 try:
@@ -43,9 +44,9 @@ except ImportError as error:
 
 __all__ = ["FrameSampler", "FrameStorage", "FrameWriter", "ReplayBuffer"]
 
-Key = tuple[str, ...]
 _REWARD, _DONE = ("next", "reward"), ("next", "done")
 _NAMES = ("collector", "traj_ids")  # where collectors say which episode a row is of
+_PADDING = (("collector", "mask"), ("mask",))  # where `split_trajectories` says which rows are real
 _EPS = 1e-8  # TorchRL adds it to priorities, too
 
 
@@ -64,8 +65,9 @@ class ReplayBuffer(TensorDictReplayBuffer):
             1 where a frame differs from one stack to the next (as `VecNorm` makes it).
         n_step: steps in a return.
         gamma: discount per step within such a return; that of the loss's value estimator.
-        num_envs: environments behind the data; None to tell by the first batch, which is sure unless it is flattened.
-            (With more than that, some frames are stored twice, and n-step windows end with each batch.)
+        num_envs: environments behind the data; None to tell by the first batch: by its shape, or, if it is flattened,
+            by which rows go on with which (a batch that does not tell is refused). With more environments than that,
+            some frames are stored twice, and n-step windows end with each batch; a warning says so.
         prioritized: whether transitions are drawn by priority, which is what the loss writes to `priority_key`.
         alpha: exponent of the priorities, from 0 to 1.
         beta: exponent of the weights, from 0 to 1. May be changed: `rb.sampler.beta`, or one of TorchRL's schedulers.
@@ -155,9 +157,9 @@ class FrameStorage(Storage):
         shape = (settings["stack"],) if isinstance(settings.get("stack"), int) else (1,)
         trial = TransitionReplay(num_envs or 1, shape, "float32", **settings)  # says what is wrong with the settings
         self._before, self._settings = trial.memory, settings
-        self._observation = None if observation_key is None else _key(observation_key)
-        self._terminated = ("next", *_key(terminated_key))
-        self._keys = None if keys is None else [_key(key) for key in keys]
+        self._observation = None if observation_key is None else key(observation_key)
+        self._terminated = ("next", *key(terminated_key))
+        self._keys = None if keys is None else [key(name) for name in keys]
         self.streams: Streams | None = None
         self._drawn: tuple[torch.Tensor, Batch] | None = None
 
@@ -175,26 +177,34 @@ class FrameStorage(Storage):
         return 0 if self.streams is None else self.streams.nbytes
 
     def append(self, data: Any) -> torch.Tensor:
-        """Store a tensordict of any batch shape, time last. Returns int64 indices of that shape."""
-        count, steps = math.prod(data.shape), data.shape[-1] if len(data.shape) > 1 else None
+        """Store a tensordict of any batch shape, time last. Returns int64 indices of that shape.
+
+        Raises:
+            ValueError: an entry is missing or does not fit the first batch, rows are padding, time is not last, or (in
+                the first batch, if flattened) the rows do not tell how many environments they come from.
+        """
+        count = math.prod(data.shape)
         if not count:
             raise ValueError(f"data: expected at least one transition, got shape {tuple(data.shape)}")
-        leaves, names = self._leaves(data), data.get(_NAMES, None)
-        obs, next_obs = (_array(key, leaves.pop(key)) for key in [*leaves][:2])
-        reward = _array(_REWARD, leaves[_REWARD].double(), (count,))
-        ends, done = (_array(key, leaves[key], (count,)) for key in (self._terminated, _DONE))
-        if names is not None:
-            names = _array(_NAMES, names.cpu(), (count,))
-        elif steps is not None:
-            names = np.repeat(np.arange(count // steps), steps)
-        opens = openings(obs, next_obs, names)
+        seen, leaves = self._leaves(data)
+        like = None if self.streams is None else (self.streams.replay.shape, self.streams.replay.memory.dtype)
+        obs, next_obs = (observations(name, leaves.pop(name), like) for name in (seen, ("next", *seen)))
+        reward = numbers(_REWARD, leaves[_REWARD].double())
+        ends, done = (flags(name, leaves[name]) for name in (self._terminated, _DONE))
+        given = data.get(_NAMES, None)
+        names = None if given is None else numbers(_NAMES, given.cpu().reshape(-1))
+        if blocks := len(data.shape) > 1:
+            names = block_names(tuple(data.shape), obs, next_obs, done, names)
         streams = self.streams
         if streams is None:
-            lanes = environments(opens, done) if steps is None else count // steps
-            settings = {"num_envs": min(lanes, self.max_size), **self._settings, "beta": self.memory.beta}
+            settings = {**self._settings, "alpha": self.memory.alpha, "beta": self.memory.beta}
+            if "num_envs" not in settings:
+                found = count // data.shape[-1] if blocks else environments(obs, next_obs, done, names)
+                settings["num_envs"] = min(found, self.max_size)
             streams = Streams(TransitionReplay(self.max_size, obs.shape[1:], obs.dtype, **settings))
+        opens = openings(obs, next_obs, names)
         index = streams.extend(obs, next_obs, reward, ends, done, opens, names, leaves)
-        self.streams = streams  # unless the first batch was refused
+        self.streams, self._observation = streams, seen  # unless the first batch was refused
         return torch.from_numpy(index).reshape(data.shape)
 
     def draw(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,28 +259,29 @@ class FrameStorage(Storage):
     def _restore(self, streams: Streams, notes: dict[str, Any]) -> None:
         self.streams, self._observation = streams, tuple(notes["observation"])
 
-    def _leaves(self, data: Any) -> dict[Key, torch.Tensor]:
-        """Return the entries that are kept, (n, ...), the observation first, then what follows it."""
-        leaves = {_key(name): data.get(name) for name in data.keys(True, True) if name != "index"}
-        if self._observation is None:
-            self._observation = _only_observation(leaves)
-        needed = [self._observation, ("next", *self._observation), _REWARD, _DONE, self._terminated]
-        wanted = (self._keys or leaves) if self.streams is None else self.streams.columns
+    def _leaves(self, data: Any) -> tuple[Key, dict[Key, torch.Tensor]]:
+        """Return the observation's key and all entries that are kept, (n, ...)."""
+        leaves = {key(name): data.get(name) for name in data.keys(True, True) if name != "index"}
+        for name in _PADDING:
+            if name in leaves and not leaves[name].all():
+                raise ValueError(f"{name}: expected steps of environments, got padding; pass data[data[{name}]]")
+        observation = self._observation or only_observation(leaves)
+        columns = {} if self.streams is None else self.streams.columns
+        needed = [observation, ("next", *observation), _REWARD, _DONE, self._terminated]
         found = {}
-        for key in [*needed, *wanted]:
-            leaf = leaves.get(key)
-            if not isinstance(leaf, torch.Tensor):
-                raise ValueError(f"{key}: expected a tensor in every batch, got {leaf!r}; there are {sorted(leaves)}")
-            found[key] = leaf.detach().cpu().reshape(-1, *leaf.shape[len(data.shape) :])
-        return found
+        for name in [*needed, *(columns or self._keys or leaves)]:
+            found[name] = rows(name, leaves.get(name), len(data.shape), [*leaves])
+            if name in columns:
+                found[name] = fit(name, found[name], columns[name])
+        return observation, found
 
     def _tensordict(self, batch: Batch) -> TensorDict:
         assert self.streams is not None
         assert self._observation is not None
         replay, places = self.streams.replay, self.streams.places_at
         leaves: dict[Key, Any] = {}
-        for key, frames in ((self._observation, batch.obs), (("next", *self._observation), batch.next_obs)):
-            leaves[key] = torch.from_numpy(np.ascontiguousarray(replay.stacks.join(frames, replay.shape)))
+        for name, frames in ((self._observation, batch.obs), (("next", *self._observation), batch.next_obs)):
+            leaves[name] = torch.from_numpy(np.ascontiguousarray(replay.stacks.join(frames, replay.shape)))
         first = last = torch.from_numpy(places(batch.index))
         if replay.memory.n_step > 1:
             steps = replay.windows(batch.index).steps
@@ -372,28 +383,6 @@ class FrameWriter(Writer):
 
     def _empty(self, empty_write_count: bool = True) -> None:
         self._write_count *= not empty_write_count
-
-
-def _only_observation(leaves: dict[Key, Any]) -> Key:
-    """Return the one entry that can be the observation."""
-    both = [key for key, leaf in leaves.items() if ("next", *key) in leaves and getattr(leaf, "dtype", 0) != torch.bool]
-    named = [key for key in both if key[-1] in ("observation", "pixels")]
-    found = named or [key for key in both if leaves[key][0].numel() > 1]
-    if len(found) != 1:
-        raise ValueError(f"observation_key: expected one of {sorted(found or leaves)}, got None, which does not tell")
-    return found[0]
-
-
-def _array(key: Key, leaf: torch.Tensor, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-    try:
-        return leaf.numpy() if shape is None else leaf.numpy().reshape(shape)
-    except (TypeError, ValueError):
-        wanted = "numbers that NumPy knows" if shape is None else "one number per transition"
-        raise ValueError(f"{key}: expected {wanted}, got {leaf.dtype} of shape {tuple(leaf.shape)}") from None
-
-
-def _key(name: str | Key) -> Key:
-    return (name,) if isinstance(name, str) else tuple(name)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,0 +1,95 @@
+"""Entries of a tensordict: by name, flattened to rows, and as the arrays that `pydqn.streams` takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.checks import exact
+
+if TYPE_CHECKING:
+    import torch
+
+Key = tuple[str, ...]
+
+
+def key(name: str | Key) -> Key:
+    """Return the full name of an entry."""
+    return (name,) if isinstance(name, str) else tuple(name)
+
+
+def only_observation(leaves: dict[Key, Any]) -> Key:
+    """Return the one entry that can be the observation; ValueError where that cannot be told."""
+    both = [
+        key
+        for key, leaf in leaves.items()
+        if ("next", *key) in leaves and str(getattr(leaf, "dtype", 0)) != "torch.bool"
+    ]
+    named = [key for key in both if key[-1] in ("observation", "pixels")]
+    found = named or [key for key in both if leaves[key][0].numel() > 1]
+    if len(found) != 1:
+        raise ValueError(f"observation_key: expected one of {sorted(found or leaves)}, got None, which does not tell")
+    return found[0]
+
+
+def rows(key: Key, leaf: Any, dims: int, known: list[Key]) -> torch.Tensor:
+    """Return an entry of a batch with so many batch dimensions on the CPU, (n, ...)."""
+    import torch
+
+    if not isinstance(leaf, torch.Tensor):
+        raise ValueError(f"{key}: expected a tensor in every batch, got {leaf!r}; there are {sorted(known)}")
+    return leaf.detach().cpu().reshape(-1, *leaf.shape[dims:])
+
+
+def observations(key: Key, leaf: torch.Tensor, like: tuple[tuple[int, ...], np.dtype[Any]] | None) -> NDArray[Any]:
+    """Return observations, (n, *shape), in the shape and dtype of the first ones."""
+    try:
+        array = leaf.numpy()
+    except TypeError:
+        raise _unfit(key, "numbers that NumPy knows", leaf) from None
+    if like is None:
+        return array
+    shape, dtype = like
+    if array.shape[1:] != shape:
+        raise _unfit(key, f"shape {shape} per transition, as in the first batch", leaf)
+    return exact(str(key), array, dtype)
+
+
+def flags(key: Key, leaf: torch.Tensor) -> NDArray[np.bool_]:
+    """Return one bool per transition, (n,)."""
+    found = _single(key, leaf, "bool")
+    return exact(str(key), found, bool)
+
+
+def numbers(key: Key, leaf: torch.Tensor) -> NDArray[Any]:
+    """Return one number per transition, (n,)."""
+    return _single(key, leaf, "number")
+
+
+def fit(key: Key, leaf: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Return rows that a column of earlier ones holds exactly; ValueError where their shape or values do not fit."""
+    if leaf.shape[1:] != column.shape[1:]:
+        raise _unfit(key, f"shape {tuple(column.shape[1:])} per transition, as in the first batch", leaf)
+    if leaf.dtype == column.dtype:
+        return leaf
+    cast = leaf.to(column.dtype)
+    back = cast.to(leaf.dtype)
+    same = (back == leaf) | (back.isnan() & leaf.isnan())
+    if leaf.is_complex() or column.is_complex() or not (same & ((cast < 0) == (leaf < 0))).all():
+        raise _unfit(key, f"{column.dtype}, as in the first batch, or values that it holds exactly", leaf)
+    return cast
+
+
+def _single(key: Key, leaf: torch.Tensor, what: str) -> NDArray[Any]:
+    if leaf.numel() != len(leaf):
+        raise _unfit(key, f"one {what} per transition", leaf)
+    try:
+        return leaf.reshape(-1).numpy()
+    except TypeError:
+        raise _unfit(key, f"one {what} per transition", leaf) from None
+
+
+def _unfit(key: Key, wanted: str, leaf: torch.Tensor) -> ValueError:
+    return ValueError(f"{key}: expected {wanted}, got {leaf.dtype} of shape {tuple(leaf.shape)}")
