@@ -12,13 +12,14 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
+from limits import UpdateLimit
 from peers import BATCH, MEMORIES
 from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
 from pydqn import Learner, preset
 from pydqn.networks import make_network
-from pydqn.policies import resolve_device
+from pydqn.policies import resolve_device, resolve_precision
 from pydqn.training import Run
 
 # Nature's network and plain Q-learning, as the peers have them.
@@ -81,7 +82,9 @@ def update(quick):
             learner.update(batch)
             expected = theirs(batch)
         np.testing.assert_allclose(learner.metrics().loss, expected, rtol=tolerance, atol=tolerance / 10)
-        kind = str(learner.policy.computing.torso.convs[-1].weight.dtype).removeprefix("torch.")
+        dtype = learner.policy.computing.torso.convs[-1].weight.dtype
+        kind = str(dtype).removeprefix("torch.")
+        limit = UpdateLimit(default_network(), BATCH, dtype)
         for count in sorted({1, threads}, reverse=True):
             torch.set_num_threads(count)
             both = {
@@ -89,11 +92,12 @@ def update(quick):
                 "eager": lambda theirs=theirs: theirs(memory.replay.sample(BATCH, out)),
             }
             times = in_turns(both, 30 if quick else 80, 3)
-            mine, value = times["pydqn"], times["eager"]
+            mine, value, least = times["pydqn"], times["eager"], limit.seconds()
             target = ("<=", 0.45) if precision == "auto" else None
             stage = f"update of 32, {kind}, {count} thread" + "s" * (count > 1)
             note = f"losses within {tolerance:g}"
             row(stage, ms(mine), f"PyTorch eager, float32: {ms(value)}", mine / value, target, note)
+            row(stage, ms(mine), f"its arithmetic alone: {ms(least)}", mine / least)
     torch.set_num_threads(threads)
 
 
@@ -162,6 +166,13 @@ def stable_baselines3(count, seconds):
     return rate
 
 
+def arithmetic_alone(steps_per_update):
+    """Return a function that measures how many steps/s there would be if nothing but updates took time."""
+    precision = resolve_precision("auto", resolve_device("cpu"))
+    limit = UpdateLimit(default_network(), BATCH, precision)
+    return lambda: steps_per_update / limit.seconds()
+
+
 def loop(quick):
     """Breakout, Nature's network, one update of 32 per 4 steps."""
     seconds = 4 if quick else 8
@@ -172,6 +183,7 @@ def loop(quick):
             players[name] = Elsewhere(stable_baselines3, count, seconds)
         except Exception as error:
             missing(name, error)
+    players["the updates' arithmetic alone"] = Elsewhere(arithmetic_alone, 4)
     rate = rates_in_turns(players, 2 if quick else 7)
     for player in players.values():
         player.close()
