@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,13 @@ def measure(config: Config, seconds: float = 3.0) -> Iterator[Measurement]:
     """
     if config.agent != "dqn":
         raise ValueError(f"agent: expected dqn, got {config.agent!r}, which has no stages to measure")
+    with warm_run(config) as run:
+        yield from _stages(run, seconds)
+
+
+@contextmanager
+def warm_run(config: Config) -> Iterator[Run]:
+    """Open a run of `config` that never ends, saves nothing while it goes and has made its first updates."""
     config = dataclasses.replace(
         config,
         total_steps=2**53,
@@ -54,7 +62,7 @@ def measure(config: Config, seconds: float = 3.0) -> Iterator[Measurement]:
     )
     with tempfile.TemporaryDirectory() as folder, Run(config, Path(folder) / "run") as run:
         next(run.reports())  # until some updates have been made: compilers and caches are warm then
-        yield from _stages(run, seconds)
+        yield run
 
 
 def _stages(run: Run, seconds: float) -> Iterator[Measurement]:
