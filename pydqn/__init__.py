@@ -36,6 +36,7 @@ _HOMES = {
     "train": "training",
 }
 _MODULES = ("preprocess",)
+_DRIVERS = ("evaluate", "resume", "train")  # what they start has the process to itself
 
 __all__ = [
     "Batch",
@@ -56,6 +57,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"pydqn.{name}")
+    if name in _DRIVERS:
+        import_module("pydqn.machine").bound_spinning()  # counts where torch has not been imported yet
     if name in _HOMES:
         return getattr(import_module(f"pydqn.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'pydqn' has no attribute {name!r}")

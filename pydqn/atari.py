@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pydqn.config import Config
 from pydqn.lanes import Returns, Step
+from pydqn.machine import usable_cores
 from pydqn.preprocess import KERNELS, SIZE
 
 FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
@@ -69,7 +70,7 @@ class AtariLanes:
             return AtariVectorEnv(
                 rom,
                 num_envs,
-                num_threads=min(num_envs, config.emulator_threads),
+                num_threads=min(num_envs, config.emulator_threads or usable_cores()),
                 max_num_frames_per_episode=cap,
                 repeat_action_probability=config.sticky_actions,
                 full_action_space=config.full_action_set,

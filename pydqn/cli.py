@@ -10,12 +10,14 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydqn.config import SECTIONS, Config
+from pydqn.machine import bound_spinning
 from pydqn.options import make_parser
 from pydqn.presets import PRESETS, preset
 
@@ -32,7 +34,9 @@ _ERRORS = (ValueError, RuntimeError, OSError, MemoryError)  # what a user can me
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    bound_spinning()  # before any command imports torch
     arguments = _parser().parse_args(argv)
+    formatted, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         return int(arguments.run(arguments) or 0)
     except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
@@ -42,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
+    finally:
+        warnings.formatwarning = formatted
+
+
+def _warning(message: Warning | str, *_: object, **__: object) -> str:
+    """Return what is shown of a warning: one line, without our own source code."""
+    return f"pydqn: warning: {message}\n"
 
 
 def _fail(error: Exception) -> int:

@@ -162,8 +162,15 @@ class Config:
     storage: str = _field(
         "auto", "where frames are kept (auto: on a GPU if they fit)", choices=("auto", "host", "device")
     )
-    torch_threads: int = _field(0, "threads of PyTorch on the CPU; 0 for its own choice", least=0, most=2**10)
-    emulator_threads: int = _field(0, "threads of the emulators; 0 for one per core", least=0, most=2**10)
+    torch_threads: int = _field(
+        0,
+        "threads of PyTorch on the CPU; 0 for as many as suit the network and the cores (4 at most)",
+        least=0,
+        most=2**10,
+    )
+    emulator_threads: int = _field(
+        0, "threads of the emulators; 0 for one per core that may be used", least=0, most=2**10
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -22,7 +22,7 @@ from pydqn.files import Damaged, read_json
 from pydqn.ids import rom_of
 from pydqn.lanes import Episode, Lanes
 from pydqn.networks import QNetwork, Table, make_network
-from pydqn.policies import Policy, resolve_device
+from pydqn.policies import Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
 from pydqn.scores import PROTOCOLS, human_normalized
 
@@ -125,8 +125,6 @@ def load_policy(
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise ValueError(f"run: the weights in {str(run)!r} do not fit its config ({reason})") from None
-    if config.torch_threads:
-        torch.set_num_threads(config.torch_threads)
     return Policy(network, resolve_device(config.device), config.precision), metadata
 
 
@@ -266,7 +264,8 @@ def score(
         policy, metadata = load_policy(run, played, lanes, weights)
     finally:
         lanes.close()
-    returns = evaluate_policy(config, policy, games, seed)
+    with torch_threads(config):
+        returns = evaluate_policy(config, policy, games, seed)
     mean = float(np.mean(returns))
     told = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
     return Score(

@@ -7,6 +7,8 @@ import io
 import math
 import os
 import platform
+import sys
+import warnings
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -251,11 +253,20 @@ class ProgressBar:
 
         tqdm.write(text)
 
+    def _warn(self, *warning: Any, **options: Any) -> None:
+        """Show a warning above the line instead of within it."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            self._show_warning(*warning, **options)
+
     def __enter__(self) -> ProgressBar:
+        self._show_warning, warnings.showwarning = warnings.showwarning, self._warn
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the line as it stands."""
+        warnings.showwarning = self._show_warning
         if self._bar is not None:
             self._bar.close()
 

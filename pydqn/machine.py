@@ -1,13 +1,18 @@
-"""What the processor can do, how many of its cores are ours, and how PyTorch's threads wait. Does not import torch."""
+"""What the processor can do, how many of its cores are ours, and how updates fare beside other programs.
+
+Does not import torch, so that what has to be set before can be.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 # Instruction sets that decide how fast a run is, as /proc/cpuinfo writes them on x86 and on ARM.
 _RELEVANT = (
@@ -104,6 +109,41 @@ def default_torch_threads(convolutions: bool, cores: int, environment: Mapping[s
     if not convolutions:
         return 1
     return cores if cores <= 2 else min(4, cores - 1)
+
+
+class Pace:
+    """Notices once when updates take many times as long as they can: something else uses the cores.
+
+    What they can is the shortest so far: most updates of a disturbed run wait, but some do not.
+    """
+
+    _WARM_UP = 20  # updates: the first ones compile kernels
+    _WINDOW = 51  # updates whose median counts
+    _FACTOR = 4.0  # what beside one busy process two threads that do not spin, or one thread, stay below
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._shortest = math.inf
+        self._recent: deque[float] | None = deque(maxlen=self._WINDOW)
+
+    def add(self, seconds: float) -> str | None:
+        """Take the duration of an update; returns what to tell the user, the first time that there is something."""
+        self._seen += 1
+        if self._recent is None or self._seen <= self._WARM_UP:
+            return None
+        self._recent.append(seconds)
+        self._shortest = min(self._shortest, seconds)
+        if self._seen % self._WINDOW or len(self._recent) < self._WINDOW:
+            return None
+        usual = median(self._recent)
+        if usual < self._FACTOR * self._shortest:
+            return None
+        self._recent = None
+        return (
+            f"updates take {1000 * usual:.3g} ms, {usual / self._shortest:.0f} times as long as the shortest: other "
+            "programs use the cores. What helps: torch_threads=1 (--torch-threads 1), and in Python "
+            "GOMP_SPINCOUNT=1000 in the environment before torch is imported"
+        )
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn.machine import instruction_sets
+from pydqn.config import Config
+from pydqn.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
 from pydqn.pixels import look_up
 from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
@@ -58,6 +60,19 @@ def _bfloat16_pays() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in older releases
     there = [name for name, has in capabilities().items() if has] if capabilities else instruction_sets()
     return "avx512_bf16" in there or "amx_bf16" in there
+
+
+@contextmanager
+def torch_threads(config: Config) -> Iterator[int]:
+    """Let PyTorch use as many threads of the CPU as the config says, or as suit it, until the block ends."""
+    before = torch.get_num_threads()
+    suitable = default_torch_threads(config.network != "mlp", usable_cores())
+    count = config.torch_threads or min(before, suitable or before)
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 class Policy:

@@ -110,6 +110,7 @@ class BaseRun:
         self._resumed: dict[str, Any] | None = None  # the state that the run goes on from
         self._process = Process()
         self._log: RunLog | None = None
+        self._until_closed = ExitStack()  # puts back what a run changes in its process
         with ExitStack() as failed:
             failed.callback(self._release)
             self._begin(self._start(resume))
@@ -240,6 +241,7 @@ class BaseRun:
     def _release(self) -> None:
         with ExitStack() as last:
             last.callback(self._claim.release)
+            last.callback(self._until_closed.close)
             last.callback(self.close)
             if self._log is not None:
                 last.callback(self._log.close)

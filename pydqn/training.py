@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ from pydqn.lanes import Episode, Lanes, Step
 from pydqn.learner import Learner, Metrics
 from pydqn.locks import Claim
 from pydqn.logs import Report
-from pydqn.policies import Actor, Policy, resolve_device
+from pydqn.machine import Pace
+from pydqn.policies import Actor, Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
 from pydqn.runs import BaseRun, Due, Learned, Result
 from pydqn.schedules import epsilon, learning_rate, priority_beta
@@ -111,13 +113,13 @@ class Run(BaseRun):
     replay: FrameReplay
     lanes: Lanes
     _film: Film | None = None
+    _pace: Pace | None = None  # of updates, where they are made before the call returns
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         config = self.config
         self._device = resolve_device(config.device)
         _core.keep_freed_memory()  # ALE, too, allocates its frames anew at every step
-        if config.torch_threads:
-            torch.set_num_threads(config.torch_threads)
+        self._until_closed.enter_context(torch_threads(config))
         seed = _Seeds.of(seeds)
         self._generator = np.random.default_rng(seed.own)
         self._evaluation_seed = seed.evaluation
@@ -136,6 +138,7 @@ class Run(BaseRun):
         self.learner = Learner(network, self._as_before(config), self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
+        self._pace = Pace() if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
         self._learned_from: NDArray[np.int64] | None = None  # indices whose errors have not been looked at yet
         # Updates are counted from the step at which learning began, or began again.
@@ -260,7 +263,10 @@ class Run(BaseRun):
             for part in self._parts[:count]:
                 self.replay.sample(config.batch_size, part)
             batch = self._batch.part(0, count * config.batch_size)
+            started = time.perf_counter()
             learner.update(batch)
+            if self._pace is not None and (slow := self._pace.add(time.perf_counter() - started)) is not None:
+                warnings.warn(slow, RuntimeWarning, stacklevel=2)
             self._learned_from = batch.index.copy()
 
     def _settle(self) -> None:

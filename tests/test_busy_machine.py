@@ -1,0 +1,193 @@
+"""Runs beside other programs: how threads wait, how many there are, what is said when updates are slow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pydqn
+from pydqn.machine import Pace, bound_spinning, default_torch_threads
+from pydqn.policies import torch_threads
+from pydqn.training import Run
+
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
+PRINT_SPINNING = "; import os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+
+
+def python(program, **environment):
+    """Run a program in a process in which nobody has said how threads wait, but for `environment`."""
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    out = subprocess.run(
+        [sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True, check=True
+    )
+    return out.stdout.strip().splitlines()[-1]
+
+
+def test_spinning_is_bounded_unless_the_user_has_said_how_threads_wait():
+    environment: dict[str, str] = {}
+    assert bound_spinning(environment)
+    assert environment == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    for name in WAITING:
+        environment = {name: "as the user wants"}
+        assert not bound_spinning(environment)
+        assert environment == {name: "as the user wants"}
+
+
+def test_spinning_is_bounded_before_torch_is_imported():
+    assert python("from pydqn.cli import main; main(['presets'])" + PRINT_SPINNING) == "1000 False"
+    for name in ("train", "resume", "evaluate"):
+        assert python(f"import pydqn; pydqn.{name}" + PRINT_SPINNING) == "1000 True"
+    # libgomp, which PyTorch brings, then shows what it was told.
+    program = "import os; os.environ['OMP_DISPLAY_ENV'] = 'verbose'; import pydqn; pydqn.train; import torch"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                         env={name: value for name, value in os.environ.items() if name not in WAITING})  # fmt: skip
+    if "GOMP_SPINCOUNT" in out.stderr:
+        assert "GOMP_SPINCOUNT = '1000'" in out.stderr
+
+
+def test_what_the_user_has_set_stays():
+    assert python("import pydqn; pydqn.train" + PRINT_SPINNING, GOMP_SPINCOUNT="7") == "7 True"
+    assert python("import pydqn; pydqn.train" + PRINT_SPINNING, OMP_WAIT_POLICY="active") == "None True"
+
+
+def test_parts_used_alone_change_nothing_in_the_process(tmp_path, tiny):
+    """Threads, environment variables, the C library's settings: those of whoever imports a part of us."""
+    pydqn.train(replace(tiny, total_steps=100), tmp_path / "run")
+    program = f"""
+import ctypes, os
+before = dict(os.environ)
+import numpy as np, torch, pydqn
+torch.set_num_threads(2)
+from pydqn import _core
+_core.keep_freed_memory = None  # would be noticed if it were called
+from pydqn.evaluation import load_policy, load_run
+from pydqn.networks import make_network
+config = load_run({str(tmp_path / "run")!r})
+assert config.torch_threads == 1
+replay = pydqn.FrameReplay(100, (84, 84))
+pydqn.TransitionReplay(100, (4,), dtype="float32")
+pydqn.DeviceReplay(100, (84, 84), device="cpu")
+network = make_network("small", 4, (84, 84), 6)
+class Lanes:
+    num_envs, frame_shape, dtype, num_actions = 1, (84, 84), np.dtype(np.uint8), 6
+load_policy({str(tmp_path / "run")!r}, config, Lanes())
+pydqn.Learner(network, config, torch.device("cpu"), replay.empty_batch(8))
+pydqn.preprocess.resize_area(np.zeros((1, 210, 160), np.uint8))
+changed = {{k for k in os.environ | before if os.environ.get(k) != before.get(k)}} - {{"KMP_INIT_AT_FORK"}}
+print(torch.get_num_threads(), sorted(changed))
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    out = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "2 []"
+
+
+def test_a_run_puts_the_threads_back(tiny, tmp_path):
+    before = torch.get_num_threads()
+    other = before + 1
+    config = replace(tiny, torch_threads=other)
+    with Run(config, tmp_path / "whole"):
+        assert torch.get_num_threads() == other
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="env_id"):
+        Run(replace(config, env_id="NoSuchThing-v0"), tmp_path / "none")
+    assert torch.get_num_threads() == before
+    pydqn.evaluate(tmp_path / "whole", 1, max_episode_steps=5)
+    assert torch.get_num_threads() == before
+
+
+def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
+    def default(convolutions, cores, **environment):
+        return default_torch_threads(convolutions, cores, environment)
+
+    assert [default(True, cores) for cores in (1, 2, 3, 4, 5, 8, 64)] == [1, 2, 2, 3, 4, 4, 4]
+    assert [default(False, cores) for cores in (1, 2, 64)] == [1, 1, 1]
+    assert default(True, 64, OMP_NUM_THREADS="16") == 0  # what the user has said
+    assert default(True, 64, MKL_NUM_THREADS="16") == 0
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pydqn.policies.usable_cores", lambda: 3)
+    config = replace(tiny, torch_threads=0)
+    before = torch.get_num_threads()
+    try:
+        for already, expected in ((16, 2), (1, 1)):  # never more than PyTorch was told before
+            torch.set_num_threads(already)
+            with torch_threads(config) as count:
+                assert count == torch.get_num_threads() == expected
+            assert torch.get_num_threads() == already
+            with torch_threads(replace(config, network="mlp")) as count:
+                assert count == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_emulators_get_as_many_threads_as_there_are_cores(tiny, monkeypatch):
+    import ale_py
+
+    from pydqn import atari
+
+    asked = []
+    make = ale_py.AtariVectorEnv
+
+    def vector(*arguments, **options):
+        asked.append(options["num_threads"])
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(ale_py, "AtariVectorEnv", vector)
+    monkeypatch.setattr(atari, "usable_cores", lambda: 3)
+    for num_envs, threads, expected in ((8, 0, 3), (2, 0, 2), (8, 5, 5)):
+        config = replace(tiny, num_envs=num_envs, emulator_threads=threads)
+        atari.AtariLanes("pong", config, num_envs, 0).close()
+        assert asked.pop() == expected
+
+
+def durations(generator, count, usual, factor=1.0):
+    """Yield the seconds of updates of which one in ten is undisturbed."""
+    for number in range(count):
+        slow = 1.0 if number % 10 == 5 else factor
+        yield usual * slow * generator.uniform(0.95, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("phases", "told"),
+    [
+        ([(3000, 1.0)], False),
+        ([(3000, 2.2)], False),  # one thread beside a busy process
+        ([(1000, 1.0), (1000, 2.0), (1000, 1.0)], False),
+        ([(1000, 27.0)], True),  # disturbed from the beginning
+        ([(1000, 1.0), (200, 27.0), (1000, 1.0)], True),
+        ([(30, 27.0), (1000, 1.0)], False),  # a start is slow
+    ],
+)
+def test_slow_updates_are_told_once(phases, told):
+    generator, pace = np.random.default_rng(0), Pace()
+    messages = [pace.add(seconds) for count, factor in phases for seconds in durations(generator, count, 0.016, factor)]
+    messages = [message for message in messages if message]
+    assert len(messages) == told
+    if told:
+        assert "times as long" in messages[0]
+        assert "--torch-threads 1" in messages[0]
+        assert "GOMP_SPINCOUNT=1000" in messages[0]
+
+
+def test_one_long_pause_is_no_slow_machine():
+    pace = Pace()
+    assert not any(pace.add(3600.0 if number == 500 else 0.016) for number in range(2000))
+
+
+def test_the_command_line_says_that_updates_are_slow(tmp_path):
+    program = f"""
+from pydqn import cli, machine
+told = iter(["updates take 99 ms"])
+machine.Pace.add = lambda self, seconds: next(told, None)
+cli.main(["train", "cartpole", "--total-steps", "200", "--logdir", {str(tmp_path / "run")!r}])
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = out.stderr.replace("\r", "\n").splitlines()
+    assert [line for line in lines if "99 ms" in line] == ["pydqn: warning: updates take 99 ms"]
