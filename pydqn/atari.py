@@ -14,7 +14,6 @@ from pydqn.lanes import Returns, Step
 from pydqn.machine import usable_cores
 from pydqn.preprocess import KERNELS, SIZE
 
-FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
 _NO_CAP = 2**31 - 1  # ALE counts in 32 bits
 _Answer = tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[Any]]]
 
@@ -55,7 +54,7 @@ class AtariLanes:
         self._kernel = KERNELS[config.preprocess]
         self._gray = config.preprocess == "resize_area"
         self._life_loss = config.life_loss
-        self._clip = config.clip_rewards
+        self._clip = bool(config.clip_rewards)
         self._max_steps = config.max_episode_steps or config.max_episode_frames
         self._max_frames = config.max_episode_frames
         self._skip, self._most_skip = config.frame_skip, max(config.frame_skip, config.frame_skip_max)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydqn.config import SECTIONS, Config
 from pydqn.machine import bound_spinning
 from pydqn.options import make_parser
-from pydqn.presets import PRESETS, preset
+from pydqn.presets import PRESETS, preset, preset_and_note
 
 if TYPE_CHECKING:
     from pydqn.locks import Claim
@@ -111,7 +111,9 @@ def _train(arguments: argparse.Namespace) -> int:
             open_run(config, logdir, resume=resume) as run,
         ):
             signals.stop, run.saving = run.stop, bar.saving
-            print(", ".join(f"{name} {value}" for name, value in run.arithmetic().items()), file=sys.stderr)
+            note = "" if resume else preset_and_note(arguments.preset, _given(arguments))[1]
+            for line in (_listed(run.task()), _listed(run.arithmetic()), note):
+                print(line, end="\n" if line else "", file=sys.stderr)
             _follow(run, bar)
     except KeyboardInterrupt:
         if run is None:  # nothing has begun, so nothing is lost
@@ -133,6 +135,7 @@ def _train(arguments: argparse.Namespace) -> int:
         f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} games "
         f"in {result.seconds / 60:.1f} min; {mean}"
     )
+    print(f"ended by {result.reason}")
     words = ("train", "--resume", run.logdir) if code else ("play", run.logdir, "--record", "game.mp4")
     print(f"run: {run.logdir}   ({_command(*words)}, {_command('plot', run.logdir, '-o', 'curve.png')})")
     return code
@@ -143,6 +146,10 @@ def _command(*words: str | Path) -> str:
     return shlex.join(
         ["pydqn", *(f"./{word}" if isinstance(word, Path) and str(word)[0] == "-" else str(word) for word in words)]
     )
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _to_resume(arguments: argparse.Namespace, path: str | Path) -> tuple[Config, Path | Claim, bool | Path]:
@@ -160,7 +167,7 @@ def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path | Claim, bool
     from pydqn.checkpoint import latest_checkpoint, read_state
     from pydqn.locks import claim_numbered, holder_of
 
-    config = preset(arguments.preset, **_given(arguments))
+    config, _ = preset_and_note(arguments.preset, _given(arguments))
     task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
     logdir = Path(arguments.logdir or Path("runs") / f"{task}-{config.seed}")
     checkpoint, state = latest_checkpoint(logdir), {}
@@ -323,7 +330,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         raise ValueError(f"seconds: expected a positive number, got {arguments.seconds}")
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise ValueError(f"output: there is no folder {str(Path(arguments.output).parent)!r}")
-    config = preset(arguments.preset, **_given(arguments))
+    config, note = preset_and_note(arguments.preset, _given(arguments))
+    print(note, end="\n" if note else "", file=sys.stderr)
     rows = []
     print(f"{'stage':34} {'one call':>12} {'per second':>14}")
     for row in measure(config, arguments.seconds):

@@ -20,10 +20,24 @@ _MOST = 2**53  # beyond it, JSON readers and floats lose count
 _MOST_ATARI = 2**30  # ALE counts in 32 bits
 
 
-def _field(default: T, help: str, *, choices: tuple[str, ...] = (), least: float = -math.inf, most: int = _MOST) -> T:
-    """Declare a field with its help text and the values that it may take (`most` binds integers)."""
+def _field(
+    default: T,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float = -math.inf,
+    most: int = _MOST,
+    kind: type | None = None,
+    bound_to: str = "",
+) -> T:
+    """Declare a field with its help text and the values that it may take (`most` binds integers).
+
+    Its type is that of the default, or `kind` where the default is "auto". A value that is `bound_to` its
+    "environment", or to "Atari" games, does not follow to another one: see `pydqn.presets.preset`.
+    """
     limits = {"help": help, "choices": choices, "least": least, "most": most}
-    value: Any = dataclasses.field(default=default, metadata=limits)
+    metadata = {**limits, "kind": kind or type(default), "bound_to": bound_to}
+    value: Any = dataclasses.field(default=default, metadata=metadata)
     return cast(T, value)
 
 
@@ -43,38 +57,62 @@ class Config:
     total_steps: int = _field(1_000_000, "agent decisions, over all lanes, after which the run ends", least=1)
     total_episodes: int = _field(0, "whole games after which the run ends; 0 for no limit", least=0)
     max_episode_steps: int = _field(
-        0, "a game is truncated after so many decisions; 0 for the task's own limit", least=0
+        0,
+        "a game is truncated after so many decisions; 0 for the task's own limit, if any",
+        least=0,
+        bound_to="environment",
     )
-    stop_return: float = _field(math.inf, "end the run when the mean return reaches this")
+    stop_return: float = _field(math.inf, "end the run when the mean return reaches this", bound_to="environment")
     mean_episodes: int = _field(30, "episodes in the reported mean return", least=1)
-    stop_evaluation_return: float = _field(math.inf, "end the run when an evaluation's mean return reaches this")
-    stop_successes: int = _field(0, "end the run after so many successes in a row; 0 for never", least=0)
-    success_steps: int = _field(
-        0, "replace rewards: 1 at the end of a game of so many decisions (a success), else 0; 0 leaves them", least=0
+    stop_evaluation_return: float = _field(
+        math.inf, "end the run when an evaluation's mean return reaches this", bound_to="environment"
     )
-    clip_rewards: bool = _field(True, "the learner sees only the sign of a reward")
+    stop_successes: int = _field(
+        0, "end the run after so many successes in a row; 0 for never", least=0, bound_to="environment"
+    )
+    success_steps: int = _field(
+        0,
+        "replace rewards: 1 at the end of a game of so many decisions (a success), else 0; 0 leaves them",
+        least=0,
+        bound_to="environment",
+    )
+    clip_rewards: bool | str = _field(
+        "auto", "the learner sees only the sign of a reward (auto: in Atari games)", kind=bool, bound_to="environment"
+    )
 
     # Atari
-    frame_skip: int = _field(4, "emulator frames per decision", least=1, most=_MOST_ATARI)
+    frame_skip: int = _field(4, "emulator frames per decision", least=1, most=_MOST_ATARI, bound_to="Atari")
     frame_skip_max: int = _field(
-        0, "if above frame_skip, each decision lasts a random number of frames up to this", least=0, most=64
+        0,
+        "if above frame_skip, each decision lasts a random number of frames up to this",
+        least=0,
+        most=64,
+        bound_to="Atari",
     )
-    max_pool: bool = _field(True, "a frame is the pixel-wise maximum of the last two")
-    sticky_actions: float = _field(0.0, "probability that the emulator repeats the previous action", least=0)
-    noop_max_frames: int = _field(30, "up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI)
-    fire_reset: bool = _field(False, "FIRE, then action 2 open a game, where the game has FIRE")
-    life_loss: bool = _field(False, "a lost life is terminal for the learner (the game goes on)")
-    full_action_set: bool = _field(False, "all 18 actions instead of the game's own")
-    max_episode_frames: int = _field(108_000, "a game is truncated after this many frames", least=1, most=_MOST_ATARI)
+    max_pool: bool = _field(True, "a frame is the pixel-wise maximum of the last two", bound_to="Atari")
+    sticky_actions: float = _field(
+        0.0, "probability that the emulator repeats the previous action", least=0, bound_to="Atari"
+    )
+    noop_max_frames: int = _field(
+        30, "up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI, bound_to="Atari"
+    )
+    fire_reset: bool = _field(False, "FIRE, then action 2 open a game, where the game has FIRE", bound_to="Atari")
+    life_loss: bool = _field(False, "a lost life is terminal for the learner (the game goes on)", bound_to="Atari")
+    full_action_set: bool = _field(False, "all 18 actions instead of the game's own", bound_to="Atari")
+    max_episode_frames: int = _field(
+        108_000, "a game is truncated after this many frames", least=1, most=_MOST_ATARI, bound_to="Atari"
+    )
     preprocess: str = _field(
-        "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area")
+        "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area"), bound_to="Atari"
     )
 
     # Observations and the replay memory
     stack: int = _field(4, "successive frames in an observation", least=1, most=2**16)
     padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
     replay_capacity_frames: int = _field(100_000, "frames held by the replay memory, over all lanes", least=1)
-    skip_first_steps: int = _field(0, "decisions at the start of an episode that are not stored", least=0)
+    skip_first_steps: int = _field(
+        0, "decisions at the start of an episode that are not stored", least=0, bound_to="environment"
+    )
     prioritized: bool = _field(False, "transitions are drawn by their TD errors (proportional, Schaul et al. 2016)")
     priority_alpha: float = _field(0.6, "how much priorities count: 0 (uniform) to 1", least=0)
     priority_beta: float = _field(
@@ -90,8 +128,8 @@ class Config:
         (512,), "units of the fully connected hidden layers, if any", least=1, most=2**16
     )
     dueling: bool = _field(False, "separate value and advantage streams (Wang et al. 2016)")
-    pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled to 0..1")
-    pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0)
+    pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled", bound_to="environment")
+    pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0, bound_to="environment")
 
     # The loss
     gamma: float = _field(0.99, "discount per decision", least=0)
@@ -142,7 +180,10 @@ class Config:
         least=0,
     )
     evaluation_protocol: str = _field(
-        "own", "published settings that replace the run's own in evaluation", choices=("own", "nature", "machado2018")
+        "own",
+        "published settings that replace the run's own in evaluation",
+        choices=("own", "nature", "machado2018"),
+        bound_to="Atari",
     )
     log_every_steps: int = _field(5_000, "decisions between rows of progress.csv", least=1)
     log_every_episodes: int = _field(0, "whole games between further rows, printed as lines; 0 for none", least=0)
@@ -182,7 +223,16 @@ class Config:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if ":" in self.env_id:  # Gymnasium would import what stands before it: a config must not run code
-            raise ValueError(f"env_id: expected an id without ':', got {self.env_id!r} (import its module yourself)")
+            module, _, name = self.env_id.partition(":")
+            raise ValueError(
+                f"env_id: expected an id without ':', got {self.env_id!r}: an id imports nothing. In Python, "
+                f"import {module} and call pydqn.train(pydqn.preset(..., env_id={name!r}), logdir)"
+            )
+        if self.stop_successes and not self.success_steps:
+            raise ValueError(
+                f"stop_successes: expected 0 without success_steps, which says what a success is, "
+                f"got {self.stop_successes}"
+            )
         if 0 < self.frame_skip_max < self.frame_skip:
             raise ValueError(
                 f"frame_skip_max: expected 0 or at least frame_skip = {self.frame_skip}, got {self.frame_skip_max}"
@@ -222,7 +272,9 @@ class Config:
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return `value` as the field's own type, or raise a ValueError that names the field."""
-    kind: Any = type(field.default)
+    kind: Any = field.metadata["kind"]
+    if value == field.default == "auto":
+        return value
     least, choices = field.metadata["least"], field.metadata["choices"]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number and (abs(value) <= sys.float_info.max or abs(value) == math.inf):

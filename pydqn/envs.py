@@ -17,6 +17,7 @@ from pydqn.atari import AtariLanes
 from pydqn.config import Config
 from pydqn.ids import rom_of, spec_of
 from pydqn.lanes import Lanes, Returns, Step
+from pydqn.tasks import resolved
 
 if TYPE_CHECKING:
     from pydqn.checked import Checked
@@ -28,24 +29,10 @@ def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False
     Raises:
         ValueError: no such environment (near matches are named), or its spaces do not fit DQN.
     """
-    rom = rom_of(config.env_id)
+    rom, config = rom_of(config.env_id), resolved(config)
     if rom is not None:
         return AtariLanes(rom, config, num_envs, seed, render=render)
     return GymLanes(config, num_envs, seed, render=render)
-
-
-def episode_limit(config: Config) -> int | None:
-    """Return after how many decisions an episode is truncated; None where neither the config nor Gymnasium limits it.
-
-    (An Atari game is limited in frames: `config.max_episode_frames`.)
-
-    Raises:
-        ValueError: no such environment.
-    """
-    if rom_of(config.env_id) is not None:
-        return config.max_episode_steps or config.max_episode_frames // config.frame_skip
-    limit: int | None = config.max_episode_steps or spec_of(config.env_id).max_episode_steps
-    return limit
 
 
 class GymLanes:
@@ -59,7 +46,7 @@ class GymLanes:
     def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
         from gymnasium import spaces
 
-        self._clip = config.clip_rewards
+        self._clip = bool(config.clip_rewards)
         self.num_envs = num_envs
         self._seeds = _seeds(seed, num_envs)
         self._envs: list[Any] = []

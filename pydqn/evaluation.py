@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from pydqn.config import Config
-from pydqn.envs import episode_limit, make_lanes
+from pydqn.envs import make_lanes
 from pydqn.files import Damaged, read_json
 from pydqn.ids import rom_of
 from pydqn.lanes import Episode, Lanes
@@ -25,6 +25,7 @@ from pydqn.networks import QNetwork, Table, make_network
 from pydqn.policies import Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
 from pydqn.scores import PROTOCOLS, human_normalized
+from pydqn.tasks import episode_limit
 
 CONFIG = "config.json"
 BEST_WEIGHTS = Path("weights") / "best.safetensors"

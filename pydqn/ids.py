@@ -8,8 +8,7 @@ import re
 import warnings
 from typing import Any
 
-from pydqn import atari
-
+FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
 _NEAR = 0.75  # how alike two names must be for one to be a hint at the other
 _OLD = re.compile(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]")  # Gym's ids of Atari games
 
@@ -48,7 +47,7 @@ def rom_of(env_id: str) -> str | None:
         _refuse_if_ambiguous(name, games)
     if name not in games:
         raise ValueError(f"env_id: there is no Atari game {env_id!r}; {_hint_at_game(env_id, games)}")
-    if games[name] in atari.FOR_TWO:
+    if games[name] in FOR_TWO:
         raise ValueError(f"env_id: {env_id} needs two players; ALE plays it for nobody alone")
     return games[name]
 
@@ -79,6 +78,8 @@ def _games() -> dict[str, str]:
     The first import of ale_py registers its games with Gymnasium. What was registered by then stays what it was.
     """
     import gymnasium
+
+    from pydqn import atari  # late: whoever only asks for a preset does not wait for compilers
 
     before = dict(gymnasium.registry)
     with warnings.catch_warnings():

@@ -113,7 +113,7 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Config):
         if field.name in SECTIONS:
             group = command.add_argument_group(SECTIONS[field.name])
-        kind: type = type(field.default)
+        kind: type = field.metadata["kind"]
         options: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS, "dest": field.name}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction

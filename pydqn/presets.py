@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from typing import Any, NamedTuple
 
 from pydqn.config import Config
+from pydqn.tasks import unbound
 
 
 class Preset(NamedTuple):
@@ -58,7 +60,6 @@ PRESETS: dict[str, Preset] = {
             total_steps=1_000_000,
             stop_evaluation_return=0.85,  # the first mean of 20 games above 0.80
             mean_episodes=100,
-            clip_rewards=False,
             stack=1,
             gamma=0.9,
             learning_rate=0.2,
@@ -81,7 +82,6 @@ PRESETS: dict[str, Preset] = {
             stop_successes=5,
             success_steps=190,
             mean_episodes=10,
-            clip_rewards=False,
             stack=1,
             replay_capacity_frames=10_000,
             skip_first_steps=10,
@@ -222,16 +222,38 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str, **overrides: Any) -> Config:
     """Return the named preset's `Config`, with fields replaced by `overrides`.
 
+    With another environment (`env_id`), the settings that belong to the preset's own are reset to neutral ones unless
+    they are overridden, too, and a UserWarning names them: rules of stopping, shaped and clipped rewards, limits of
+    steps, statistics of pixels; outside of Atari, Atari's options (`Config`'s fields say which: `bound_to`).
+
     Raises:
         ValueError: there is no such preset or field (near matches are named), or a value is out of range.
     """
+    config, note = preset_and_note(name, overrides)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    return config
+
+
+def preset_and_note(name: str, overrides: dict[str, Any]) -> tuple[Config, str]:
+    """Return what `preset` does, and instead of a warning its text; empty where nothing was reset."""
     if name not in PRESETS:
         raise ValueError(f"preset: {_unknown(name, PRESETS)}")
     fields = [field.name for field in dataclasses.fields(Config)]
     for field in overrides:
         if field not in fields:
             raise ValueError(f"{field}: {_unknown(field, fields)}")
-    return dataclasses.replace(PRESETS[name].config, **overrides)
+    own, env_id = PRESETS[name].config, overrides.get("env_id")
+    reset = unbound(own, env_id) if isinstance(env_id, str) and ":" not in env_id else {}
+    reset = {field: value for field, value in reset.items() if field not in overrides}
+    config = dataclasses.replace(own, **reset, **overrides)
+    changes = ", ".join(f"{field} {_text(getattr(own, field))} -> {_text(value)}" for field, value in reset.items())
+    note = f"preset: {env_id} is another environment than {name}'s {own.env_id}, whose settings were reset: {changes}"
+    return config, note if reset else ""
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _unknown(name: str, known: Any) -> str:

@@ -37,7 +37,9 @@ from pydqn.locks import Claim
 from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
 from pydqn.replay import FrameReplay
 from pydqn.schedules import epsilon
+from pydqn.stopping import Standing, ending
 from pydqn.stored import verify_saved
+from pydqn.tasks import described, resolved
 
 Self = TypeVar("Self", bound="BaseRun")
 
@@ -51,6 +53,7 @@ class Result(NamedTuple):
     updates: int
     seconds: float
     logdir: Path
+    reason: str  # why the run ended, beginning with the name of the setting that ended it; or "interrupted"
 
 
 class Learned(NamedTuple):
@@ -96,7 +99,7 @@ class BaseRun:
     def __init__(self, config: Config, logdir: str | os.PathLike[str] | Claim, *, resume: bool | Path = False) -> None:
         self._claim = logdir if isinstance(logdir, Claim) else Claim(logdir)
         self.logdir = self._claim.folder
-        self.config = config
+        self.config = config = resolved(config)
         self.steps = self.frames = 0
         self.returns: list[float] = []
         self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
@@ -144,7 +147,7 @@ class BaseRun:
         write_json(self.logdir / CONFIG, config.to_dict())
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
-        write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic()})
+        write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic(), **self.task()})
         self._log = RunLog(self.logdir, self.steps, len(self.returns))
         if path is None:
             self._checkpoint()  # so that whatever comes, there is one to go on from
@@ -163,9 +166,18 @@ class BaseRun:
         """Return what a policy needs."""
         raise NotImplementedError
 
+    @property
+    def updates(self) -> int:
+        """How many updates have been made."""
+        raise NotImplementedError
+
     def arithmetic(self) -> dict[str, str | int]:
         """Return where and how numbers are worked out, as far as the machine decides it."""
         return {"device": "cpu"}
+
+    def task(self) -> dict[str, str]:
+        """Return for a person what the run makes of its environment."""
+        return described(self.config)
 
     def close(self) -> None:
         """Release what the run holds, as far as it has been opened."""
@@ -257,7 +269,8 @@ class BaseRun:
 
     def result(self) -> Result:
         """Return what the run has come to so far."""
-        return Result(self.returns, self.steps, self.frames, self.learned().updates, self._seconds, self.logdir)
+        reason = self._ending() or ("interrupted" if self._stopping else "not over")
+        return Result(self.returns, self.steps, self.frames, self.updates, self._seconds, self.logdir, reason)
 
     def mean_return(self) -> float:
         """Mean of the last `mean_episodes` returns; minus infinity until there are that many."""
@@ -266,14 +279,12 @@ class BaseRun:
         return float(np.mean([episode.total for episode in self._recent]))
 
     def _finished(self) -> bool:
-        config = self.config
-        return (
-            self.steps >= config.total_steps
-            or 0 < config.total_episodes <= len(self.returns)
-            or 0 < config.stop_successes <= self._successes
-            or self.mean_return() >= config.stop_return
-            or self._evaluation >= config.stop_evaluation_return
-        )
+        return self._ending() is not None
+
+    def _ending(self) -> str | None:
+        evaluation, mean = self._evaluation, self.mean_return()
+        standing = Standing(self.steps, len(self.returns), self.updates, self._successes, mean, evaluation)
+        return ending(self.config, standing)
 
     def _warn_of_cut(self, steps: int, way_on: str) -> None:
         """Warn that a game is cut off which has gone on since the checkpoint before, `steps` decisions ago."""

@@ -199,6 +199,11 @@ class TabularRun(BaseRun):
         samples = {"q_values": self.table}
         return Learned(self.steps, math.nan, float(values.mean()), float(values.max()), math.nan, samples)
 
+    @property
+    def updates(self) -> int:
+        """How many updates have been made: one with each step."""
+        return self.steps
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the table."""
         return {"values": torch.from_numpy(self.table)}

@@ -191,6 +191,11 @@ class Run(BaseRun):
         samples = {"loss_per_sample": losses, "q_values": values}
         return Learned(learner.updates, metrics.loss, metrics.mean_q, metrics.max_q, metrics.grad_norm, samples)
 
+    @property
+    def updates(self) -> int:
+        """How many updates have been made."""
+        return self.learner.updates
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Return those of the online network."""
         return dict(self.learner.online.state_dict())

@@ -51,6 +51,11 @@ def test_the_progress_bar_says_what_matters(tmp_path, capfd):
     for word in ("steps", "frames/s", "updates/s", "eps", "return", "loss", "<"):
         assert word in line
     assert re.search(r"done: \d+ steps, \d+ updates, \d+ games in .* min; mean return of the last 2: -?\d", out)
+    assert re.search(r"^ended by total_steps: 25\d steps were taken$", out, re.MULTILINE)
+    task, machine = err.splitlines()[:2]
+    assert task.startswith("environment ALE/Pong-v5 (Atari), ")
+    assert "rewards clipped to their sign, episodes of at most 400 frames" in task
+    assert machine.startswith("device cpu, precision ")
 
 
 def test_evaluate(run, capsys):

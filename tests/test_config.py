@@ -49,6 +49,9 @@ from pydqn.presets import PRESETS
         ("evaluation_protocol", "atari100k"),
         ("video_format", "avi"),
         ("stop_successes", -1),
+        ("stop_successes", 5),  # of what?
+        ("clip_rewards", "always"),
+        ("clip_rewards", 1),
         ("hidden_units", (0,)),
         ("hidden_units", (1.5,)),
         ("hidden_units", 512),
@@ -97,5 +100,10 @@ def test_every_section_begins_with_a_field():
 
 def test_an_id_that_would_import_a_module_is_refused():
     """Gymnasium imports what stands before a colon; a config may come from anywhere."""
-    with pytest.raises(ValueError, match=r"^env_id: expected an id without ':', got 'antigravity:CartPole-v1'"):
+    message = (
+        r"^env_id: expected an id without ':', got 'antigravity:CartPole-v1'.* import antigravity and call .*'CartPole"
+    )
+    with pytest.raises(ValueError, match=message):
         Config(env_id="antigravity:CartPole-v1", max_episode_steps=100)
+    with pytest.raises(ValueError, match=message):
+        preset("cartpole", env_id="antigravity:CartPole-v1")

@@ -15,6 +15,7 @@ import pytest
 from pydqn import Config, cli, preset
 from pydqn.evaluation import load_run
 from pydqn.presets import PRESETS
+from pydqn.tasks import resolved
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -82,7 +83,7 @@ def rows(run, name):
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.parent.name}-{run.name}")
 def test_results_are_runs_of_their_preset(run):
-    assert load_run(run, **MACHINE) == preset(run.parent.name, seed=int(run.name.removeprefix("seed-")))
+    assert load_run(run, **MACHINE) == resolved(preset(run.parent.name, seed=int(run.name.removeprefix("seed-"))))
     config, last = load_run(run), rows(run, "progress.csv")[-1]
     returns = [float(row["return"]) for row in rows(run, "episodes.csv")]
     assert len(returns) == int(last["episodes"])
@@ -101,7 +102,7 @@ def test_the_runs_of_breakout_are_those_of_their_commands():
     commands = re.findall(r"^pydqn train (.*)$", page, re.MULTILINE)
     for command, name in zip(commands, ("hour", "published-38-minutes"), strict=True):
         arguments = cli._parser().parse_args(["train", *command.split()])
-        assert load_run(folder / name) == preset(arguments.preset, **cli._given(arguments))
+        assert load_run(folder / name) == resolved(preset(arguments.preset, **cli._given(arguments)))
         last = rows(folder / name, "progress.csv")[-1]
         assert f"{int(last['steps']):,}" in page
         assert f"{int(last['updates']):,}" in page

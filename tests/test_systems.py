@@ -15,6 +15,7 @@ from pydqn import preset, train
 from pydqn.lanes import Episode
 from pydqn.logs import read_csv
 from pydqn.presets import PRESETS
+from pydqn.tasks import resolved
 from pydqn.training import Run
 
 QUICK = {"device": "cpu", "torch_threads": 1, "precision": "float32"}
@@ -163,7 +164,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_those_published(name):
-    config = preset(name)
+    config = resolved(preset(name))
     assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
 
 

@@ -1,0 +1,42 @@
+"""When a run is over, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydqn.config import Config
+
+
+class Standing(NamedTuple):
+    """What a run has come to, as far as it can end it."""
+
+    steps: int
+    episodes: int
+    updates: int
+    successes: int  # in a row
+    mean_return: float  # minus infinity until there are `mean_episodes` returns
+    evaluation_return: float  # of the latest evaluation; NaN before the first
+
+
+def ending(config: Config, now: Standing) -> str | None:
+    """Return why a run of `config` is over: the setting that ends it, and what reached it. None while it goes on.
+
+    A goal that was reached before the first update says so: nothing had been learned.
+    """
+    goal = None
+    if 0 < config.stop_successes <= now.successes:
+        goal = f"stop_successes: {now.successes} successes in a row"
+    elif now.mean_return >= config.stop_return:
+        goal = f"stop_return: the mean return {now.mean_return:.2f} reached {config.stop_return:g}"
+    elif now.evaluation_return >= config.stop_evaluation_return:
+        goal = (
+            f"stop_evaluation_return: an evaluation's mean return {now.evaluation_return:.2f} "
+            f"reached {config.stop_evaluation_return:g}"
+        )
+    if goal is not None:
+        return goal if now.updates else f"{goal}, before the first update"
+    if 0 < config.total_episodes <= now.episodes:
+        return f"total_episodes: {now.episodes:,} games were played"
+    if now.steps >= config.total_steps:
+        return f"total_steps: {now.steps:,} steps were taken"
+    return None

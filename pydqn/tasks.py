@@ -1,0 +1,75 @@
+"""What the settings of a run mean for the environment that its `env_id` names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pydqn.config import Config
+from pydqn.ids import rom_of, spec_of
+
+
+def resolved(config: Config) -> Config:
+    """Return `config` with what "auto" means for its environment: rewards are clipped in Atari games alone.
+
+    Raises:
+        ValueError: see `rom_of`.
+    """
+    if config.clip_rewards != "auto":
+        return config
+    return dataclasses.replace(config, clip_rewards=rom_of(config.env_id) is not None)
+
+
+def unbound(config: Config, env_id: str) -> dict[str, Any]:
+    """Return the settings of `config` that belong to its own environment and not to `env_id`, with neutral values.
+
+    They are fields of `Config` that are `bound_to` their environment, or to Atari games where `env_id` is of another
+    kind. Two ids of one game name one environment.
+
+    Raises:
+        ValueError: see `rom_of`.
+    """
+    if env_id == config.env_id:
+        return {}
+    rom = rom_of(env_id)
+    if rom is not None and rom == rom_of(config.env_id):
+        return {}
+    lost = ("environment", "Atari") if rom is None else ("environment",)
+    fields = (field for field in dataclasses.fields(Config) if field.metadata["bound_to"] in lost)
+    return {field.name: field.default for field in fields if getattr(config, field.name) != field.default}
+
+
+def episode_limit(config: Config) -> int | None:
+    """Return after how many decisions an episode is truncated; None where neither the config nor Gymnasium limits it.
+
+    (An Atari game is limited in frames: `config.max_episode_frames`.)
+
+    Raises:
+        ValueError: no such environment.
+    """
+    if rom_of(config.env_id) is not None:
+        return config.max_episode_steps or config.max_episode_frames // config.frame_skip
+    limit: int | None = config.max_episode_steps or spec_of(config.env_id).max_episode_steps
+    return limit
+
+
+def described(config: Config) -> dict[str, str]:
+    """Return for a person what the id was taken for, what becomes of rewards, and what limits an episode.
+
+    Raises:
+        ValueError: no such environment.
+    """
+    rom, limit, cut = rom_of(config.env_id), episode_limit(config), config.evaluation_max_episode_steps
+    rewards = "clipped to their sign" if resolved(config).clip_rewards else "as they are"
+    if config.success_steps:
+        rewards = f"1 at the end of an episode of {config.success_steps:,} steps, else 0"
+    if rom is not None:
+        most = [f"{config.max_episode_steps:,} steps"] if config.max_episode_steps else []
+        episodes = "of at most " + " or ".join([*most, f"{config.max_episode_frames:,} frames"])
+    elif limit is not None:
+        episodes = f"of at most {limit:,} steps"
+    else:
+        episodes = "without a limit of steps"
+        episodes += f" (in evaluation {cut:,}: evaluation_max_episode_steps)" if cut else ""
+    kind = "Gymnasium" if rom is None else "Atari"
+    return {"environment": f"{config.env_id} ({kind})", "rewards": rewards, "episodes": episodes}

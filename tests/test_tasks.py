@@ -1,0 +1,246 @@
+"""Settings of one environment do not follow to another; only Atari clips rewards; runs say why they end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from pydqn import Config, evaluate, preset, resume, train
+from pydqn.cli import main
+from pydqn.envs import make_lanes
+from pydqn.evaluation import load_run, watch
+from pydqn.presets import PRESETS
+from pydqn.stopping import Standing, ending
+from pydqn.tasks import described, resolved
+
+QUICK = {
+    "device": "cpu",
+    "torch_threads": 1,
+    "precision": "float32",
+    "network": "mlp",
+    "hidden_units": (8,),
+    "stack": 1,
+    "checkpoint_every_steps": 0,
+}
+STOPS = ("stop_return", "stop_evaluation_return", "stop_successes")
+BOUND = [field for field in dataclasses.fields(Config) if field.metadata["bound_to"]]
+OTHER = {bool: lambda value: not value, int: lambda value: value + 4, float: lambda value: 0.25}
+
+
+class Coins(gymnasium.Env):
+    """Action 1 pays 10 and action 0 pays 1, for five steps."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._left = 5
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self._left -= 1
+        return np.zeros(2, np.float32), 10.0 if action else 1.0, self._left == 0, False, {}
+
+
+@pytest.fixture
+def coins():
+    gymnasium.register("Coins-v0", entry_point=Coins)
+    yield "Coins-v0"
+    del gymnasium.registry["Coins-v0"]
+
+
+def silently(name, **overrides):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return preset(name, **overrides)
+
+
+# --- another environment ---
+
+
+@pytest.mark.parametrize("env_id", ["Acrobot-v1", "seaquest"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_bound_to_an_environment_does_not_follow_to_another(name, env_id):
+    own = PRESETS[name].config
+    lost = ("environment",) if env_id == "seaquest" else ("environment", "Atari")
+    changed = [
+        field.name
+        for field in BOUND
+        if field.metadata["bound_to"] in lost and getattr(own, field.name) != field.default
+    ]
+    if changed:
+        with pytest.warns(UserWarning, match=f"^preset: {env_id} is another environment than {name}'s") as caught:
+            config = preset(name, env_id=env_id)
+        text = str(caught[0].message)
+        assert [change.split()[0] for change in text.partition("were reset: ")[2].split(", ")] == changed
+    else:
+        config = silently(name, env_id=env_id)
+    neutral = {field.name: field.default for field in BOUND if field.metadata["bound_to"] in lost}
+    assert config == dataclasses.replace(own, **neutral, env_id=env_id)
+
+
+def test_what_is_given_stays(coins):
+    """Field by field, and all at once without a warning."""
+    given = {}
+    for field in BOUND:
+        kind, choices = field.metadata["kind"], field.metadata["choices"]
+        value = choices[-1] if choices else OTHER[kind](0 if field.default == "auto" else field.default)
+        given[field.name] = value
+    given["frame_skip_max"] = given["frame_skip"] + 1
+    config = silently("cartpole", env_id=coins, **given)
+    assert {name: getattr(config, name) for name in given} == given
+    assert not math.isinf(config.stop_return)
+
+
+@pytest.mark.parametrize("env_id", ["pong", "Pong-v4", "PongNoFrameskip-v4", "ALE/Pong-v5"])
+def test_another_id_of_the_same_game_changes_nothing(env_id):
+    config = silently("pong", env_id=env_id)
+    assert dataclasses.replace(config, env_id="ALE/Pong-v5") == PRESETS["pong"].config
+
+
+def test_nature_is_for_any_game():
+    assert silently("nature", env_id="seaquest") == dataclasses.replace(PRESETS["nature"].config, env_id="seaquest")
+
+
+def test_rules_of_stopping_are_bound():
+    assert all(Config.__dataclass_fields__[name].metadata["bound_to"] == "environment" for name in STOPS)
+    assert preset("cartpole", env_id="Acrobot-v1").success_steps == 0
+    assert preset("pong", env_id="CartPole-v1").stop_return == math.inf
+
+
+def test_the_command_says_in_one_line_what_was_reset(tmp_path, capsys):
+    tiny = ["--total-steps", "40", "--device", "cpu", "--torch-threads", "1"]
+    assert main(["train", "cartpole", "--env-id", "Acrobot-v1", *tiny, "--logdir", str(tmp_path / "a")]) == 0
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("preset: ")]
+    assert line.endswith(
+        "max_episode_steps 200 -> 0, stop_successes 5 -> 0, success_steps 190 -> 0, skip_first_steps 10 -> 0"
+    )
+    assert err.startswith("environment Acrobot-v1 (Gymnasium), ")
+    assert "ended by total_steps: 40 steps were taken\n" in out
+    assert main(["train", "--resume", str(tmp_path / "a"), "--total-steps", "50"]) == 0
+    assert "preset: " not in capsys.readouterr().err
+
+
+# --- clipping ---
+
+
+@pytest.mark.parametrize(
+    ("name", "env_id", "clips"),
+    [
+        ("pong", "ALE/Pong-v5", True),
+        ("pong", "CartPole-v1", False),
+        ("pong-book", "ALE/Pong-v5", False),
+        ("pong-book", "seaquest", True),
+        ("breakout", "ALE/Breakout-v5", False),
+        ("nature", "CartPole-v1", False),
+        ("cartpole", "CartPole-v1", False),
+        ("cartpole", "pong", True),
+    ],
+)
+def test_rewards_are_clipped_in_atari_games_alone(name, env_id, clips):
+    assert resolved(preset(name, env_id=env_id)).clip_rewards is clips
+    for asked in (True, False):
+        config = resolved(preset(name, env_id=env_id, clip_rewards=asked))
+        assert config.clip_rewards is asked
+        assert (
+            "clipped" in described(dataclasses.replace(config, stop_successes=0, success_steps=0))["rewards"]
+        ) is asked
+
+
+@pytest.mark.parametrize(("asked", "expected"), [({}, 10.0), ({"clip_rewards": True}, 1.0)])
+def test_what_the_learner_sees(coins, asked, expected):
+    lanes = make_lanes(Config(env_id=coins, **asked), 1, 0)
+    frames = np.zeros((1, 2), np.float32)
+    lanes.reset(frames)
+    lanes.send(np.array([1]))
+    assert lanes.recv(frames).reward[0] == expected
+
+
+def test_the_choice_is_written_down_and_older_choices_can_be_read(coins, tmp_path):
+    train(Config(env_id=coins, total_steps=40, **QUICK), tmp_path)
+    path = tmp_path / "config.json"
+    plain = json.loads(path.read_text())
+    assert plain["clip_rewards"] is False
+    assert json.loads((tmp_path / "environment.json").read_text())["rewards"] == "as they are"
+    path.write_text(json.dumps({**plain, "clip_rewards": True}))  # as it was for every environment once
+    assert load_run(tmp_path).clip_rewards is True
+
+
+@pytest.mark.parametrize(("option", "written"), [([], True), (["--no-clip-rewards"], False)])
+def test_clipping_on_the_command_line(tmp_path, option, written, capsys):
+    tiny = ["--total-steps", "16", "--device", "cpu", "--torch-threads", "1", "--logdir", str(tmp_path / "run")]
+    assert main(["train", "pong", *tiny, *option]) == 0
+    assert load_run(tmp_path / "run").clip_rewards is written
+    assert ("clipped to their sign" in capsys.readouterr().err.splitlines()[0]) is written
+
+
+# --- the end ---
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        ({}, None),
+        ({"steps": 100}, "total_steps: 100 steps were taken"),
+        ({"episodes": 7}, "total_episodes: 7 games were played"),
+        ({"successes": 2}, "stop_successes: 2 successes in a row"),
+        ({"mean_return": 5.0}, "stop_return: the mean return 5.00 reached 4.5"),
+        ({"mean_return": 5.0, "updates": 0}, "stop_return: the mean return 5.00 reached 4.5, before the first update"),
+        ({"mean_return": 5.0, "steps": 100}, "stop_return: the mean return 5.00 reached 4.5"),
+        ({"evaluation_return": 9.0}, "stop_evaluation_return: an evaluation's mean return 9.00 reached 8"),
+        ({"evaluation_return": math.nan, "mean_return": -math.inf}, None),
+    ],
+)
+def test_reasons(now, reason):
+    config = Config(
+        **{"total_steps": 100, "total_episodes": 7, "stop_successes": 2, "success_steps": 9, "stop_return": 4.5},
+        stop_evaluation_return=8.0,
+    )
+    before = Standing(99, 6, 1, 1, 4.0, 7.0)
+    assert ending(config, before._replace(**now)) == reason
+
+
+def test_a_result_says_why_its_run_ended(coins, tmp_path):
+    config = Config(env_id=coins, total_steps=2_000, mean_episodes=2, num_envs=1, stop_return=6.0, **QUICK)
+    result = train(config, tmp_path)
+    assert result.reason.startswith("stop_return: the mean return ")
+    assert result.reason.endswith(" reached 6, before the first update")
+    assert result._fields[-1] == "reason"
+    assert resume(tmp_path, stop_return=math.inf, total_steps=60).reason == "total_steps: 60 steps were taken"
+
+
+# --- an environment that only this process knows ---
+
+
+def test_a_registered_environment_from_python(coins, tmp_path):
+    """Trained, resumed, evaluated and watched where it is registered."""
+    train(preset("cartpole", env_id=coins, total_steps=50, **QUICK), tmp_path)
+    assert resume(tmp_path, total_steps=100).steps == 100
+    returns = evaluate(tmp_path, 2)
+    assert len(returns) == 2
+    assert set(returns) <= {5.0, 14.0, 23.0, 32.0, 41.0, 50.0}
+
+
+def test_elsewhere_it_is_not_known_and_what_works_is_named(coins, tmp_path, capsys):
+    train(preset("cartpole", env_id=coins, total_steps=50, **QUICK), tmp_path)
+    spec = gymnasium.registry.pop(coins)
+    try:
+        for command in (["evaluate"], ["play"], ["train", "--resume"]):
+            assert main([*command, str(tmp_path)]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith("pydqn: error: env_id: Gymnasium knows no 'Coins-v0'")
+            assert "import the module that registers it in Python and call pydqn.train, resume or evaluate" in err
+            assert err.count("\n") == 1
+    finally:
+        gymnasium.registry[coins] = spec
+    with pytest.raises(RuntimeError, match="render"):
+        list(watch(tmp_path))
