@@ -311,4 +311,11 @@ SECTIONS = {
     "device": "the machine",
 }
 
+# What the transitions in a replay buffer depend on: under another value they are of another task, or seen or counted in
+# another way. (What a replay buffer is made with, such as gamma, is among its own settings, which are compared anyway.)
+TRANSITIONS = (
+    *("env_id", "clip_rewards", "success_steps", "life_loss", "full_action_set", "preprocess", "max_pool"),
+    *("frame_skip", "frame_skip_max", "sticky_actions"),
+)
+
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "positive integers"}

@@ -32,6 +32,9 @@ class Metrics(NamedTuple):
     max_q: float  # largest action value of the batch
 
 
+_AS_BEFORE = "leave the settings of network and optimizer as they were, or start a new run"
+
+
 class Transitions(NamedTuple):
     """What a loss of one's own sees of B transitions: tensors on the device, to be read only.
 
@@ -258,7 +261,7 @@ class Learner:
             if part == "optimizer":
                 number, _, rest = rest.partition(".")
                 if not number.isdecimal() or int(number) >= len(state):
-                    raise ValueError(f"checkpoint: does not fit the config ({name!r} is of no parameter)")
+                    raise ValueError(f"checkpoint: does not fit the config ({name!r} is of no parameter); {_AS_BEFORE}")
                 state[int(number)][rest] = value
             elif part in networks:
                 networks[part][rest] = value
@@ -268,7 +271,8 @@ class Learner:
             self.online.load_state_dict(networks["online"])
             self.target.load_state_dict(networks["target"])
         except RuntimeError as error:
-            raise ValueError(f"checkpoint: does not fit the config ({str(error).splitlines()[1].strip()})") from None
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"checkpoint: does not fit the config ({reason}); {_AS_BEFORE}") from None
         self._optimizer.restore(state)
         self._optimizer.refresh()
         self.updates = updates

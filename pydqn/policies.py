@@ -35,7 +35,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"device: {name!r} is not there; PyTorch sees {count} CUDA devices")
+            way_on = "--device cpu (in Python device='cpu') does without"
+            raise ValueError(f"device: {name!r} is not there; PyTorch sees {count} CUDA devices; {way_on}")
     return device
 
 

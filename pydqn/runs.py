@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from pydqn.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
-    checkpoints,
     discard_after,
     latest_checkpoint,
     load_checkpoint,
@@ -30,15 +29,15 @@ from pydqn.checkpoint import (
 )
 from pydqn.checks import integer
 from pydqn.config import Config
-from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS
+from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, load_run
 from pydqn.files import Damaged, write_json
 from pydqn.lanes import Episode
 from pydqn.locks import Claim
 from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
 from pydqn.replay import FrameReplay
+from pydqn.resuming import changes, instead_of, transition_settings
 from pydqn.schedules import epsilon
 from pydqn.stopping import Standing, ending
-from pydqn.stored import verify_saved
 from pydqn.tasks import described, resolved
 
 Self = TypeVar("Self", bound="BaseRun")
@@ -111,6 +110,8 @@ class BaseRun:
         self._saved_at = -1
         self._stopping = False
         self._resumed: dict[str, Any] | None = None  # the state that the run goes on from
+        self._changed: dict[str, tuple[Any, Any]] = {}  # what transitions depend on, and was another before
+        self.notes: list[str] = []  # what whoever started the run should know, a line each
         self._process = Process()
         self._log: RunLog | None = None
         self._until_closed = ExitStack()  # puts back what a run changes in its process
@@ -125,7 +126,7 @@ class BaseRun:
         if resume:
             path = latest if resume is True else resume
             if path is None:
-                raise ValueError(f"run: {str(self.logdir)!r} has no checkpoint to go on from")
+                raise ValueError(f"run: {str(self.logdir)!r} has no checkpoint to go on from; train it anew, elsewhere")
             return path
         if any((self.logdir / name).exists() for name in (CONFIG, PROGRESS, CHECKPOINTS, BEST_WEIGHTS.parent)):
             way = "resume it" if latest else "remove that one, which came to no checkpoint"
@@ -141,7 +142,7 @@ class BaseRun:
             try:
                 self._go_on(path)
             except Damaged as error:
-                raise Damaged(f"{error}; {_way_on(self.logdir, path)}") from None
+                raise Damaged(f"{error}; {instead_of(path)}") from None
             # Before the logs are cut back: whatever is resumed later must not count rows that are not there.
             discard_after(path)
         write_json(self.logdir / CONFIG, config.to_dict())
@@ -194,6 +195,10 @@ class BaseRun:
             self._restore(checkpoint)
         except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise Damaged(f"{path}: is not the state of a run ({error!r})") from None
+        if "env_id" in self._changed:  # what was reached there is nothing to compare with
+            self._recent.clear()
+            self._successes, self._best, self._evaluation = 0, -math.inf, math.nan
+            return
         with suppress(OSError, Damaged):  # weights of a course that was given up may be better, and are kept then
             best = load_weights(self.logdir / BEST_WEIGHTS)[1].get("mean_return")
             self._best = max(self._best, best) if isinstance(best, float) else self._best
@@ -218,6 +223,7 @@ class BaseRun:
             "successes": self._successes,
             "best": None if self._best == -math.inf else self._best,
             "evaluation": None if math.isnan(self._evaluation) else self._evaluation,
+            "transitions": transition_settings(self.config),
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -231,6 +237,10 @@ class BaseRun:
         self._best = -math.inf if state["best"] is None else float(state["best"])
         self._evaluation = math.nan if state["evaluation"] is None else float(state["evaluation"])
         self._saved_at = self.steps
+        before = state.get("transitions")
+        if before is None:  # as checkpoints were before
+            before = transition_settings(resolved(load_run(self.logdir)))
+        self._changed = changes(before, self.config)
 
     # --- what all of them do ---
 
@@ -363,20 +373,6 @@ class BaseRun:
             self._log.report(report, learned.samples)
         self._last = report
         return report
-
-
-def _way_on(run: Path, damaged: Path) -> str:
-    """Say what to do about a damaged checkpoint."""
-    for path in reversed(checkpoints(run)):
-        if path.name < damaged.name:
-            try:
-                checkpoint = load_checkpoint(path)
-                if checkpoint.replay is not None:
-                    verify_saved(checkpoint.replay)
-            except Damaged:
-                continue
-            return f"resume {path} instead, which is whole"
-    return "no older checkpoint is whole (if only memories are damaged, checkpoint_replay=False goes on without)"
 
 
 class Due:

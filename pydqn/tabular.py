@@ -240,9 +240,12 @@ class TabularRun(BaseRun):
         super()._restore(checkpoint)
         table, best = checkpoint.tensors["online.values"].numpy(), checkpoint.state["best_test"]
         if table.shape != self.table.shape:
-            raise ValueError(f"checkpoint: its table has shape {table.shape}, the environment's is {self.table.shape}")
+            raise ValueError(
+                f"checkpoint: its table has shape {table.shape}, the environment's is {self.table.shape}; "
+                "leave env_id as it was, or start a new run"
+            )
         self.table[...] = table
-        self._best_test = -math.inf if best is None else best
+        self._best_test = -math.inf if best is None or "env_id" in self._changed else best
 
 
 @kernel()

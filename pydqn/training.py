@@ -31,6 +31,7 @@ from pydqn.logs import Report
 from pydqn.machine import Pace
 from pydqn.policies import Actor, Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
+from pydqn.resuming import named_way_on, require_unchanged
 from pydqn.runs import BaseRun, Due, Learned, Result
 from pydqn.schedules import epsilon, learning_rate, priority_beta
 from pydqn.signals import deferred
@@ -374,14 +375,18 @@ class Run(BaseRun):
         if checkpoint.replay is None or not self.config.checkpoint_replay:  # the memory must fill again
             self._learning_since = self.steps + self.config.learning_starts_steps
             self._updates_before = updates
+            news = "".join(f"{name} was {old}, is {new}; " for name, (old, new) in self._changed.items())
+            self.notes.append(f"{news}the replay buffer starts empty, updates go on at step {self._learning_since:,}")
             return
+        require_unchanged(self._changed)
         self._learning_since = integer("learning_since", state["learning_since"], 0)
         self._updates_before = integer("updates_before", state["updates_before"], 0)
         expected = self.replay.settings
-        if isinstance(self.replay, DeviceReplay):
-            # The empty frames go before the full ones come: there may not be room for both.
-            del self.replay, self.learner.frames, self._actor.frames
-            self.replay = DeviceReplay.load(checkpoint.replay, expected, device=self._device)
-        else:
-            self.replay = FrameReplay.load(checkpoint.replay, expected)
+        with named_way_on():
+            if isinstance(self.replay, DeviceReplay):
+                # The empty frames go before the full ones come: there may not be room for both.
+                del self.replay, self.learner.frames, self._actor.frames
+                self.replay = DeviceReplay.load(checkpoint.replay, expected, device=self._device)
+            else:
+                self.replay = FrameReplay.load(checkpoint.replay, expected)
         self._share_frames()

@@ -46,7 +46,7 @@ LAYERS = [
     },
     {"ids", "stored"},
     {"tasks"},
-    {"envs", "films", "plots", "policies", "presets", "replay"},
+    {"envs", "films", "plots", "policies", "presets", "replay", "resuming"},
     {"device_replay", "evaluation", "learner", "transitions"},
     {"runs", "streams", "values"},
     {"tabular"},

@@ -1,0 +1,220 @@
+"""On what terms runs go on: what is refused, and the way on that is named."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import gymnasium
+import numpy as np
+import pytest
+
+from pydqn import preset, resume, train
+from pydqn.checkpoint import latest_checkpoint, load_weights, read_state
+from pydqn.cli import main
+from pydqn.config import TRANSITIONS, Config
+from pydqn.evaluation import load_run
+from pydqn.logs import read_csv
+from pydqn.policies import resolve_device
+from pydqn.resuming import changes, transition_settings
+from pydqn.training import Run
+
+WITHOUT = "--no-checkpoint-replay (in Python checkpoint_replay=False) goes on with an empty replay buffer"
+SMALL = {
+    **{"env_id": "pydqn-test/One-v0", "total_steps": 60, "stop_successes": 0, "success_steps": 0, "num_envs": 2},
+    **{"max_episode_steps": 0, "hidden_units": (8,), "device": "cpu", "torch_threads": 1, "mean_episodes": 2},
+    **{"skip_first_steps": 0, "replay_capacity_frames": 500, "checkpoint_every_steps": 1_000},
+}
+
+# Another value of each field on which what lies in a replay buffer depends.
+OTHERS = {
+    **{"env_id": "pydqn-test/Two-v0", "clip_rewards": True, "success_steps": 5, "life_loss": True},
+    **{"full_action_set": True, "preprocess": "crop_area", "max_pool": False, "frame_skip": 2, "frame_skip_max": 7},
+    "sticky_actions": 0.25,
+}
+# The same of what the replay buffer is made with, and how it calls that.
+OF_REPLAY = {
+    **{"replay_capacity_frames": ("capacity", 300), "stack": ("stack", 2), "n_step": ("n_step", 3)},
+    **{"gamma": ("gamma", 0.9), "padding": ("padding", "first"), "prioritized": ("prioritized", True)},
+    **{"priority_alpha": ("alpha", 0.5), "num_envs": ("num_envs", 1)},
+}
+
+
+class Plain(gymnasium.Env):
+    """Games of ten steps."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, reward):
+        self.reward, self.steps = reward, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.random(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.np_random.random(3, np.float32), self.reward, self.steps == 10, False, {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tasks():
+    """Two tasks whose shapes are the same."""
+    gymnasium.register("pydqn-test/One-v0", Plain, kwargs={"reward": 1.0})
+    gymnasium.register("pydqn-test/Two-v0", Plain, kwargs={"reward": 0.1})
+    yield
+    del gymnasium.registry["pydqn-test/One-v0"], gymnasium.registry["pydqn-test/Two-v0"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, _tasks):
+    """The folder of a run that has learned, to be looked at only."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(preset("cartpole", **SMALL), folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, _tasks):
+    """A folder of one's own."""
+    train(preset("cartpole", **SMALL), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_such_field_is_tried_here():
+    assert OTHERS.keys() == set(TRANSITIONS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_transitions_of_another_task_are_not_learned_from(finished, name):
+    """Whatever has the right shape."""
+    before, value = content(finished), OTHERS[name]
+    old = getattr(load_run(finished), name)
+    message = f"{name}: the checkpoint's replay buffer holds transitions of {name} {old!r}, got {value!r}; {WITHOUT}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        resume(finished, total_steps=100, **{name: value})
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize("name", OF_REPLAY)
+def test_a_replay_buffer_that_was_made_otherwise_is_refused_with_the_way_on(finished, name):
+    before, (setting, value) = content(finished), OF_REPLAY[name]
+    if name == "stack":  # the network has another shape then, whatever the replay buffer holds
+        message = "checkpoint: does not fit the config (.*); leave the settings of network and optimizer as they were"
+    else:
+        old = getattr(load_run(finished), name)
+        message = f"replay: the replay memory has {setting} {old}, expected {value}; {re.escape(WITHOUT)}$"
+    with pytest.raises(ValueError, match=message):
+        resume(finished, total_steps=100, **{name: value})
+    assert content(finished) == before
+
+
+def test_other_settings_may_change(run):
+    others = {"learning_rate": 1e-5, "max_episode_steps": 7, "skip_first_steps": 1, "seed": 3, "epsilon_end": 0.5}
+    assert resume(run, total_steps=100, batch_size=16, **others, double=True).steps == 100
+
+
+def test_two_ids_of_one_game_name_one_task():
+    before = transition_settings(Config(env_id="ALE/Pong-v5"))
+    assert changes(before, Config(env_id="pong")) == {}
+    assert changes(before, Config(env_id="breakout")) == {"env_id": ("ALE/Pong-v5", "breakout")}
+
+
+def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsys):
+    best = run / "weights" / "best.safetensors"
+    assert load_weights(best)[1]["mean_return"] == 10
+    arguments = ["train", "--resume", str(run), "--env-id", "pydqn-test/Two-v0", "--total-steps", "200"]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main([*arguments, "--no-checkpoint-replay"]) == 0
+    said = (
+        "env_id was pydqn-test/One-v0, is pydqn-test/Two-v0; the replay buffer starts empty, updates go on at step 92"
+    )
+    assert capsys.readouterr().err.splitlines().count(said) == 1
+    # What was reached in the other task is nothing to compare with.
+    assert load_weights(best)[1]["mean_return"] == pytest.approx(1)
+    assert read_state(latest_checkpoint(run))["best"] == pytest.approx(1)
+    rows = read_csv(run / "episodes.csv")
+    assert [*rows["return"]] == pytest.approx([10] * 6 + [1] * 14)
+
+
+def test_a_stop_rule_does_not_count_games_of_another_task(tmp_path):
+    train(preset("cartpole", **SMALL, stop_return=9), tmp_path)
+    options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200, "checkpoint_replay": False}
+    assert resume(tmp_path, **options).steps == 200
+
+
+def test_an_empty_replay_buffer_does_not_bring_the_old_one_back(run):
+    """The checkpoint that was resumed from is still there, and now the config has the other task."""
+    old = latest_checkpoint(run)
+    options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200}
+    resume(run, **options, checkpoint_replay=False)
+    with pytest.raises(ValueError, match=r"^env_id: .*'pydqn-test/One-v0', got 'pydqn-test/Two-v0'"):
+        resume(old, **options, checkpoint_replay=True)
+
+
+def test_checkpoints_that_do_not_name_their_task_are_those_of_the_config(tmp_path, monkeypatch):
+    """As they were before."""
+    state = Run._state
+    monkeypatch.setattr(
+        Run, "_state", lambda self: {name: value for name, value in state(self).items() if name != "transitions"}
+    )
+    train(preset("cartpole", **SMALL), tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^env_id: "):
+        resume(tmp_path, env_id="pydqn-test/Two-v0", total_steps=100)
+    assert resume(tmp_path, total_steps=100).steps == 100
+
+
+def test_a_table_of_another_task_of_the_same_size_goes_on(tmp_path):
+    """It holds values, not transitions; what was the best in the other task is nothing to beat."""
+    config = preset("frozenlake", total_steps=2_000, evaluation_every_steps=500, evaluation_episodes=2)
+    train(config, tmp_path)
+    lake = "gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv"
+    gymnasium.register("pydqn-test/Lake-v0", lake)
+    gymnasium.register("pydqn-test/Larger-v0", lake, kwargs={"map_name": "8x8"})
+    try:
+        with pytest.raises(ValueError, match="leave env_id as it was, or start"):
+            resume(tmp_path, env_id="pydqn-test/Larger-v0", total_steps=3_000)
+        assert resume(tmp_path, env_id="pydqn-test/Lake-v0", total_steps=3_000, max_episode_steps=100).steps == 3_000
+    finally:
+        del gymnasium.registry["pydqn-test/Lake-v0"], gymnasium.registry["pydqn-test/Larger-v0"]
+
+
+def test_a_device_that_is_not_there_names_the_one_that_is():
+    with pytest.raises(ValueError, match=r"'cuda:77' is not there; .*; --device cpu .in Python device='cpu'. does"):
+        resolve_device("cuda:77")
+
+
+def test_a_damaged_replay_buffer_names_the_way_on(run):
+    piece = next((latest_checkpoint(run) / "replay").glob("*.zst"))
+    piece.write_bytes(b"")
+    with pytest.raises(ValueError, match="resume .* instead, which is whole"):
+        resume(run, total_steps=100)
+    for manifest in run.rglob("step-000000000000/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match=re.escape(f"(if only its replay buffer is damaged, {WITHOUT})")):
+        resume(run, total_steps=100)
+    assert resume(run, total_steps=100, checkpoint_replay=False).steps == 100
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", "$HOME", "-x", "a;b"])
+def test_commands_that_are_printed_can_be_typed(tmp_path, monkeypatch, capsys, name):
+    """Whatever the folder is called."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--env-id", SMALL["env_id"], "--hidden-units", "8", "--device", "cpu", "--torch-threads", "1"]
+    step = Run.step
+    monkeypatch.setattr(Run, "step", lambda self: (step(self), self.steps == 30 and self.stop()))
+    assert main(["train", "cartpole", *options, "--total-steps", "60", f"--logdir={name}"]) == 75
+    printed = capsys.readouterr().out.splitlines()[-1]
+    again, draw = re.fullmatch(r"run: .*   \((pydqn train .*), (pydqn plot .*)\)", printed).groups()
+    assert main([*shlex.split(again)[1:], "--total-steps", "60"]) == 0
+    assert main(shlex.split(draw)[1:]) == 0
+    assert (tmp_path / "curve.png").is_file()
+    assert shlex.split(again)[-1] in (name, f"./{name}")
