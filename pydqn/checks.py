@@ -76,11 +76,11 @@ def indices(index: ArrayLike) -> NDArray[np.int64]:
 def flags(name: str, value: ArrayLike) -> NDArray[np.bool_]:
     """Return booleans: of booleans, or of numbers that are 0 or 1."""
     array = np.asarray(value)
+    if array.dtype.kind == "b":
+        return array
     if array.dtype.kind in "iuf" and ((array == 0) | (array == 1)).all():
         return array.astype(bool)
-    if array.dtype.kind != "b":
-        raise ValueError(f"{name}: expected booleans, or numbers that are 0 or 1, got {value!r} of dtype {array.dtype}")
-    return array
+    raise ValueError(f"{name}: expected booleans, or numbers that are 0 or 1, got {value!r} of dtype {array.dtype}")
 
 
 def converted(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False) -> NDArray[Any]:

@@ -234,7 +234,7 @@ class FrameReplay(Stored):
         size = integer("batch_size", batch_size, 1)
         shape, dtype = self._cell()
         if apart:
-            obs, next_obs = (np.empty((size, self.stack, *shape), dtype) for _ in range(2))
+            obs, next_obs = np.empty((2, size, self.stack, *shape), dtype)  # at once: two blocks may be unmapped each time
         else:
             # One-step observations overlap in all but one frame: one block holds both. Longer windows may end early.
             depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack

@@ -99,6 +99,7 @@ class ReplayBuffer(TheirBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
+        self._num_actions = int(action_space.n)
         self.n_steps = n_steps
         self.gamma = 1.0 if gamma is None else gamma
         self._open: list[_Step] = []  # as long as no window is whole, of which SB3 samples nevertheless
@@ -150,7 +151,7 @@ class ReplayBuffer(TheirBuffer):
             self._column("reward", reward),
         )
         ends, timeout = flags("done", self._column("done", done)), np.zeros(self.n_envs, bool)
-        if step.action.dtype.kind in "iu" and (step.action >= int(self.action_space.n)).any():
+        if step.action.dtype.kind in "iu" and max(step.action.tolist()) >= self._num_actions:
             raise ValueError(f"action: expected integers of {self.action_space}, got {step.action}")
         if self.handle_timeout_termination:
             timeout = self._column("infos", [bool(info.get("TimeLimit.truncated", False)) for info in infos])
@@ -228,6 +229,8 @@ class ReplayBuffer(TheirBuffer):
 
     def _column(self, name: str, value: ArrayLike) -> NDArray[Any]:
         array = np.asarray(value)
+        if array.shape == (self.n_envs,):
+            return array
         if array.size != self.n_envs:
             raise ValueError(f"{name}: expected shape ({self.n_envs},), got shape {array.shape}")
         return array.reshape(self.n_envs)
