@@ -1,0 +1,36 @@
+"""CleanRL's tests of its DQN scripts, each with our buffer's import (see `scripts/upstream-tests`)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+PACKAGES, NEEDS, TESTS_IN = ["gymnasium", "torch"], ["tyro", "tensorboard"], "tests"
+ON_PURPOSE = {}
+_THEIRS = re.compile(r"from (cleanrl_utils|stable_baselines3\.common)\.buffers import ReplayBuffer\n")
+_CLASS = re.compile(r"class PrioritizedReplayBuffer:\n(?:(?: .*)?\n)+?(?=\S)")
+
+
+def paths(root):
+    """Return where the scripts import from."""
+    return [str(root)]
+
+
+def prepared(checkout, scratch):
+    """Return a copy of the checkout in which the scripts, each of which a test starts, import our buffer."""
+    root = scratch / "cleanrl"
+    shutil.copytree(checkout, root, ignore=shutil.ignore_patterns(".git", "docs", "benchmark"))
+    for path in (root / "cleanrl").glob("*.py"):
+        text = _THEIRS.sub("from pydqn.adapters.cleanrl import ReplayBuffer\n", path.read_text())
+        path.write_text(_CLASS.sub("from pydqn.adapters.cleanrl import PrioritizedReplayBuffer\n\n\n", text))
+    return root
+
+
+def selection(root):
+    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    tests = [root / "tests" / name for name in ("test_atari_gymnasium.py", "test_classic_control_gymnasium.py")]
+    return [*map(str, tests), "-k", "(dqn or c51 or rainbow) and not eval"]
+
+
+def substitute():
+    """Nothing: the scripts are changed instead."""

@@ -1,0 +1,41 @@
+"""Stable-Baselines3's tests of DQN with our buffer (see `scripts/upstream-tests`)."""
+
+from __future__ import annotations
+
+PACKAGES, NEEDS, TESTS_IN = ["stable-baselines3"], ["stable_baselines3"], "tests"
+
+_ARRAYS = "looks into the arrays of SB3's buffer (buffer.observations and so on), which ours has not"
+ON_PURPOSE = {}
+
+
+def selection(root):
+    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    return [str(root / "tests"), "-k", "dqn"]
+
+
+def substitute():
+    """Let DQN make our buffer wherever it would make SB3's own for arrays."""
+    from stable_baselines3 import DQN
+
+    put_in_place(DQN)
+
+
+def put_in_place(algorithm):
+    """Let an algorithm of SB3's kind make our buffer."""
+    from gymnasium import spaces
+
+    from pydqn.adapters.sb3 import ReplayBuffer
+
+    setup = algorithm._setup_model
+
+    def with_ours(self):
+        n_steps = self.n_steps
+        if self.replay_buffer_class is None and not isinstance(self.observation_space, spaces.Dict):
+            self.replay_buffer_class = ReplayBuffer
+            if n_steps > 1:
+                self.replay_buffer_kwargs |= {"n_steps": n_steps, "gamma": self.gamma}
+                self.n_steps = 1  # SB3 would warn that a buffer of another class ignores it
+        setup(self)
+        self.n_steps = n_steps
+
+    algorithm._setup_model = with_ours

@@ -1,0 +1,22 @@
+"""TorchRL's tests of replay buffers with our buffer (see `scripts/upstream-tests`)."""
+
+from __future__ import annotations
+
+PACKAGES, NEEDS, TESTS_IN = ["torchrl"], ["torchrl"], "test"
+
+# The name of a test, in which * stands for anything: why it fails with our buffer.
+ON_PURPOSE = {}
+
+
+def selection(root):
+    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    return [str(root / "test"), "-k", "TensorDictReplayBuffer"]
+
+
+def substitute():
+    """Give TorchRL's names of buffers to ours, before a test imports them."""
+    from torchrl import data
+
+    from pydqn.adapters import torchrl as ours
+
+    data.TensorDictReplayBuffer = ours.ReplayBuffer
