@@ -234,7 +234,8 @@ class FrameReplay(Stored):
         size = integer("batch_size", batch_size, 1)
         shape, dtype = self._cell()
         if apart:
-            obs, next_obs = np.empty((2, size, self.stack, *shape), dtype)  # at once: two blocks may be unmapped each time
+            # In one block, which goes on to be reused: two of them may be unmapped, and mapped anew, each time.
+            obs, next_obs = np.empty((2, size, self.stack, *shape), dtype)
         else:
             # One-step observations overlap in all but one frame: one block holds both. Longer windows may end early.
             depth = self.stack + 1 if self.n_step == 1 else 2 * self.stack
