@@ -151,9 +151,9 @@ class DeviceReplay(FrameReplay):
         """See `FrameReplay.sample`."""
         return self._arrived(super().sample(batch_size, out))
 
-    def gather(self, index: ArrayLike) -> Batch:
+    def gather(self, index: ArrayLike, out: Batch | None = None) -> Batch:
         """See `FrameReplay.gather`."""
-        return self._arrived(super().gather(index))
+        return self._arrived(super().gather(index, out))
 
     def latest(self, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See `FrameReplay.latest`."""

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 PACKAGES, NEEDS, TESTS_IN = ["stable-baselines3"], ["stable_baselines3"], "tests"
 
-_ARRAYS = "looks into the arrays of SB3's buffer (buffer.observations and so on), which ours has not"
-ON_PURPOSE = {}
+# The names of tests, in which * and ? stand for anything: why they fail with our buffer.
+ON_PURPOSE = {
+    "*test_n_step_replay.py::test_run?DQN?": "asks for SB3's own class of n-step buffers; ours is one class for all n",
+    "*test_save_load.py::test_save_load_replay_buffer?DQN?": "reads the array buffer.observations, which ours has not",
+}
+# The same of tests that fail with any buffer, on some machines.
+MAY_FAIL = {
+    "*test_callbacks.py::test_callbacks?DQN?": "needs tqdm and rich: pip install 'stable-baselines3[extra]'",
+    "*test_logger.py::test_fps_logger?DQN?": "measures speed, which a busy machine has not",
+}
 
 
 def selection(root):
