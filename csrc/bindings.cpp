@@ -48,6 +48,7 @@ class Binding {
   void set_generator_state(const std::string& state) { core_.set_generator_state(state); }
   double largest_priority() const { return core_.largest_priority(); }
   void set_largest_priority(double value) { core_.set_largest_priority(value); }
+  void set_alpha(double value) { core_.set_alpha(value); }
   std::size_t bytes() const { return core_.bytes(); }
 
   static py::array next_slot(const py::object& self) {
@@ -331,6 +332,7 @@ PYBIND11_MODULE(_core, module) {
       .def("import_priorities", &Binding::import_priorities)
       .def("set_ticks", &Binding::set_ticks, Unlocked())
       .def("end_import", &Binding::end_import, Unlocked())
+      .def("set_alpha", &Binding::set_alpha, Unlocked())
       .def_property("generator_state", py::cpp_function(&Binding::generator_state, Unlocked()),
                     py::cpp_function(&Binding::set_generator_state, Unlocked()))
       .def_property("largest_priority", py::cpp_function(&Binding::largest_priority, Unlocked()),

@@ -248,6 +248,9 @@ class FrameReplay {
     }
   }
 
+  // Changes the exponent of the priorities; see Priorities::set_alpha.
+  void set_alpha(double value) { Lock lock(mutex_); if (priorities_) priorities_->set_alpha(value); }
+
   // The largest priority so far, to the power of alpha; 1 where sampling is uniform.
   double largest_priority() const { Lock lock(mutex_); return priorities_ ? priorities_->largest() : 1.0; }
   void set_largest_priority(double value) {

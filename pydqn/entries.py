@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.checks import exact
+from pydqn.checks import exact, integer
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,17 @@ def fit(key: Key, leaf: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     if leaf.is_complex() or column.is_complex() or not (same & ((cast < 0) == (leaf < 0))).all():
         raise _unfit(key, f"{column.dtype}, as in the first batch, or values that it holds exactly", leaf)
     return cast
+
+
+def saved_notes(notes: Any) -> tuple[Key, int]:
+    """Return the observation's key and how many transitions have come, as a storage has saved them."""
+    try:
+        name, written = notes["observation"], integer("written", notes["written"], 0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"loads: expected what a FrameStorage saved, got something else ({error})") from None
+    if not isinstance(name, list) or not name or not all(isinstance(part, str) for part in name):
+        raise ValueError(f"loads: expected the name of the observation, got {name!r}")
+    return tuple(name), written
 
 
 def _single(key: Key, leaf: torch.Tensor, what: str) -> NDArray[Any]:

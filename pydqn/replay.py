@@ -68,7 +68,7 @@ class FrameReplay(Stored):
         prioritized: whether transitions are drawn in proportion to p^alpha, p being their priorities (proportional
             prioritized replay, Schaul et al. 2016, https://arxiv.org/abs/1511.05952), one from each of B equal shares
             of the whole. A new transition gets the largest priority so far; `update_priorities` changes it.
-        alpha: from 0 (uniform) to 1.
+        alpha: from 0 (uniform) to 1. May be changed at any time.
         beta: of the importance weights (N P(i))^-beta, divided by the largest of the batch; from 0 (none) to 1 (full
             compensation). May be changed at any time.
         max_transitions: at most so many over all lanes can be sampled, the newest (each lane keeps
@@ -106,7 +106,7 @@ class FrameReplay(Stored):
         if not isinstance(prioritized, (bool, np.bool_)):
             raise ValueError(f"prioritized: expected True or False, got {prioritized!r}")
         self.prioritized = bool(prioritized)
-        self.alpha = fraction("alpha", alpha)
+        self._alpha = fraction("alpha", alpha)
         self.beta = beta
         self.dtype = number_dtype("dtype", dtype)
         if padding not in ("zero", "first"):
@@ -129,7 +129,7 @@ class FrameReplay(Stored):
                 num_envs=self.num_envs,
                 dtype=cell_dtype,
                 pad_with_first=padding == "first",
-                alpha=self.alpha if prioritized else None,
+                alpha=self._alpha if prioritized else None,
                 limit=min(self.max_transitions or 0, self.capacity),
                 seed=integer("seed", seed, 0) % (1 << 64),
             )
@@ -147,6 +147,20 @@ class FrameReplay(Stored):
     def nbytes(self) -> int:
         """Bytes held when full (address space now; memory as frames arrive)."""
         return self._core.nbytes
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities, from 0 to 1.
+
+        Setting it changes the exponent of those that are held, too, in one pass over the memory; but not away from 0,
+        which has made them all 1: transitions keep that until their priority is updated.
+        """
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha = fraction("alpha", value)
+        self._core.set_alpha(self._alpha)
 
     @property
     def beta(self) -> float:

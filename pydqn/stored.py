@@ -201,6 +201,11 @@ class Stored:
         self._core.import_run(lane, position, frames, *rest)
 
 
+def saved_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the `settings` that a saved memory says it has, as they stand there. Loads nothing."""
+    return dict(Store(Path(path), _FILE_KIND).header)
+
+
 def verify_saved(path: str | os.PathLike[str]) -> None:
     """Raise `pydqn.files.Damaged` unless all files of a saved memory are what was written. Loads nothing."""
     Store(Path(path), _FILE_KIND).verify()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.checkpoint import load_weights, save_weights
-from pydqn.checks import dtype_name
-from pydqn.files import Damaged
+from pydqn.checks import dtype_name, integer
+from pydqn.files import Damaged, Stamp, check_stamped, read_index, write_index
 from pydqn.replay import FrameReplay
+from pydqn.stored import saved_settings
 from pydqn.transitions import TransitionReplay
 
 if TYPE_CHECKING:
     import torch
 
-_MEMORY, _COLUMNS, _PLACES = "memory", "columns.safetensors", "places"
+_MANIFEST, _KIND, _PLACES = "streams.json", "pydqn-streams", "places"
+_SAVED = re.compile(r"\.?(?:memory-(\d+)|columns-(\d+)\.safetensors(?:\.part)?)")
+_MOST = 1 << 62
 _MOST_LEFT = 1000  # episodes that were left in the middle, remembered in case that they are gone on with
 
 
@@ -133,25 +139,33 @@ class Streams:
     def save(self, path: Path, notes: dict[str, Any]) -> None:
         """Write everything to a folder, without pickle, and notes of the caller's, as JSON can hold them.
 
-        Saving there again writes only frames that are new.
+        Saving there again writes only frames that are new. What was saved before counts until all is written: the
+        manifest, which names both files, takes its place last.
         """
         import torch
 
+        path = path.absolute()
         path.mkdir(parents=True, exist_ok=True)
         replay, memory = self.replay, self.replay.memory
-        memory.save(path / _MEMORY)
         columns = {json.dumps(name): column for name, column in self.columns.items()}
         columns[_PLACES] = torch.from_numpy(self._place_of)
         made = {"shape": replay.shape, "dtype": memory.dtype.name, "num_envs": replay.num_envs}
         made |= {"stack": memory.stack, "padding": memory.padding}
         state = {"ticks": memory.lane_ticks, "counts": self._counts.tolist(), "notes": notes}
-        save_weights(path / _COLUMNS, columns, {**made, **state})
+        number = 1 + max((each for each, _ in _saved(path)), default=0)
+        try:
+            memory.save(path / f"memory-{number}")
+            stamp = save_weights(path / f"columns-{number}.safetensors", columns, {**made, **state})
+            write_index(path / _MANIFEST, _KIND, {"number": number, "columns": stamp})
+        finally:
+            _sweep(path)
 
     @classmethod
     def load(cls, path: Path, capacity: int, **settings: Any) -> tuple[Streams, dict[str, Any]]:
         """Read what `save` wrote; returns it with the notes.
 
-        Episodes that were going on end there: environments are not saved with it.
+        Episodes that were going on end there: environments are not saved with it. The exponents of prioritized
+        sampling, alpha and beta, are those that were saved.
 
         Args:
             path: the folder.
@@ -160,23 +174,58 @@ class Streams:
 
         Raises:
             ValueError: the folder is damaged, or was made with other arguments.
+            MemoryError: what is saved needs more memory than there is.
         """
-        columns, state = load_weights(path / _COLUMNS)
+        number, stamp = _manifest(path)
+        file, folder = path / f"columns-{number}.safetensors", path / f"memory-{number}"
+        check_stamped(file, stamp)
+        columns, state = load_weights(file)
+        header = saved_settings(folder)
         try:
-            settings = {"num_envs": state["num_envs"], **settings, "padding": state["padding"]}
-            settings["stack"] = settings.get("stack") or state["stack"]
-            shape, dtype = tuple(state["shape"]), dtype_name("dtype", state["dtype"])
-            counts, ticks, notes, places = state["counts"], state["ticks"], state["notes"], columns.pop(_PLACES)
-        except KeyError as error:
-            raise Damaged(f"{path / _COLUMNS}: expected what belongs to transitions, got no {error}") from None
-        streams = cls(TransitionReplay(capacity, shape, dtype, **settings))
-        memory = FrameReplay.load(path / _MEMORY, streams.replay.memory.settings)
+            made = _made(state, header)
+            notes, ticks = state["notes"], state["ticks"]
+            counts = [integer("counts", count, 0, _MOST) for count in state["counts"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise Damaged(f"{file}: what it says does not fit {folder.name} ({error})") from None
+        settings = {"num_envs": made["num_envs"], **settings, "padding": made["padding"]}
+        settings["stack"] = settings.get("stack") or made["stack"]
+        try:
+            streams = cls(TransitionReplay(capacity, made["shape"], made["dtype"], **settings))
+            expected = streams.replay.memory.settings
+            del expected["alpha"]
+            memory = FrameReplay.load(folder, expected)
+        except MemoryError as error:
+            raise MemoryError(f"{path}: {error}") from None
+        except TypeError as error:  # a dtype that this machine has not
+            raise Damaged(f"{file}: {error}") from None
         if memory.lane_ticks != ticks:
-            raise Damaged(f"{path}: {_MEMORY} and {_COLUMNS} were not saved together")
+            raise Damaged(f"{path}: {folder.name} and {file.name} were not saved together")
         streams.replay.memory = memory
-        streams._counts[:], streams._place_of = counts, places.numpy()
-        streams.columns = {tuple(json.loads(name)): column for name, column in columns.items()}
+        streams._restore(file, columns, counts)
         return streams, notes
+
+    def _restore(self, file: Path, columns: dict[str, torch.Tensor], counts: list[int]) -> None:
+        """Take over what belongs to the transitions."""
+        import torch
+
+        most, places = len(self._counts) * self._each, columns.pop(_PLACES, torch.zeros(0))
+        try:
+            if len(counts) != len(self._counts):
+                raise ValueError(f"counts: expected {len(self._counts)}, got {len(counts)}")
+            if places.dtype != torch.int64 or places.shape != (self.replay.memory.capacity,):
+                raise ValueError(f"{_PLACES}: got {places.dtype} of shape {tuple(places.shape)}")
+            if not ((places >= 0) & (places < most)).all():
+                raise ValueError(f"{_PLACES}: expected numbers from 0 to {most - 1}")
+            for text, column in columns.items():
+                name = json.loads(text)
+                if not isinstance(name, list) or not all(isinstance(part, str) for part in name):
+                    raise ValueError(f"expected the name of an entry, got {text}")
+                if column.shape[:1] != (most,):
+                    raise ValueError(f"{name}: expected {most} rows, got shape {tuple(column.shape)}")
+                self.columns[tuple(name)] = column
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"{file}: what it holds are no columns ({error})") from None
+        self._counts[:], self._place_of = counts, places.numpy()
 
     def state(self, notes: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return the files of `save`, by name: (bytes,) uint8 each."""
@@ -195,7 +244,7 @@ class Streams:
                 path = Path(folder, name)
                 if Path(name).is_absolute() or ".." in path.parts:
                     raise ValueError(f"state: expected the names of its files, got {name!r}")
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 content.cpu().numpy().tofile(path)
             return cls.load(Path(folder), capacity, **settings)
 
@@ -260,6 +309,45 @@ class Streams:
 def _sign(obs: NDArray[Any], name: Any) -> Any:
     """What an episode can be told by: its name, or where it has come to."""
     return hash(obs.tobytes()) if name is None else ("name", name)
+
+
+def _manifest(path: Path) -> tuple[int, Stamp]:
+    """Return which of the files in a folder count, and what that of the columns has to be."""
+    content = read_index(path / _MANIFEST, _KIND)
+    try:
+        return integer("number", content["number"], 0, _MOST), Stamp.parse(content["columns"])
+    except (KeyError, ValueError) as error:
+        raise Damaged(f"{path / _MANIFEST}: does not name its files ({error})") from None
+
+
+def _made(state: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
+    """Return what the streams were made with; as it fits the frames' own header, it asks for no more memory."""
+    shape = tuple(integer("shape", axis, 1) for axis in state["shape"])
+    made = {"dtype": dtype_name("dtype", state["dtype"])}
+    made |= {name: state[name] for name in ("num_envs", "stack", "padding")}
+    for name, value in made.items():
+        if header.get(name) != value or isinstance(value, bool):
+            raise ValueError(f"{name}: expected {header.get(name)!r}, got {value!r}")
+    if math.prod(shape) != made["stack"] * math.prod(header["frame_shape"]):
+        raise ValueError(f"shape: expected {made['stack']} frames of {header['frame_shape']}, got {shape}")
+    return {**made, "shape": shape}
+
+
+def _saved(path: Path) -> list[tuple[int, Path]]:
+    """Return what `save` has left in a folder, whole or not, with the number of the save."""
+    found = [(_SAVED.fullmatch(file.name), file) for file in path.iterdir()]
+    return [(int(match[1] or match[2]), file) for match, file in found if match]
+
+
+def _sweep(path: Path) -> None:
+    """Remove what the manifest does not name: earlier saves, and those that were broken off."""
+    with suppress(OSError, ValueError):  # no manifest, or one that says nothing: then nothing is known to be old
+        number = _manifest(path)[0] if (path / _MANIFEST).exists() else 0
+        for other, file in _saved(path):
+            if other != number and file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            elif other != number or file.suffix == ".part":
+                file.unlink(missing_ok=True)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

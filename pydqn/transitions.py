@@ -255,7 +255,7 @@ class TransitionReplay:
         """Forget all transitions. The generator goes on."""
         before = self.memory
         self.memory = self._memory()
-        self.memory.beta = before.beta
+        self.memory.alpha, self.memory.beta = before.alpha, before.beta
         self.memory._core.generator_state = before._core.generator_state
         self._begun[:] = False
 

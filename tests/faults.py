@@ -2,9 +2,9 @@
 
     LD_PRELOAD=faults.so python faults.py faults.so ACTION STRIDE
 
-ACTION is weights, memory, checkpoints, training or resuming. Forks a child for every STRIDEth operation of an action,
-lets it be killed there (or halfway through the next write, or lets the disk be full, or read-only, from there on), and
-looks at what is left. Ends with an error at the first thing that is lost or half-written.
+ACTION is weights, memory, buffer, checkpoints, training or resuming. Forks a child for every STRIDEth operation of an
+action, lets it be killed there (or halfway through the next write, or lets the disk be full, or read-only, from there
+on), and looks at what is left. Ends with an error at the first thing that is lost or half-written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from pydqn.checkpoint import (
 )
 from pydqn.logs import Report
 from pydqn.stored import verify_saved
+from pydqn.streams import Streams
 from pydqn.training import Run
+from pydqn.transitions import TransitionReplay
 
 KINDS = {"kill": 1, "kill halfway": 2, "full disk": 3, "read only": 4}
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
@@ -69,6 +71,55 @@ class Memory:
         self.act()
         assert content(self.path) == self.after
         assert len(list(self.path.iterdir())) == 2 + 4  # index, priorities, and pieces of the last 20 ticks
+
+
+class Buffer:
+    """A buffer of streams that is saved over what it saved before."""
+
+    def __init__(self, root: Path) -> None:
+        self.path, self.steps = root / "streams", 0
+        self.streams = Streams(TransitionReplay(40, (5,), "float32", num_envs=2, prioritized=True))
+        self.replay = self.streams.replay.memory
+        self.replay._saver.length = 8
+        self.feed(25)
+
+    def feed(self, count: int) -> None:
+        for step in range(self.steps, self.steps + count):
+            seen, no = np.float32([[step] * 5, [step + 1000] * 5]), np.zeros(2, bool)
+            opens, number = np.ones(2, bool), torch.full((2,), step)
+            self.streams.extend(seen, seen + 1, no, no, no, opens, None, {("number",): number})
+        self.steps += count
+
+    def prepare(self) -> None:
+        self.streams.save(self.path, {})
+        self.known = dict(self.replay._saver.known)
+        self.before = self.content(self.path)
+        self.feed(10)
+        self.streams.save(self.path.with_name("next"), {})
+        self.after = self.content(self.path.with_name("next"))
+        shutil.rmtree(self.path.with_name("next"))
+
+    def content(self, path: Path) -> bytes:
+        streams, _ = Streams.load(path, 40, num_envs=2, prioritized=True)
+        held = streams.replay.memory.valid_indices()
+        numbers = streams.columns[("number",)].numpy()[streams.places_at(held)]
+        assert len(held) == 40
+        assert ((streams.replay.gather(held).obs[:, 0] - numbers) % 1000 == 0).all()
+        return numbers.tobytes() + streams.replay.sample(32).index.tobytes()
+
+    def act(self) -> None:
+        self.streams.save(self.path, {})
+
+    def check(self) -> None:
+        assert self.content(self.path) in (self.before, self.after)
+
+    def check_that_nothing_is_left(self) -> None:
+        assert len(list(self.path.iterdir())) == 3  # the manifest, frames, columns
+
+    def check_again(self) -> None:
+        self.act()
+        assert self.content(self.path) == self.after
+        self.check_that_nothing_is_left()
 
 
 class Checkpoints:
@@ -246,7 +297,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve() / "here"
         root.mkdir()
-        actions = {Memory, Checkpoints, Weights, Training, Resuming}
+        actions = {Memory, Buffer, Checkpoints, Weights, Training, Resuming}
         action = next(action for action in actions if action.__name__.lower() == name)(root)
         action.prepare()
         shutil.copytree(root, root.with_name("prepared"))
@@ -255,7 +306,7 @@ def main() -> None:
             while True:
                 shutil.rmtree(root)
                 shutil.copytree(root.with_name("prepared"), root)
-                if isinstance(action, (Memory, Checkpoints)):
+                if isinstance(action, (Memory, Buffer, Checkpoints)):
                     action.replay._saver.known = dict(action.known)  # what it knew when all that was prepared
                 pid = os.fork()
                 if not pid:
@@ -272,7 +323,7 @@ def main() -> None:
                 killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
                 assert killed or os.WEXITSTATUS(status) in (REFUSED, UNHARMED), (kind, at, status)
                 try:
-                    if kind == "full disk" and isinstance(action, Checkpoints):
+                    if kind == "full disk" and isinstance(action, (Buffer, Checkpoints)):
                         action.check_that_nothing_is_left()
                     action.check()
                     action.check_again()

@@ -26,7 +26,14 @@ def library(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("action", "stride", "least"),
-    [("weights", 1, 12), ("memory", 1, 80), ("checkpoints", 1, 120), ("training", 41, 20), ("resuming", 1, 30)],
+    [
+        ("weights", 1, 12),
+        ("memory", 1, 80),
+        ("buffer", 1, 100),
+        ("checkpoints", 1, 120),
+        ("training", 41, 20),
+        ("resuming", 1, 30),
+    ],
 )
 def test_nothing_is_lost_or_half_written(library, action, stride, least):
     """Killed at every operation that changes the disk, and refused each of them (a whole run: at a part of them)."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydqn import TransitionReplay
+from pydqn.checkpoint import save_weights
 from pydqn.files import Damaged
 from pydqn.orders import openings
 from pydqn.streams import Streams
@@ -196,15 +197,16 @@ def test_saved_and_loaded(tmp_path):
 
 def test_damage_is_found(tmp_path):
     rows = Rows(1, np.random.default_rng(1))
-    streams = Streams(TransitionReplay(60, SHAPE, stack=STACK))
+    streams = Streams(TransitionReplay(60, SHAPE, stack=1))
     feed(streams, rows, [rows.step(0) for _ in range(10)], False)
     streams.save(tmp_path, {})
     feed(streams, rows, [rows.step(0) for _ in range(10)], False)
-    streams.replay.memory.save(tmp_path / "memory")
+    streams.replay.memory.save(tmp_path / "memory-1")
     with pytest.raises(Damaged, match="were not saved together"):
         Streams.load(tmp_path, 60)
-    from pydqn.checkpoint import save_weights
-
-    save_weights(tmp_path / "columns.safetensors", {"a": torch.zeros(1)}, {"b": 1})
-    with pytest.raises(Damaged, match="expected what belongs to transitions, got no 'num_envs'"):
+    save_weights(tmp_path / "columns-1.safetensors", {"a": torch.zeros(1)}, {"b": 1})
+    with pytest.raises(Damaged, match=r"columns-1.safetensors: expected [0-9]+ bytes"):
+        Streams.load(tmp_path, 60)
+    (tmp_path / "streams.json").unlink()
+    with pytest.raises(Damaged, match=r"streams.json: cannot be read"):
         Streams.load(tmp_path, 60)

@@ -63,7 +63,7 @@ def test_iterating_emptying_and_going_on():
     assert (len(rb), rb.write_count) == (0, 63)
     rb.empty()
     assert rb.write_count == 0
-    with pytest.raises(RuntimeError, match="no transition can be sampled yet"):
+    with pytest.raises(RuntimeError, match=r"^Cannot sample from an empty storage\."):
         rb.sample()
     index = rb.extend(batches[5].clone())
     assert_same(rb[index], batches[5])
@@ -248,12 +248,12 @@ def test_what_cannot_be_loaded(tmp_path):
     for settings, message in (
         ({"n_step": 3}, "capacity 309, expected 312"),
         ({"n_step": 2, "num_envs": 2}, "capacity 309, expected"),
-        ({"n_step": 2, "alpha": 0.5}, "alpha 0.6, expected 0.5"),
+        ({"n_step": 2, "gamma": 0.5}, "gamma 0.99, expected 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ReplayBuffer(150, prioritized=True, **settings).loads(tmp_path / "one")
     rb.extend(stream(cartpole, 3)[0])
-    rb.storage.memory.save(tmp_path / "one" / "storage" / "memory")
+    rb.storage.memory.save(tmp_path / "one" / "storage" / "memory-1")
     again = ReplayBuffer(150, prioritized=True, n_step=2)
     with pytest.raises(ValueError, match="not saved together"):
         again.loads(tmp_path / "one")

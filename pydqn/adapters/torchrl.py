@@ -29,8 +29,7 @@ import numpy as np
 import torch
 
 from pydqn.checks import integer
-from pydqn.entries import Key, fit, flags, key, numbers, observations, only_observation, rows
-from pydqn.files import read_json, write_json
+from pydqn.entries import Key, fit, flags, key, numbers, observations, only_observation, rows, saved_notes
 from pydqn.orders import block_names, environments, openings
 from pydqn.replay import Batch, FrameReplay
 from pydqn.streams import Streams
@@ -69,8 +68,9 @@ class ReplayBuffer(TensorDictReplayBuffer):
             by which rows go on with which (a batch that does not tell is refused). With more environments than that,
             some frames are stored twice, and n-step windows end with each batch; a warning says so.
         prioritized: whether transitions are drawn by priority, which is what the loss writes to `priority_key`.
-        alpha: exponent of the priorities, from 0 to 1.
-        beta: exponent of the weights, from 0 to 1. May be changed: `rb.sampler.beta`, or one of TorchRL's schedulers.
+        alpha: exponent of the priorities, from 0 to 1 (TorchRL's may be larger).
+        beta: exponent of the weights, from 0 to 1 (TorchRL's may be larger). Both may be changed: `rb.sampler.beta`, or
+            one of TorchRL's schedulers.
         seed: of the sampler's own generator; those of torch and NumPy are not used.
         others: see `FrameStorage`.
 
@@ -136,6 +136,7 @@ class FrameStorage(Storage):
         settings: of `TransitionReplay`: stack, padding, n_step, gamma, prioritized, alpha, beta, seed.
 
     Attributes:
+        written: how many transitions have been appended.
         streams: the transitions without their observations, and (`streams.replay`) these; None before the first batch.
     """
 
@@ -160,6 +161,7 @@ class FrameStorage(Storage):
         self._observation = None if observation_key is None else key(observation_key)
         self._terminated = ("next", *key(terminated_key))
         self._keys = None if keys is None else [key(name) for name in keys]
+        self.written = 0  # transitions, for the writer
         self.streams: Streams | None = None
         self._drawn: tuple[torch.Tensor, Batch] | None = None
 
@@ -205,11 +207,14 @@ class FrameStorage(Storage):
         opens = openings(obs, next_obs, names)
         index = streams.extend(obs, next_obs, reward, ends, done, opens, names, leaves)
         self.streams, self._observation = streams, seen  # unless the first batch was refused
+        self.written += count
         return torch.from_numpy(index).reshape(data.shape)
 
     def draw(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return B transitions' int64 indices, which `get` finds ready, and float32 weights. RuntimeError: none yet."""
         memory, size = self.memory, integer("batch_size", batch_size, 1)
+        if not len(memory):
+            raise RuntimeError("Cannot sample from an empty storage. No transition can be sampled yet.")  # TorchRL's
         # Whoever gets them may write to them: `obs` and `next_obs` are not to share their memory.
         obs, next_obs = np.empty((2, size, memory.stack, *memory.frame_shape), memory.dtype)
         batch = memory.sample(size, memory.empty_batch(size)._replace(obs=obs, next_obs=next_obs))
@@ -236,7 +241,7 @@ class FrameStorage(Storage):
         """Write everything to a folder, without pickle. Saving there again writes only frames that are new."""
         if self.streams is None:
             raise RuntimeError("dumps: expected a buffer with transitions, got an empty one")
-        self.streams.save(Path(path), {"observation": self._observation})
+        self.streams.save(Path(path), self._notes())
 
     def loads(self, path: str | Path) -> None:
         """Read what `dumps` wrote. Episodes that were going on end there, as environments are not saved with it.
@@ -248,7 +253,7 @@ class FrameStorage(Storage):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what `dumps` writes, as tensors."""
-        return {} if self.streams is None else self.streams.state({"observation": self._observation})
+        return {} if self.streams is None else self.streams.state(self._notes())
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Become what `state_dict` told; see `loads`."""
@@ -256,8 +261,14 @@ class FrameStorage(Storage):
         if state_dict:
             self._restore(*Streams.from_state(state_dict, self.max_size, **self._settings))
 
-    def _restore(self, streams: Streams, notes: dict[str, Any]) -> None:
-        self.streams, self._observation = streams, tuple(notes["observation"])
+    def _notes(self) -> dict[str, Any]:
+        return {"observation": self._observation, "written": self.written}
+
+    def _restore(self, streams: Streams, notes: Any) -> None:
+        if missing := {_REWARD, _DONE, self._terminated} - streams.columns.keys():
+            raise ValueError(f"loads: expected the entries {sorted(missing)}, which are not there")
+        self._observation, self.written = saved_notes(notes)
+        self.streams = streams
 
     def _leaves(self, data: Any) -> tuple[Key, dict[Key, torch.Tensor]]:
         """Return the observation's key and all entries that are kept, (n, ...)."""
@@ -317,8 +328,12 @@ class FrameSampler(PrioritizedSampler):
 
     @property
     def alpha(self) -> float:
-        """Exponent of the priorities."""
+        """Exponent of the priorities, from 0 to 1; setting it changes those that are held (see `FrameReplay`)."""
         return self._frames.memory.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._frames.memory.alpha = float(value)
 
     @property
     def beta(self) -> float:
@@ -356,33 +371,29 @@ class FrameSampler(PrioritizedSampler):
 
 
 class FrameWriter(Writer):
-    """Appends to a `FrameStorage`, and counts how much."""
+    """Appends to a `FrameStorage`, which counts how much."""
 
-    _write_count = 0
+    @property
+    def _write_count(self) -> int:
+        return int(self._storage.written)
 
     def extend(self, data: Any) -> torch.Tensor:
         """Store a tensordict; returns the transitions' indices."""
         index: torch.Tensor = self._storage.append(data)
-        self._write_count += index.numel()
         return index
 
     add = extend
 
     def state_dict(self) -> dict[str, Any]:
-        return {"_write_count": self._write_count}
+        return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._write_count = int(state_dict["_write_count"])
+    def load_state_dict(self, *_: Any) -> None:
+        """Do nothing: the storage saves the count with what is counted, so that both are of one moment."""
 
-    def dumps(self, path: str | Path) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        write_json(Path(path) / "writer.json", self.state_dict())
-
-    def loads(self, path: str | Path) -> None:
-        self.load_state_dict(read_json(Path(path) / "writer.json"))
+    dumps = loads = load_state_dict
 
     def _empty(self, empty_write_count: bool = True) -> None:
-        self._write_count *= not empty_write_count
+        self._storage.written *= not empty_write_count
 
 
 def _as_it_is(batch: Any) -> Any:
