@@ -8,7 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pydqn.best import BestWeights
 from pydqn.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
     discard_after,
     latest_checkpoint,
     load_checkpoint,
-    load_weights,
     save_checkpoint,
     save_weights,
 )
@@ -77,8 +77,9 @@ class BaseRun:
     before is left alone. `stop` ends a run after its step.)
 
     `logdir` gets config.json, environment.json (versions, machine, precision and threads), progress.csv, episodes.csv,
-    TensorBoard events, checkpoints/ and weights/: best.safetensors, whenever the mean return improves, and
-    last.safetensors.
+    TensorBoard events, checkpoints/ and weights/: best.safetensors, when the mean return has improved, and, at the end,
+    last.safetensors. The best weights are on the disk when a run has ended and before each checkpoint; in between they
+    are written no more often than every `log_every_steps`, so a kill costs those of so many steps at most.
 
     Args:
         config: what to run.
@@ -104,6 +105,7 @@ class BaseRun:
         self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
         self._successes = 0  # in a row
         self._best = -math.inf
+        self._best_weights = BestWeights(self.logdir / BEST_WEIGHTS, config.log_every_steps, self._finite)
         self._evaluation = math.nan
         self._started = self._seconds = self._seconds_before = 0.0
         self._last: Report | None = None
@@ -199,9 +201,8 @@ class BaseRun:
             self._recent.clear()
             self._successes, self._best, self._evaluation = 0, -math.inf, math.nan
             return
-        with suppress(OSError, Damaged):  # weights of a course that was given up may be better, and are kept then
-            best = load_weights(self.logdir / BEST_WEIGHTS)[1].get("mean_return")
-            self._best = max(self._best, best) if isinstance(best, float) else self._best
+        # Weights of a course that was given up may be better, and are kept then.
+        self._best = max(self._best, self._best_weights.mean_on_disk())
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         """Make the environments and the learner."""
@@ -254,7 +255,8 @@ class BaseRun:
             last.callback(self._release)
             if isinstance(error, (Diverged, KeyboardInterrupt)):
                 return
-            self._save(LAST_WEIGHTS)
+            self._best_weights.write()
+            save_weights(self.logdir / LAST_WEIGHTS, self._finite(self.weights()), self._metadata())
             if self._last is not None:
                 if self._last.steps < self.steps:
                     self._report()  # the row that an interruption would have cost
@@ -316,14 +318,15 @@ class BaseRun:
         self._successes = self._successes + 1 if episode.steps >= self.config.success_steps else 0
         self._log.episode(len(self.returns), self.steps, *episode, epsilon(self.config, self.steps))
 
-    def _save(self, name: Path) -> None:
+    def _metadata(self) -> dict[str, Any]:
+        """Return what stands beside weights."""
         mean = float(np.mean([episode.total for episode in self._recent])) if self._recent else None
-        metadata = {"steps": self.steps, "updates": self.learned().updates, "mean_return": mean}
-        save_weights(self.logdir / name, self._finite(self.weights()), metadata)
+        return {"steps": self.steps, "updates": self.updates, "mean_return": mean}
 
     def _checkpoint(self) -> None:
         if self._saved_at == self.steps:
             return
+        self._best_weights.write()
         if self._log is not None:
             self._log.sync()
         replay = self.replay if self.config.checkpoint_replay else None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
 from pydqn.envs import Model, StateEnv
-from pydqn.evaluation import BEST_WEIGHTS, under_protocol, warn_if_cut
+from pydqn.evaluation import under_protocol, warn_if_cut
 from pydqn.kernels import kernel
 from pydqn.lanes import Episode
 from pydqn.logs import Report
@@ -228,7 +228,8 @@ class TabularRun(BaseRun):
             self._evaluation = outcome.test_mean
             if outcome.test_mean > self._best_test:
                 self._best_test = outcome.test_mean
-                self._save(BEST_WEIGHTS)
+                self._best_weights.keep(self.weights(), self._metadata())
+        self._best_weights.write(self.steps)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"online.values": torch.from_numpy(self.table)}

@@ -22,7 +22,7 @@ from pydqn.checks import integer
 from pydqn.config import Config
 from pydqn.device_replay import DeviceReplay, resolve_storage
 from pydqn.envs import make_lanes
-from pydqn.evaluation import BEST_WEIGHTS, evaluate_policy, load_run, memory_settings, network_for, open_episodes
+from pydqn.evaluation import evaluate_policy, load_run, memory_settings, network_for, open_episodes
 from pydqn.films import Film
 from pydqn.lanes import Episode, Lanes, Step
 from pydqn.learner import Learner, Metrics
@@ -244,7 +244,8 @@ class Run(BaseRun):
             self._end(episode)
         if step.episodes and self.mean_return() > self._best:
             self._best = self.mean_return()
-            self._save(BEST_WEIGHTS)
+            self._best_weights.keep(self.weights(), self._metadata())
+        self._best_weights.write(self.steps)
 
     def _add_to_film(self, opens: bool) -> None:
         assert self._film is not None

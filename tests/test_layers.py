@@ -44,7 +44,7 @@ LAYERS = [
         "schedules",
         "stopping",
     },
-    {"ids", "stored"},
+    {"best", "ids", "stored"},
     {"tasks"},
     {"envs", "films", "plots", "policies", "presets", "replay", "resuming"},
     {"device_replay", "evaluation", "learner", "transitions"},
