@@ -36,6 +36,7 @@ from pydqn.training import Run
 ROWS = []
 FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint8)
 ROOT = Path(__file__).parents[1]
+GPU_TESTS = ("learner", "device_replay", "device_threads", "optimizers", "own_loss", "policies", "graphs")
 
 
 def row(stage, value, unit, target=None, note=""):
@@ -63,7 +64,7 @@ def filled(kind, frames, lanes=32, **settings):
 
 def checks(device, quick):
     """The tests that need a GPU: graph against eager, no waits, rows against observations, real streams."""
-    tests = ["test_learner.py", "test_device_replay.py", "test_optimizers.py"]
+    tests = [f"test_{name}.py" for name in GPU_TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     if quick:
         command += ["-k", "at_once or needed"]
@@ -72,6 +73,19 @@ def checks(device, quick):
     text = (done.stdout + done.stderr).strip() or "no output"
     print(text[-3000:])
     row("tests of the GPU path", done.returncode, "exit code", ("<=", 0), text.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def tf32_products():
+    """Matrix products of float32 may use TensorFloat-32."""
+    matmul = torch.backends.cuda.matmul
+    name, value = (
+        ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    )  # from 2.9 on
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    yield
+    setattr(matmul, name, before)
 
 
 def ceiling(device, quick):
@@ -112,9 +126,8 @@ def update(device, quick):
             wait(device)
 
         if precision == "tf32":  # a graph keeps what held when it was captured
-            torch.set_float32_matmul_precision("high")
-            call()
-            torch.set_float32_matmul_precision("highest")
+            with tf32_products():
+                call()
         how = "graph" if capture else "eager"
         name = f"update, {precision}, {where}, {how}" + (f" of {at_once}" if at_once > 1 else "")
         calls[name], counts[name] = call, at_once

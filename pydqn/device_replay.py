@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from pydqn.pixels import as_words, look_up
 from pydqn.replay import Batch, FrameReplay
 from pydqn.transfers import on
 
@@ -37,6 +38,8 @@ def resolve_storage(name: str, device: torch.device, nbytes: int) -> Storage:
     if device.type != "cuda":
         return Storage("host", f"no GPU, {size}")
     free, _ = torch.cuda.mem_get_info(device)
+    # What PyTorch keeps for later allocations, it gives back where one would fail.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     where = "device" if nbytes <= _SHARE * free else "host"
     return Storage(where, f"{size}, {free / 1e9:.1f} GB free on {device}")
 
@@ -82,7 +85,7 @@ class DeviceReplay(FrameReplay):
         if rows > _MOST_ROWS:
             raise ValueError(f"capacity: expected at most {_MOST_ROWS} frames on a device, got {self.capacity}")
         self.frames = torch.empty((rows, *self.frame_shape), dtype=dtype, device=self.device)
-        self.frames[0] = 0
+        as_words(self.frames)[0] = 0
         self._uploads = Uploads(self.frames, self.num_envs) if self.device.type == "cuda" else None
 
     @property
@@ -191,13 +194,14 @@ class DeviceReplay(FrameReplay):
     def _export(self, lane: int, position: int, count: int, ticks: int) -> tuple[NDArray[Any], ...]:
         with self._lock:
             rows, *rest = self._arrived(super()._export(lane, position, count, ticks))
-            return self.frames[torch.from_numpy(rows).to(self.device, torch.int64)].cpu().numpy(), *rest
+            return look_up(self.frames, torch.from_numpy(rows).to(self.device)).cpu().numpy(), *rest
 
     def _import(self, lane: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
         first = self._core.ticks - self._core.stored(lane) + position
         rows = self._rows(np.arange(first, first + len(frames)), lane)
         # Rows of one lane lie apart: sent in one piece, and put in their places there.
-        self.frames[torch.from_numpy(rows).to(self.device, torch.int64)] = torch.tensor(frames).to(self.device)
+        to = torch.from_numpy(rows).to(self.device, torch.int64)
+        as_words(self.frames).index_copy_(0, to, as_words(torch.from_numpy(frames.copy()).to(self.device)))
         super()._import(lane, position, rows, *rest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from pydqn.optimizers import Settings, State, make_optimizer
 from pydqn.pixels import look_up
 from pydqn.policies import Policy, resolve_device
 from pydqn.replay import Batch
-from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
+from pydqn.transfers import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
 
 
 class Metrics(NamedTuple):
@@ -73,8 +74,9 @@ class Learner:
     to a target wants `torch.no_grad()`. Both networks stay in the mode (`train` or `eval`) that they are in, and random
     numbers come from PyTorch's own generator of the device: `state` holds neither. On a CUDA device, the loss and the
     network run a few times to be recorded, and never again. So they may not branch on data, wait for the device
-    (`.item()`) or bring numbers there (`torch.tensor`), which PyTorch refuses (on a CPU nobody notices); what changes
-    from one update to the next is a buffer of the network, changed in place, or a random number, new at each replay.
+    (`.item()`) or bring numbers there (`torch.tensor`): then a warning names the line, and updates run without a graph
+    (on a CPU nobody notices). What changes from one update to the next is a buffer of the network, changed in place,
+    or a random number, new at each replay.
 
     Args:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
@@ -84,7 +86,8 @@ class Learner:
         device: where to learn, as `resolve_device` gives it, or takes it ("auto", "cpu", "cuda", "cuda:N").
         example: the largest batch that will come, for shapes and dtypes: `replay.empty_batch(n * config.batch_size)`,
             where n is the number of steps that `update` may have to take at once.
-        capture: whether to use a CUDA graph; None for wherever there is CUDA.
+        capture: whether to use a CUDA graph; None for wherever there is CUDA and it can be recorded: where it cannot, a
+            warning says why, and updates go on without. True makes that an error.
         frames: where batches hold rows instead of observations, what they are rows of (`DeviceReplay.frames`).
         loss: gives the (B,) losses of `Transitions`, one per sample: `loss(online, target, batch)`. `config.loss` and
             `config.double` mean nothing then, and the precision "auto" is float32; with "bfloat16" it runs under
@@ -136,6 +139,7 @@ class Learner:
         self._outbox = Outbox(device)  # of errors
         self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
         self._stream = torch.cuda.Stream(device) if captures else None  # to record on
+        self._insists = bool(capture)
         # One pool for all graphs, which never run at the same time; only what the latest one gave is read.
         self._pool = torch.cuda.graph_pool_handle() if captures else None
 
@@ -283,10 +287,18 @@ class Learner:
         steps = functools.partial(self._steps, start, count)
         if self._stream is None:
             return steps()
-        if not self._graphs:
-            self._warm_up(self._stream)
-        if (start, count) not in self._graphs:
-            self._graphs[start, count] = Graph(steps, self._stream, self._pool)
+        try:
+            if not self._graphs:
+                self._warm_up(self._stream)
+            if (start, count) not in self._graphs:
+                self._graphs[start, count] = Graph(steps, self._stream, self._pool)
+        except CannotRecordError as error:
+            if self._insists:
+                raise CannotRecordError(f"capture: the update cannot become a CUDA graph ({error})") from error
+            warnings.warn(f"updates run without CUDA graphs, and slower: {error}", RuntimeWarning, stacklevel=3)
+            self._stream = None
+            self._graphs.clear()
+            return steps()
         return self._graphs[start, count]()
 
     def _steps(self, start: int, count: int) -> _Seen:
@@ -357,18 +369,15 @@ class Learner:
 
         Libraries choose their kernels meanwhile, and the optimizer makes its state.
         """
-        changed = [
-            *tensors_of(self.online),
-            *tensors_of(self.target),
-            *(tensor for state in self._optimizer.state() for tensor in state.values()),
-        ]
-        before = [tensor.detach().clone() for tensor in changed]
-        warm_up(functools.partial(self._step, 0), stream)
-        with torch.no_grad():
-            # What the warm-up made begins at zero; what was there is put back.
-            for state in self._optimizer.state():
-                for tensor in state.values():
-                    tensor.zero_()
-            for tensor, value in zip(changed, before, strict=True):
-                tensor.copy_(value)
+        there = [tensor for state in self._optimizer.state() for tensor in state.values()]
+        try:
+            with unchanged([*tensors_of(self.online), *tensors_of(self.target), *there]):
+                try:
+                    warm_up(functools.partial(self._step, 0), stream)
+                finally:
+                    # What the warm-up made begins at zero; what was there is put back behind this.
+                    for state in self._optimizer.state():
+                        for tensor in state.values():
+                            tensor.zero_()
+        finally:
             self._optimizer.refresh()

@@ -174,8 +174,8 @@ def make_network(
     Raises:
         ValueError: the frames do not fit the network.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU's generator, too
         torso: PixelTorso | VectorTorso
         if name == "mlp":
             torso = VectorTorso(stack, frame_shape)
@@ -228,7 +228,7 @@ class Table(nn.Module):
 
     def __init__(self, num_states: int, num_actions: int) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.zeros(num_states, num_actions, dtype=torch.float64))
+        self.values = nn.Parameter(torch.zeros(num_states, num_actions, dtype=torch.float64, device="cpu"))
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the rows of the states that `obs` marks."""

@@ -265,7 +265,7 @@ class OnePass:
                 if steps not in numbers:
                     numbers[steps] = [np.float32(number) for number in self._numbers(scale, rate, steps)]
                 kernel(grad, *views, *numbers[steps])
-        return torch.tensor(norm)
+        return torch.tensor(norm, device="cpu")
 
     def _numbers(self, scale: float, rate: float, steps: int) -> list[float]:
         """Return what the kernel needs beside arrays, for a parameter's `steps`th step."""
@@ -284,7 +284,7 @@ class OnePass:
     def state(self) -> State:
         """See `Optimizer`."""
         return [
-            {**state, "step": torch.tensor(float(steps))} if steps else {}
+            {**state, "step": torch.tensor(float(steps), device="cpu")} if steps else {}
             for state, steps in zip(self._state, self._steps, strict=True)
         ]
 
@@ -292,7 +292,7 @@ class OnePass:
         """See `Optimizer`."""
         for index, (ours, theirs) in enumerate(zip(self._state, state, strict=True)):
             if theirs:  # `RMSProp` does not count its steps, but it has taken some
-                self._steps[index] = int(theirs.get("step", torch.tensor(1)))
+                self._steps[index] = int(theirs.get("step", 1))
             for name in ours.keys() & theirs.keys():
                 ours[name].copy_(theirs[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from pydqn.config import Config
 from pydqn.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.networks import PixelTorso, Table, VectorTorso, lowered
 from pydqn.pixels import look_up
-from pydqn.transfers import Graph, Inbox, Outbox, on, warm_up
+from pydqn.transfers import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
 
 
 def resolve_device(name: str) -> torch.device:
@@ -125,7 +126,8 @@ class Actor:
         policy: whose values; its network may go on learning.
         example: what a memory's `latest` gives, for its shape and dtype.
         frames: where `latest` gives rows instead of observations, what they are rows of (`DeviceReplay.frames`).
-        capture: whether to use a CUDA graph; None for wherever there is CUDA.
+        capture: whether to use a CUDA graph; None for wherever there is CUDA and it can be recorded: where it cannot, a
+            warning says why, and acting goes on without. True makes that an error.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Actor:
         self.frames = frames
         self._inbox, self._outbox = Inbox([example], policy.device, names=["obs"]), Outbox(policy.device)
         self._captures = policy.device.type == "cuda" if capture is None else capture
+        self._insists = bool(capture)
         self._graph: Graph[Tensor] | None = None
 
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
@@ -142,11 +145,22 @@ class Actor:
         with on(self._policy.device):
             self._inbox.put([obs])
             if self._captures and self._graph is None:
-                stream = torch.cuda.Stream(self._policy.device)
-                warm_up(self._forward, stream)
-                self._graph = Graph(self._forward, stream)
+                self._capture()
             self._outbox.put(self._graph() if self._graph is not None else self._forward())
             return self._outbox.get()
+
+    def _capture(self) -> None:
+        """Record the graph. Buffers that a network changes as it runs are changed by none of that."""
+        stream = torch.cuda.Stream(self._policy.device)
+        try:
+            with unchanged([*self._policy.network.buffers()]):
+                warm_up(self._forward, stream)
+            self._graph = Graph(self._forward, stream)
+        except CannotRecordError as error:
+            if self._insists:
+                raise CannotRecordError(f"capture: the policy cannot become a CUDA graph ({error})") from error
+            warnings.warn(f"actions are chosen without a CUDA graph, and slower: {error}", RuntimeWarning, stacklevel=4)
+            self._captures = False
 
     def _forward(self) -> Tensor:
         (obs,) = self._inbox.tensors

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import gc
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -50,7 +54,7 @@ class Inbox:
             self.tensors = [torch.from_numpy(array) for array in examples]
             return
         starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in examples)]).tolist()
-        self._here = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._here = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         self._there = torch.empty(starts[-1], dtype=torch.uint8, device=device)
         self._arrays, self.tensors = [], []
         for start, array in zip(starts, examples, strict=False):
@@ -100,7 +104,7 @@ class Outbox:
             self._here = tensor
             return
         if self._memory is None or len(self._memory) < len(tensor):
-            self._memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._memory = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._here = self._memory[: len(tensor)]
         self._here.copy_(tensor, non_blocking=True)
         self._arrived.record()
@@ -113,6 +117,13 @@ class Outbox:
         return self._here.numpy()
 
 
+class CannotRecordError(RuntimeError):
+    """A function cannot become a CUDA graph; the message says why, in one line."""
+
+
+_FAILED: list[Any] = []  # graphs whose recording failed: PyTorch's allocator goes on asking them what is theirs
+
+
 class Graph(Generic[T]):
     """A function of fixed tensors, recorded as a CUDA graph: a call replays it, and gives the same tensors each time.
 
@@ -122,12 +133,34 @@ class Graph(Generic[T]):
         stream: to record on; of a CUDA device.
         pool: memory that it may share with graphs which never run at the same time (`torch.cuda.graph_pool_handle`);
             what one gave is overwritten by the next then. None for memory of its own.
+
+    Raises:
+        CannotRecordError: the function does what a graph cannot hold. The current stream is what it was before.
     """
 
     def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-            self._result = function()
+        before = torch.cuda.current_stream(stream.device)
+        reason: BaseException | None = None  # why the function stopped; the end of the recording fails then, too
+        try:
+            # Other threads may do what this one may not, but nothing may be freed meanwhile, not even by accident.
+            with (
+                _without_collections(),
+                torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    self._result = function()
+                except BaseException as error:
+                    reason = error
+                    raise
+        except BaseException as error:
+            torch.cuda.set_stream(before)
+            _FAILED.append(self._graph)
+            _free_generator(stream.device)
+            reason = reason or error
+            if not isinstance(reason, Exception):
+                raise reason from None
+            raise CannotRecordError(_told(reason)) from reason
 
     def __call__(self) -> T:
         self._graph.replay()
@@ -135,10 +168,83 @@ class Graph(Generic[T]):
 
 
 def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
-    """Run a function some times before it is recorded. Whatever it changes has changed then."""
+    """Run a function some times before it is recorded. Whatever it changes has changed then, also where this raises.
+
+    Raises:
+        CannotRecordError: the function waits for the device, which only its last run here looks for.
+    """
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        for _ in range(_WARMUPS):
-            function()
-    current.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUPS - 1):
+                function()
+            with _waiting_is_an_error():
+                try:
+                    function()
+                except RuntimeError as error:  # it has run without one twice
+                    raise CannotRecordError(_told(error)) from error
+    finally:
+        current.wait_stream(stream)
+
+
+@contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put back, when the block ends in whatever way, what is in these tensors now."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Let PyTorch raise where a thread would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python collect no garbage in between: tensors and graphs that it would free may belong to other streams."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _free_generator(device: torch.device) -> None:
+    """Make the device's random numbers usable again: until a recording has ended well, PyTorch refuses to draw others.
+
+    What stands in the way is a part of the generator's state that a copy does not have.
+    """
+    with suppress(RuntimeError):
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+def _told(error: BaseException) -> str:
+    """Say in one line what went wrong, and where outside PyTorch."""
+    what = (str(error).strip() or type(error).__name__).splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    others = [frame for frame in frames if not frame.filename.startswith(os.path.dirname(torch.__file__))]
+    if not others:
+        return what
+    return f"{others[-1].filename}:{others[-1].lineno}: {others[-1].line}: {what}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,27 @@ def test_dtypes_that_pytorch_lacks_are_refused():
         DeviceReplay(10, (1,), device="cpu", dtype="longdouble")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64", "int64", "float16", "float64"])
+def test_frames_of_any_dtype_come_back(device, dtype, tmp_path):
+    """Also those for which PyTorch has few kernels: through a file, too, and a copy."""
+    memory = DeviceReplay(40, (3,), num_envs=2, stack=2, dtype=dtype, device=device)
+    host = FrameReplay(40, (3,), num_envs=2, stack=2, dtype=dtype)
+    generator, off = np.random.default_rng(0), np.zeros(2, bool)
+    for tick in range(30):
+        bits = generator.integers(0, 256, (2, 3 * np.dtype(dtype).itemsize), dtype=np.uint8)
+        frame = bits & 1 == 1 if dtype == "bool" else bits.view(dtype)
+        for replay in (host, memory):
+            replay.append(np.nan_to_num(frame), [0, 0], [0.0, 0.0], off, off, ~off if tick % 9 == 0 else off)
+    memory.save(tmp_path / "replay")
+    index = host.valid_indices()
+    for replay in (memory, DeviceReplay.load(tmp_path / "replay", device=device), copy.deepcopy(memory)):
+        found, expected = replay.gather(index), host.gather(index)
+        np.testing.assert_array_equal(seen(replay, found.obs), expected.obs)
+        np.testing.assert_array_equal(seen(replay, found.next_obs), expected.next_obs)
+        assert seen(replay, found.obs).dtype == dtype
+
+
 def test_bytes_are_counted():
     assert DeviceReplay(1000, (84, 84), device="cpu").nbytes >= 1001 * 84 * 84
 
@@ -137,9 +160,15 @@ def test_bytes_are_counted():
 def test_where_frames_are_kept(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 10**9)
     assert resolve_storage("auto", torch.device("cpu"), 1)[0] == "host"
     assert resolve_storage("auto", cuda, 7 * 10**9) == ("device", "7.0 GB of frames, 10.0 GB free on cuda")
     assert resolve_storage("auto", cuda, 9 * 10**9)[0] == "host"
+    # PyTorch holds two more, and would give them back.
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * 10**9)
+    assert resolve_storage("auto", cuda, 9 * 10**9) == ("device", "9.0 GB of frames, 12.0 GB free on cuda")
+    assert resolve_storage("auto", cuda, 10 * 10**9)[0] == "host"
     assert resolve_storage("host", cuda, 1)[0] == "host"
     assert resolve_storage("device", torch.device("cpu"), 1)[0] == "device"
 

@@ -292,7 +292,10 @@ def test_captured_equals_eager(monkeypatch, optimizer, storage):
     """1,000 updates, the learning rate changing: parameters and the optimizer's state agree."""
     device = torch.device("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if hasattr(torch.backends.cudnn, "conv"):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    else:  # PyTorch before 2.9
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     variant = {"optimizer": optimizer, "double": True, "dueling": True, "n_step": 3, "storage": storage}
     eager, replay, _ = make(device, False, **variant)
     captured, same_replay, _ = make(device, True, at_once=4, **variant)

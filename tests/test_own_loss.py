@@ -280,17 +280,6 @@ def test_noise_is_new_at_each_replay():
     assert len(np.unique(noises, axis=0)) == 8
 
 
-@needs_cuda
-def test_a_loss_that_waits_for_the_device_is_refused():
-    def waits(online, target, batch):
-        losses = of_distributions(online, target, batch)
-        return losses * 2 if losses.sum().item() > 0 else losses
-
-    learner, replay = make(waits, device="cuda")
-    with pytest.raises(RuntimeError, match="captur"):
-        learner.update(replay.sample(SIZE))
-
-
 def test_the_precision_is_float32_or_what_was_asked_for():
     """Whatever `auto` finds for networks of our own. Under autocast, no cast of a weight is remembered."""
     found, kinds = {}, []

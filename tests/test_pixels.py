@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pydqn.pixels import to_channels_last
+from pydqn.pixels import as_words, look_up, to_channels_last
 
 
 def definition(images, dtype):
@@ -38,3 +39,48 @@ def test_the_result_is_memory_of_its_own():
     first += 1
     assert (second == 0).all()
     assert (images == 0).all()
+
+
+DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+]
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (3,), (1,), (2, 3), (5, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_looked_up_bit_for_bit(dtype, shape):
+    """Also NaN's bits; in the widest words that a row is a whole number of."""
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0, 256, (20, int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype=np.uint8)
+    array = (bits & 1 if dtype == "bool" else bits).view(dtype).reshape(20, *shape)
+    frames, rows = torch.from_numpy(array), torch.from_numpy(generator.integers(0, 20, (6, 4), dtype=np.int32))
+    found = look_up(frames, rows)
+    assert found.dtype == frames.dtype
+    assert found.shape == (6, 4, *shape)
+    assert found.numpy().tobytes() == array[rows.numpy()].tobytes()
+    nbytes = array[0].nbytes
+    assert as_words(frames).element_size() == next(size for size in (8, 4, 2, 1) if nbytes % size == 0)
+    assert as_words(frames).data_ptr() == frames.data_ptr()
+    assert as_words(frames).nbytes == frames.nbytes
+    assert look_up(frames, rows[:0]).shape == (0, 4, *shape)
+
+
+def test_frames_that_begin_anywhere_in_memory_are_looked_up_too():
+    memory = torch.arange(1000, dtype=torch.int64).to(torch.uint8)
+    rows = torch.tensor([[3, 0], [9, 9]], dtype=torch.int32)
+    for start, size in ((1, 8), (2, 8), (4, 8), (8, 8), (3, 5)):
+        frames = memory[start : start + 10 * size].view(10, size)
+        assert torch.equal(look_up(frames, rows), frames[rows.long()])
+    frames = memory.view(10, 10, 10)[:, ::2, ::2]
+    assert torch.equal(look_up(frames, rows), frames[rows.long()])
