@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 from test_failures import SMALL
+from test_resume import kill
 
 from pydqn import preset, resume, train
 from pydqn.checkpoint import checkpoints, latest_checkpoint, load_weights, read_state, save_weights
@@ -86,7 +87,7 @@ def test_without_its_memory_a_run_goes_on_from_a_checkpoint_whose_memory_is_dama
     train(dataclasses.replace(small, total_steps=120), tmp_path)
     for path in tmp_path.rglob("*.zst"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"cannot be read .*; no older checkpoint is whole \(if only memories"):
+    with pytest.raises(ValueError, match=r"cannot be read .*; no older checkpoint is whole \(if only its replay"):
         resume(tmp_path, total_steps=200)
     assert resume(tmp_path, total_steps=200, checkpoint_replay=False).steps >= 200
 
@@ -141,8 +142,7 @@ def test_a_run_that_was_killed_at_once_begins_again(small, tmp_path):
     train(small, tmp_path / "whole")
     run = Run(small, tmp_path / "killed")
     next(run.reports())
-    run.close()
-    run._log.close()
+    kill(run)
     assert latest_checkpoint(tmp_path / "killed").name == f"step-{0:012d}"
     resume(tmp_path / "killed")
     for name in ("episodes.csv", "weights/last.safetensors"):
