@@ -90,9 +90,18 @@ class AtariLanes:
             lanes = [vector(1, grayscale, 1, False, _NO_CAP) for _ in range(num_envs)]
             return _RandomSkip(lanes, self._skip, self._most_skip, config.max_pool)
 
-        self._env = emulators(num_envs, self._gray)
+        self.fps = 30  # as ALE's own environment says
+        self._emulators, self._render = emulators, render
+        self._seed: int | None = None
+        self._make(seed)
+
+    def _make(self, seed: int) -> None:
+        """Make the emulators: a seed does not take ALE's back to how they began."""
+        num_envs = self.num_envs
+        self._env = self._emulators(num_envs, self._gray)
         # A person wants colour where the learner wants gray: a second console that gets lane 0's seed and actions.
-        self._camera = emulators(1, False) if render and self._gray else None
+        self._camera = self._emulators(1, False) if self._render and self._gray else None
+        self._seed = seed
         self._picture = np.zeros((self._height, self._width, 3), np.uint8)
         self._seeds = np.random.SeedSequence(seed).generate_state(num_envs).astype(np.int64) % (2**31 - 1)
         self._lives = np.zeros(num_envs, np.int64)
@@ -102,7 +111,11 @@ class AtariLanes:
         self._presses = np.zeros(num_envs, np.int64)  # of the opening, still to come
         self._returns = Returns(num_envs)
 
-    def reset(self, out: NDArray[Any]) -> None:
+    def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
+        if seed is not None and seed != self._seed:
+            self.close()
+            self._make(seed)
+        self._seed = None  # used from here on
         with self._reporting():
             frames, info = self._env.reset(seed=self._seeds)
         self._show(frames, self._camera.reset(seed=self._seeds[:1])[0] if self._camera is not None else None)

@@ -15,6 +15,7 @@ _INTERFACE = {
     "reset": "(observation, info)",
     "step": "(observation, reward, terminated, truncated, info)",
 }
+_FPS, _MOST_FPS = 30, 1_000
 WITHOUT_IMAGES = "without images it trains (video_every_episodes=0), is evaluated, and played (pydqn play --no-show)"
 
 
@@ -45,6 +46,14 @@ class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
         self._env_id, self._index, self._seed = env_id, index, seed
         self._box = self.observation_space if isinstance(self.observation_space, gymnasium.spaces.Box) else None
         self._dtype: np.dtype[Any] | None = None  # of observations, once one was good
+
+    @property
+    def fps(self) -> int:
+        """Steps per second at which a person would watch: what the environment says (`render_fps`), or 30."""
+        metadata = self.env.metadata
+        fps: Any = metadata.get("render_fps") if isinstance(metadata, dict) else None
+        known = isinstance(fps, (int, float, np.integer, np.floating)) and 0.5 < fps <= _MOST_FPS
+        return round(float(fps)) if known else _FPS
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; a seed begins the count of steps anew."""

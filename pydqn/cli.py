@@ -11,8 +11,8 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from pydqn.options import make_parser
 from pydqn.presets import PRESETS, preset, preset_and_note
 
 if TYPE_CHECKING:
+    from pydqn.evaluation import Game
     from pydqn.locks import Claim
     from pydqn.logs import ProgressBar, Report
     from pydqn.runs import BaseRun
@@ -36,23 +37,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     bound_spinning()  # before any command imports torch
     arguments = _parser().parse_args(argv)
-    formatted, warnings.formatwarning = warnings.formatwarning, _warning
-    try:
-        return int(arguments.run(arguments) or 0)
-    except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except _ERRORS as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    finally:
-        warnings.formatwarning = formatted
+    with _one_line_warnings():
+        try:
+            return int(arguments.run(arguments) or 0)
+        except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _BROKEN_PIPE
+        except _ERRORS as error:
+            return _fail(error)
+        except KeyboardInterrupt:
+            return _INTERRUPTED
 
 
-def _warning(message: Warning | str, *_: object, **__: object) -> str:
-    """Return what is shown of a warning: one line, without our own source code."""
-    return f"pydqn: warning: {message}\n"
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings as lines, those of environments that fail to close last: below what a command came to."""
+    late: list[Warning | str] = []
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if category.__name__ == "CloseWarning":  # (not imported, as Gymnasium is with it: few commands need that)
+            late.append(message)
+        else:
+            print(f"pydqn: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            for message in late:
+                print(f"pydqn: warning: {message}", file=sys.stderr)
 
 
 def _fail(error: Exception) -> int:
@@ -222,43 +237,47 @@ def _play(arguments: argparse.Namespace) -> None:
     from pydqn.evaluation import Game, watch
     from pydqn.recording import Caption, Recorder, beside
 
-    if arguments.fps < 1:
+    if arguments.fps is not None and arguments.fps < 1:
         raise ValueError(f"fps: expected at least 1, got {arguments.fps}")
     most_steps = math.inf if arguments.most_steps is None else arguments.most_steps
-    show = arguments.show or (not arguments.record and sys.stdout.isatty())
+    show = (not arguments.record and sys.stdout.isatty()) if arguments.show is None else arguments.show
     if show:
         sys.stdout.write("\x1b[2J")  # each picture is drawn over the one before
     recorder: Recorder | None = None
     with ExitStack() as stack:
         due = time.perf_counter()
         options = {"weights": arguments.weights, "seed": arguments.seed, **_overrides(arguments)}
-        for scene in watch(arguments.folder, most_steps=most_steps, **options):
+        images = bool(show or arguments.record)
+        for scene in watch(arguments.folder, most_steps=most_steps, images=images, **options):
             if isinstance(scene, Game):
-                game = scene
+                _print_game(scene)
                 break
-            names, picture = scene.action_names, scene.picture
+            names, picture, fps = scene.action_names, scene.picture, arguments.fps or scene.fps
+            if scene.picture is None or picture is None:
+                continue
             if arguments.q_values:
                 picture = beside(picture, names, scene.values, scene.action)
             if arguments.record:
                 page = Path(arguments.record).suffix == ".html"  # shows the action values in any case
                 if recorder is None:
                     title = Path(arguments.folder).name
-                    recorder = stack.enter_context(
-                        Recorder(arguments.record, arguments.fps, title=title, action_names=names)
-                    )
+                    recorder = stack.enter_context(Recorder(arguments.record, fps, title=title, action_names=names))
                 recorder.add(
                     scene.picture if page else picture,
                     Caption(names[scene.action], scene.reward, scene.total, scene.values),
                 )
             if show:
                 _draw(picture)
-                due = max(due + 1 / arguments.fps, time.perf_counter())
+                due = max(due + 1 / fps, time.perf_counter())
                 time.sleep(due - time.perf_counter() if due > time.perf_counter() else 0)
+    if arguments.record:
+        print(f"recorded: {arguments.record}")
+
+
+def _print_game(game: Game) -> None:
     total = "unfinished" if math.isnan(game.total) else f"{game.total:g}"
     counts = " ".join(f"{action}:{count}" for action, count in game.action_counts.items())
     print(f"total reward {total} in {game.steps} steps; actions {counts}")
-    if arguments.record:
-        print(f"recorded: {arguments.record}")
 
 
 def _draw(picture: Any) -> None:
@@ -293,7 +312,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **_overrides(arguments),
     )
-    append_line(Path(arguments.folder) / SCORES, json.dumps(result._asdict()))
     returns = result.returns
     spread = statistics.stdev(returns) if len(returns) > 1 else 0.0
     normalized = result.human_normalized_percent
@@ -302,6 +320,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         f"from {min(returns):g} to {max(returns):g}" + ("" if normalized is None else f"; {normalized:.1f}% of human")
     )
     print(f"protocol {result.protocol}: {', '.join(f'{name} {value}' for name, value in result.settings.items())}")
+    try:
+        append_line(Path(arguments.folder) / SCORES, json.dumps(result._asdict()))
+    except OSError as error:  # the scores have been shown
+        print(f"pydqn: warning: these scores could not be kept: {error}", file=sys.stderr)
 
 
 def _plot(arguments: argparse.Namespace) -> None:

@@ -74,6 +74,7 @@ class GymLanes:
                     f"env_id: {config.env_id} has {observation} observations; expected Box or Discrete ones"
                 )
             failed.pop_all()
+        self.fps = self._checked[0].fps
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, np.bool_)
         self._returns = Returns(num_envs)
@@ -186,10 +187,14 @@ class StateEnv:
             terminated=np.array(terminated, np.bool_),
         )
 
+    def reseed(self, seed: int) -> None:
+        """Let the next reset begin anew, as in an environment that is made with this seed."""
+        self._seed = seed
+
     def reset(self) -> int:
         """Open an episode and return its first state."""
         observation, _ = self._env.reset(seed=self._seed)
-        self._seed = None  # only the first time: later episodes go on with the same generator
+        self._seed = None  # only once: later episodes go on with the same generator
         return int(self._states.number(observation))
 
     def step(self, action: int) -> tuple[int, float, bool, bool]:

@@ -68,10 +68,10 @@ def memory_settings(config: Config, lanes: Lanes) -> dict[str, Any]:
     }
 
 
-def open_episodes(lanes: Lanes, memory: FrameReplay) -> None:
-    """Open an episode in every lane and put the first frames into the memory."""
+def open_episodes(lanes: Lanes, memory: FrameReplay, seed: int | None = None) -> None:
+    """Open an episode in every lane (see `Lanes.reset`) and put the first frames into the memory."""
     slot = memory.next_slot()
-    lanes.reset(slot)
+    lanes.reset(slot, seed)
     nothing, everything = np.zeros(lanes.num_envs, np.int64), np.ones(lanes.num_envs, np.bool_)
     memory.append(slot, nothing, nothing, ~everything, ~everything, everything)
 
@@ -154,10 +154,10 @@ class Moment(NamedTuple):
 
 
 def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed: int) -> Iterator[Moment]:
-    """Play on and on, yielding every step. The first frames are there when the first step is asked for."""
+    """Play on and on from that seed, yielding every step. The first frames are there when the first is asked for."""
     memory = FrameReplay(lanes.num_envs * (config.stack + config.n_step), **memory_settings(config, lanes))
     generator = np.random.default_rng(seed)
-    open_episodes(lanes, memory)
+    open_episodes(lanes, memory, seed)
     while True:
         values = policy.values(memory.latest())
         action = policy.choose(values, epsilon, generator)
@@ -186,30 +186,53 @@ def warn_if_cut(config: Config, steps: int) -> None:
         )
 
 
+def evaluation_lanes(config: Config, episodes: int, seed: int) -> Lanes:
+    """Make the environments in which so many games are played under `config.evaluation_protocol`.
+
+    They are at most as many as the run has: of some simulators no more can exist. (Of Atari's emulators they can.)
+    """
+    most = _MOST_LANES if rom_of(config.env_id) is not None else min(config.num_envs, _MOST_LANES)
+    return make_lanes(under_protocol(config), min(episodes, most), seed)
+
+
 def evaluate_policy(
-    config: Config, policy: Policy, episodes: int, seed: int, stop: Callable[[], bool] = lambda: False
+    config: Config,
+    policy: Policy,
+    episodes: int,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+    lanes: Lanes | None = None,
 ) -> list[float]:
     """Play whole games under `config.evaluation_protocol` and return their true returns.
 
-    Every lane plays a fixed share of the games, so that short games are not preferred. Once `stop()` is true, those
-    that have ended so far are returned.
+    Every environment plays a fixed share of the games, so that short games are not preferred.
+
+    Args:
+        config: of the run.
+        policy: what plays.
+        episodes: whole games.
+        seed: of the environments and of exploration.
+        stop: once it returns True, the returns of games that have ended so far are returned.
+        lanes: `evaluation_lanes` of these arguments, which stay open; None to make some and release them.
     """
+    if lanes is None:
+        lanes = evaluation_lanes(config, episodes, seed)
+        try:
+            return evaluate_policy(config, policy, episodes, seed, stop, lanes)
+        finally:
+            lanes.close()
     own, config = config, under_protocol(config)
-    num_envs = min(episodes, _MOST_LANES)
-    lanes = make_lanes(config, num_envs, seed)
+    num_envs = lanes.num_envs
     left = np.array([len(range(lane, episodes, num_envs)) for lane in range(num_envs)])
     returns: list[float] = []
-    try:
-        for moment in steps_of(config, lanes, policy, config.evaluation_epsilon, seed):
-            for episode in moment.episodes:
-                warn_if_cut(own, episode.steps)
-                if left[episode.lane] > 0:
-                    left[episode.lane] -= 1
-                    returns.append(episode.total)
-            if stop() or not (left > 0).any():
-                return returns
-    finally:
-        lanes.close()
+    for moment in steps_of(config, lanes, policy, config.evaluation_epsilon, seed):
+        for episode in moment.episodes:
+            warn_if_cut(own, episode.steps)
+            if left[episode.lane] > 0:
+                left[episode.lane] -= 1
+                returns.append(episode.total)
+        if stop() or not (left > 0).any():
+            return returns
     raise AssertionError("unreachable: steps_of has no end")
 
 
@@ -260,13 +283,13 @@ def score(
     _require("episodes", games, 1)
     _require("seed", seed, 0)
     played = under_protocol(config)
-    lanes = make_lanes(played, 1, seed)
+    lanes = evaluation_lanes(config, games, seed)
     try:
         policy, metadata = load_policy(run, played, lanes, weights)
+        with torch_threads(config):
+            returns = evaluate_policy(config, policy, games, seed, lanes=lanes)
     finally:
         lanes.close()
-    with torch_threads(config):
-        returns = evaluate_policy(config, policy, games, seed)
     mean = float(np.mean(returns))
     told = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
     return Score(
@@ -298,7 +321,8 @@ def _require(name: str, value: float, least: int) -> None:
 class Scene(NamedTuple):
     """One step of a game that is watched."""
 
-    picture: NDArray[np.uint8]  # (H, W, 3)
+    picture: NDArray[np.uint8] | None  # (H, W, 3), unless played without images
+    fps: int  # at which the environment's steps are watched
     action: int
     action_names: tuple[str, ...]
     values: tuple[float, ...]  # by which the action was chosen
@@ -320,14 +344,28 @@ def watch(
     weights: str | None = None,
     seed: int = 0,
     most_steps: float = math.inf,
+    images: bool = True,
     **overrides: Any,
 ) -> Iterator[Scene | Game]:
-    """Play one game with a run's weights (see `load_policy`); yields a `Scene` per step, and the `Game` at the end."""
+    """Play one game with a run's weights; yields a `Scene` per step, and the `Game` at the end.
+
+    Args:
+        run: folder of the run.
+        weights: as for `load_policy`.
+        seed: of the environment and of exploration.
+        most_steps: break the game off after so many steps.
+        images: whether scenes have pictures; without, any environment will do.
+        overrides: fields of the run's `Config` to replace.
+
+    Raises:
+        ValueError: `run` is not the folder of a run with weights, or an argument is out of range.
+        RuntimeError: the environment failed, or cannot draw itself.
+    """
     _require("seed", seed, 0)
     _require("most_steps", most_steps, 1)
     own = load_run(run, **overrides, clip_rewards=False)
     config = under_protocol(own)
-    lanes = make_lanes(config, 1, seed, render=True)
+    lanes = make_lanes(config, 1, seed, render=images)
     try:
         policy, _ = load_policy(run, config, lanes, weights)
         names = lanes.action_names
@@ -337,7 +375,8 @@ def watch(
             action, reward = int(moment.action[0]), float(moment.reward[0])
             counts[names[action]] += 1
             total += reward
-            yield Scene(lanes.picture(), action, names, tuple(moment.values[0].tolist()), reward, total)
+            picture = lanes.picture() if images else None
+            yield Scene(picture, lanes.fps, action, names, tuple(moment.values[0].tolist()), reward, total)
             if moment.episodes:
                 warn_if_cut(own, steps)
             if moment.episodes or steps >= most_steps:

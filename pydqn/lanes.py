@@ -35,9 +35,13 @@ class Lanes(Protocol):
     action_names: tuple[str, ...]
     frame_shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fps: int  # steps per second at which a person would watch
 
-    def reset(self, out: NDArray[Any]) -> None:
-        """Open an episode in every lane; writes the first frames to `out`, (num_envs, *frame_shape)."""
+    def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
+        """Open an episode in every lane; writes the first frames to `out`, (num_envs, *frame_shape).
+
+        With a `seed`, all goes on as it would in environments that are made with it, however long these have been used.
+        """
 
     def send(self, action: NDArray[np.int64]) -> None:
         """Start one step in every lane."""

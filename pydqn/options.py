@@ -58,13 +58,15 @@ def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | N
     command.add_argument(
         "--fps",
         type=int,
-        default=30,
-        help="pictures per second (default: 30; a game of Atari makes 60 / frame-skip decisions a second)",
+        help="images per second (default: the environment's own, Atari's is 30; a game of Atari makes 60 / frame-skip "
+        "decisions a second)",
     )
     command.add_argument("--most-steps", type=int, metavar="N", help="stop after N decisions")
     command.add_argument("--q-values", action="store_true", help="draw the action values beside the picture")
     command.add_argument(
-        "--show", action="store_true", help="draw the game in the terminal (as it does anyway when not recording)"
+        "--show",
+        action=argparse.BooleanOptionalAction,
+        help="draw the game in the terminal (as it does anyway when not recording); --no-show needs no images",
     )
     command.set_defaults(run=commands_of["play"])
 

@@ -13,16 +13,17 @@ from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.files import atomic_write
+from pydqn.colours import TABLE, Colours, own_colours, pack
+from pydqn.encoder import Encoder
+from pydqn.files import atomic_write, named_errors
 
 _SUFFIXES = (".mp4", ".gif", ".html")
 _LARGE = 300 * 300  # pixels; smaller pictures are shown twice as wide and high
-_TABLE = 256 * 3  # bytes of a GIF's colour table
 _CLEAR = 255  # the colour number that lets the picture before show through
 
 # Of the panel that `beside` draws. Few colours, so that a GIF has room for the game's own.
@@ -99,12 +100,13 @@ class Recorder:
         if self._writer is None:
             self._shape = picture.shape
             self._writer = self._make_writer(*picture.shape[:2])
-            self._stack.callback(self._writer.close)
+            self._stack.push(self._end)
         if picture.shape != self._shape:
             raise ValueError(f"picture: expected shape {self._shape} as before, got {picture.shape}")
         if caption is not None and caption.values and self._action_names:
             _require_one_each(self._action_names, caption.values)
-        self._writer.add(picture, caption)
+        with named_errors(self._path):
+            self._writer.add(picture, caption)
 
     def _make_writer(self, height: int, width: int) -> _Writer:
         scale = self._scale or (2 if height * width < _LARGE else 1)
@@ -122,8 +124,13 @@ class Recorder:
                 raise ValueError("record: expected at least one picture, got none")
         self._stack.__exit__(kind, error, trace)
 
+    def _end(self, kind: object, *_: object) -> None:
+        """End the film; what a broken-off one still lacks is of no interest."""
+        assert self._writer is not None
+        (self._writer.close if kind is None else self._writer.abandon)()
 
-class _Writer(Protocol):
+
+class _Writer:
     """Writes one film to a file that is open."""
 
     def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None: ...
@@ -131,30 +138,30 @@ class _Writer(Protocol):
     def close(self) -> None:
         """Write what comes after the last picture."""
 
+    def abandon(self) -> None:
+        """Release what is open beside the file, which will not be kept."""
 
-class _Video:
+
+class _Video(_Writer):
     """H.264 by ffmpeg, whose pictures have even sizes."""
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, height: int, width: int) -> None:
-        import imageio_ffmpeg
-
         self._scale = scale
         self._padding = ((0, height * scale % 2), (0, width * scale % 2), (0, 0))
-        size = tuple(side * scale + side * scale % 2 for side in (width, height))
-        self._ffmpeg = imageio_ffmpeg.write_frames(
-            file.name, size, fps=fps, macro_block_size=1, output_params=["-f", "mp4"]
-        )
-        self._ffmpeg.send(None)
+        large = [side * scale + side * scale % 2 for side in (height, width)]
+        self._encoder = Encoder(file, fps, *large)
 
     def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
-        large = _enlarged(picture, self._scale)
-        self._ffmpeg.send(np.ascontiguousarray(np.pad(large, self._padding, mode="edge")))
+        self._encoder.add(np.pad(_enlarged(picture, self._scale), self._padding, mode="edge"))
 
     def close(self) -> None:
-        self._ffmpeg.close()
+        self._encoder.close()
+
+    def abandon(self) -> None:
+        self._encoder.abandon()
 
 
-class _Gif:
+class _Gif(_Writer):
     """A GIF in one pass: of each picture only the rectangle that changed, its unchanged pixels see-through.
 
     Pillow compresses. Its own writer holds all pictures until the end and merges those that are alike. All colours go
@@ -165,22 +172,22 @@ class _Gif:
         self._file = file
         self._fps = fps
         self._scale = scale
-        self._colours = _Colours(_CLEAR)
+        self._colours = Colours(_CLEAR)
         self._shown: NDArray[np.uint32] | None = None
         self._count = 0
         file.write(struct.pack("<6sHHBBB", b"GIF89a", width * scale, height * scale, 0xF7, 0, 0))
         self._table_at = file.tell()
-        file.write(bytes(_TABLE) + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeats for ever
+        file.write(bytes(TABLE) + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeats for ever
 
     def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
-        packed = _packed(picture)
+        packed = pack(picture)
         changed = np.ones(packed.shape, np.bool_) if self._shown is None else packed != self._shown
         self._shown = packed
         box = _box(changed)
         packed, changed = packed[box], changed[box]
         numbers, table = self._colours.numbers(packed), b""
         if numbers is None:
-            numbers, table = _own_colours(packed)
+            numbers, table = own_colours(packed)
         else:
             numbers[~changed] = _CLEAR
         self._image(_enlarged(numbers, self._scale), box, table)
@@ -209,12 +216,12 @@ class _Gif:
         self._file.write(self._colours.table)
 
 
-class _Page:
+class _Page(_Writer):
     """One HTML file: `player.html` with the film inside, as JSON in which every picture is a PNG."""
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, title: str, action_names: list[str]) -> None:
         self._file = file
-        self._colours = _Colours(256)
+        self._colours = Colours(256)
         self._captions: list[Any] = []
         before, self._after = resources.files("pydqn").joinpath("player.html").read_text("utf-8").split("@FILM@")
         head = _json({"title": title, "fps": fps, "scale": scale, "actions": action_names})
@@ -230,7 +237,7 @@ class _Page:
     def _png(self, picture: NDArray[np.uint8]) -> bytes:
         from PIL import Image
 
-        numbers = self._colours.numbers(_packed(picture))
+        numbers = self._colours.numbers(pack(picture))
         if numbers is None:
             image = Image.fromarray(picture)
         else:
@@ -248,58 +255,6 @@ class _Page:
     def close(self) -> None:
         captions = self._captions if any(self._captions) else []
         self._file.write(b'],\n"captions":' + _json(captions).encode() + b"}" + self._after.encode())
-
-
-class _Colours:
-    """Numbers the colours of a film in the order in which they come up, as long as there is room."""
-
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._found = np.zeros(256, np.uint32)
-        self._count = 1  # Black is number 0, as which every colour counts that has none yet.
-        self._number = np.zeros(1 << 24, np.uint8)  # The system gives memory only to the few pages in use.
-
-    def numbers(self, packed: NDArray[np.uint32]) -> NDArray[np.uint8] | None:
-        """Return the pixels' colour numbers, or None when there is no room for their colours."""
-        numbers = self._number[packed]
-        strange = np.unique(packed[self._found[numbers] != packed])
-        if not len(strange):
-            return numbers
-        if self._count + len(strange) > self._room:
-            return None
-        new = slice(self._count, self._count + len(strange))
-        self._found[new] = strange
-        self._number[strange] = range(new.start, new.stop)
-        self._count = new.stop
-        return self._number[packed]
-
-    @property
-    def table(self) -> bytes:
-        """256 colours, 3 bytes each."""
-        return _unpacked(self._found).tobytes()
-
-
-def _packed(picture: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Return (H, W) colours as integers below 2^24."""
-    padded = np.zeros((*picture.shape[:2], 4), np.uint8)
-    padded[..., :3] = picture
-    return padded.view("<u4")[..., 0]
-
-
-def _unpacked(colours: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Undo `_packed`, whatever the shape."""
-    return np.ascontiguousarray(colours, "<u4")[..., None].view(np.uint8)[..., :3]
-
-
-def _own_colours(packed: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], bytes]:
-    """Return colour numbers and the table that they are for: exact up to 256 colours, else the nearest ones."""
-    from PIL import Image
-
-    colours, numbers = np.unique(packed, return_inverse=True)
-    if len(colours) <= 256:
-        return numbers.reshape(packed.shape).astype(np.uint8), _unpacked(colours).tobytes().ljust(_TABLE, b"\x00")
-    image = Image.fromarray(np.ascontiguousarray(_unpacked(packed))).quantize(256)
-    return np.asarray(image), bytes(image.getpalette() or ()).ljust(_TABLE, b"\x00")
 
 
 def _box(changed: NDArray[np.bool_]) -> tuple[slice, slice]:

@@ -60,8 +60,12 @@ class ModelledTask:
         self._most_steps = most_steps or _NO_LIMIT
         self._most_test_steps = most_steps or config.evaluation_max_episode_steps or _NO_LIMIT
         self._config = config
+        self.begin(generators)
+
+    def begin(self, generators: list[np.random.Generator], seeds: tuple[int, int] | None = None) -> None:
+        """Open a game, with these generators for exploration; `seeds` are for environments that are stepped."""
         self._generators = generators
-        self._state = int(_first_state(model.start, generators[0]))
+        self._state = int(_first_state(self._model[0], generators[0]))
         self.length, self._total = 0, 0.0
 
     def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
@@ -99,10 +103,20 @@ class SteppedTask:
 
     steps_at_once = 1  # should one fail, all steps before it have been counted
 
-    def __init__(self, envs: tuple[StateEnv, StateEnv], config: Config, generators: list[np.random.Generator]) -> None:
+    def __init__(
+        self, envs: tuple[StateEnv, StateEnv | None], config: Config, generators: list[np.random.Generator]
+    ) -> None:
         self._env, self._test_env = envs
         self._config = config
+        self.begin(generators)
+
+    def begin(self, generators: list[np.random.Generator], seeds: tuple[int, int] | None = None) -> None:
+        """As `ModelledTask.begin`; with `seeds`, of both environments, as if these were new."""
         self._generators = generators
+        if seeds is not None:
+            for env, seed in zip((self._env, self._test_env), seeds, strict=True):
+                if env is not None:
+                    env.reseed(seed)
         self._state = self._env.reset()
         self.length, self._total = 0, 0.0
 
@@ -129,6 +143,7 @@ class SteppedTask:
 
     def _play(self, table: NDArray[np.float64]) -> tuple[float, int]:
         """Return the return of one test game, and its steps."""
+        assert self._test_env is not None
         state, total, steps, over = self._test_env.reset(), 0.0, 0, False
         while not over:
             action = _choose(table, state, self._config.evaluation_epsilon, self._generators[1])
@@ -139,7 +154,8 @@ class SteppedTask:
     def close(self) -> None:
         """Release the environments."""
         self._env.close()
-        self._test_env.close()
+        if self._test_env is not None:
+            self._test_env.close()
 
 
 class TabularRun(BaseRun):
@@ -151,20 +167,26 @@ class TabularRun(BaseRun):
     def _open(self, seeds: np.random.SeedSequence) -> None:
         if self.config.num_envs != 1:
             raise ValueError(f"num_envs: a table learns from 1 environment, got {self.config.num_envs}")
-        self._task, shape = self._make_task(seeds)
+        self._task, shape = self._make_task(*_drawn(seeds))
         self.table = np.zeros(shape)
         self._best_test = -math.inf
 
-    def _make_task(self, seeds: np.random.SeedSequence) -> tuple[ModelledTask | SteppedTask, tuple[int, int]]:
+    def _make_task(
+        self, generators: list[np.random.Generator], seeds: tuple[int, int]
+    ) -> tuple[ModelledTask | SteppedTask, tuple[int, int]]:
         """Return the task, with a game opened, and the shape of its table."""
         config = self.config
-        env_seed, test_seed, *own = (int(seed) for seed in seeds.generate_state(4))
-        generators = [np.random.default_rng(seed) for seed in own]
-        env = StateEnv(config, env_seed)
+        env = StateEnv(config, seeds[0])
         shape = env.num_states, env.num_actions
         model = env.model()
         if model is None:
-            return SteppedTask((env, StateEnv(under_protocol(config), test_seed)), config, generators), shape
+            try:
+                tests = config.evaluation_every_steps > 0
+                test_env = StateEnv(under_protocol(config), seeds[1]) if tests else None
+                return SteppedTask((env, test_env), config, generators), shape
+            except BaseException:
+                env.close()
+                raise
         env.close()
         return ModelledTask(model, env.most_steps, config, generators), shape
 
@@ -188,8 +210,7 @@ class TabularRun(BaseRun):
                         self._warn_of_cut(self.steps - opened, "raise it")
                     opened = self.steps
                     # With all its generators, so that a run that is resumed from here is the same run.
-                    self._task.close()
-                    self._task, _ = self._make_task(self._seeds(self.steps))
+                    self._task.begin(*_drawn(self._seeds(self.steps)))
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
 
@@ -247,6 +268,12 @@ class TabularRun(BaseRun):
             )
         self.table[...] = table
         self._best_test = -math.inf if best is None or "env_id" in self._changed else best
+
+
+def _drawn(seeds: np.random.SeedSequence) -> tuple[list[np.random.Generator], tuple[int, int]]:
+    """Return the generators of exploration in learning and in tests, and the seeds of the environments of both."""
+    env_seed, test_seed, *own = (int(seed) for seed in seeds.generate_state(4))
+    return [np.random.default_rng(seed) for seed in own], (env_seed, test_seed)
 
 
 @kernel()

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,14 @@ from pydqn.checks import integer
 from pydqn.config import Config
 from pydqn.device_replay import DeviceReplay, resolve_storage
 from pydqn.envs import make_lanes
-from pydqn.evaluation import evaluate_policy, load_run, memory_settings, network_for, open_episodes
+from pydqn.evaluation import (
+    evaluate_policy,
+    evaluation_lanes,
+    load_run,
+    memory_settings,
+    network_for,
+    open_episodes,
+)
 from pydqn.films import Film
 from pydqn.lanes import Episode, Lanes, Step
 from pydqn.learner import Learner, Metrics
@@ -34,6 +41,7 @@ from pydqn.replay import FrameReplay
 from pydqn.resuming import named_way_on, require_unchanged
 from pydqn.runs import BaseRun, Due, Learned, Result
 from pydqn.schedules import epsilon, learning_rate, priority_beta
+from pydqn.seeds import Seeds
 from pydqn.signals import deferred
 from pydqn.tabular import TabularRun
 
@@ -88,20 +96,6 @@ def _finish(run: BaseRun) -> Result:
     return run.result()
 
 
-class _Seeds(NamedTuple):
-    """One for each thing that is random; the order is part of what a seed means."""
-
-    own: int
-    evaluation: int
-    lanes: int
-    replay: int
-    network: int
-
-    @classmethod
-    def of(cls, seeds: np.random.SeedSequence) -> _Seeds:
-        return cls(*map(int, seeds.generate_state(5)))
-
-
 class Run(BaseRun):
     """One training run of a DQN; its folder gets videos/, too, where the config asks for them.
 
@@ -113,6 +107,7 @@ class Run(BaseRun):
 
     replay: FrameReplay
     lanes: Lanes
+    _evaluation_lanes: Lanes | None = None
     _film: Film | None = None
     _pace: Pace | None = None  # of updates, where they are made before the call returns
 
@@ -121,10 +116,11 @@ class Run(BaseRun):
         self._device = resolve_device(config.device)
         _core.keep_freed_memory()  # ALE, too, allocates its frames anew at every step
         self._until_closed.enter_context(torch_threads(config))
-        seed = _Seeds.of(seeds)
+        seed = Seeds.of(seeds)
         self._generator = np.random.default_rng(seed.own)
         self._evaluation_seed = seed.evaluation
-        self.lanes = self._make_lanes(seed.lanes)
+        self.lanes = make_lanes(config, config.num_envs, seed.lanes, render=config.video_every_episodes > 0)
+        self._evaluation_lanes = self._make_evaluation_lanes()
         settings = memory_settings(config, self.lanes)
         nbytes = config.replay_capacity_frames * math.prod(self.lanes.frame_shape) * self.lanes.dtype.itemsize
         self._storage = resolve_storage(config.storage, self._device, nbytes)
@@ -146,7 +142,9 @@ class Run(BaseRun):
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
         self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
         self._uncut = 0  # the same since all games were opened together
-        self._film = Film(self.logdir / VIDEOS, config.video_format) if config.video_every_episodes else None
+        self._film = (
+            Film(self.logdir / VIDEOS, config.video_format, self.lanes.fps) if config.video_every_episodes else None
+        )
 
     def reports(self) -> Iterator[Report]:
         """Run to the end, yielding a report whenever one is due, and at the end."""
@@ -214,8 +212,9 @@ class Run(BaseRun):
         """Release the environments; a film that was being made is dropped."""
         if self._film is not None:
             self._film.drop()
-        if hasattr(self, "lanes"):
-            self.lanes.close()
+        for lanes in (getattr(self, "lanes", None), self._evaluation_lanes):
+            if lanes is not None:
+                lanes.close()
 
     def act(self, epsilon: float) -> NDArray[np.int64]:
         """Return (num_envs,) epsilon-greedy actions for what the lanes show now."""
@@ -239,22 +238,13 @@ class Run(BaseRun):
         self.frames += step.frames
         if self._film is not None and self._film.filming:
             # Several frames may open a game: the film begins with the last of them.
-            self._add_to_film(opens=bool(step.first[0]))
+            (self._film.start if step.first[0] else self._film.add)(self.lanes.picture())
         for episode in step.episodes:
             self._end(episode)
         if step.episodes and self.mean_return() > self._best:
             self._best = self.mean_return()
             self._best_weights.keep(self.weights(), self._metadata())
         self._best_weights.write(self.steps)
-
-    def _add_to_film(self, opens: bool) -> None:
-        assert self._film is not None
-        try:
-            (self._film.start if opens else self._film.add)(self.lanes.picture())
-        except OSError:
-            if not self._stopping:
-                raise
-            self._film.drop()  # whoever stops us may have stopped the program that writes films, too
 
     def _learn(self) -> None:
         """Make the updates that are due."""
@@ -291,9 +281,9 @@ class Run(BaseRun):
         self._learned_from = None
 
     def _evaluate(self) -> None:
-        config, policy = self.config, self.learner.policy
+        config, policy, seed = self.config, self.learner.policy, self._evaluation_seed
         played = evaluate_policy(
-            config, policy, config.evaluation_episodes, self._evaluation_seed, lambda: self._stopping
+            config, policy, config.evaluation_episodes, seed, lambda: self._stopping, self._evaluation_lanes
         )
         if not self._stopping:
             self._evaluation, self._evaluated_at = float(np.mean(played)), self.steps
@@ -305,25 +295,32 @@ class Run(BaseRun):
             return config
         return dataclasses.replace(config, precision=before["precision"])
 
-    def _make_lanes(self, seed: int) -> Lanes:
+    def _make_evaluation_lanes(self) -> Lanes | None:
+        """Make the environments of all evaluations, now: should no more be possible, that is known before any step."""
         config = self.config
-        return make_lanes(config, config.num_envs, seed, render=config.video_every_episodes > 0)
+        if not 0 < config.evaluation_every_steps <= config.total_steps:
+            return None
+        try:
+            return evaluation_lanes(config, config.evaluation_episodes, self._evaluation_seed)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(
+                f"{error} (this one was for evaluation, beside those that learn: where no more can exist, train with "
+                "evaluation_every_steps=0 and evaluate the run when it is over)"
+            ) from error
 
     def _reopen(self) -> None:
         """Begin new games in all lanes, those that a run begins which is resumed from the checkpoint just written.
 
-        No emulator's inside can be saved, but so both are the same run. The games that are cut off here are truncated
-        for the learner, and count for nothing else.
+        No environment's inside can be saved, but so both are the same run. The games that are cut off here are
+        truncated for the learner, and count for nothing else.
         """
         if self._age.max() >= self._uncut:
             way_on = "raise it, or let games go on (checkpoint_replay=False, --no-checkpoint-replay)"
             self._warn_of_cut(self._uncut, way_on)
-        self.lanes.close()
-        self.lanes = self._make_lanes(_Seeds.of(self._seeds(self.steps)).lanes)
         self._age[:], self._uncut = 0, 0
         if self._film is not None:
             self._film.drop()
-        open_episodes(self.lanes, self.replay)
+        open_episodes(self.lanes, self.replay, Seeds.of(self._seeds(self.steps)).lanes)
 
     def _share_frames(self) -> None:
         frames = self.replay.frames if isinstance(self.replay, DeviceReplay) else None

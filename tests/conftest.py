@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gymnasium
 import pytest
+from odd_envs import ID, Counted, Odd
 
 from pydqn import preset
 
@@ -33,3 +35,23 @@ TINY = {
 def tiny():
     """A pong run that takes seconds."""
     return preset("pong", **TINY)
+
+
+@pytest.fixture
+def odd():
+    """A kind of environment for one test alone."""
+    Odd.made, Odd.rendered = 0, []
+    kind = type("Odd", (Odd,), {})
+    gymnasium.register(ID, kind)
+    yield kind
+    del gymnasium.registry[ID]
+
+
+@pytest.fixture
+def counted():
+    Odd.made, Odd.rendered = 0, []
+    Counted.made = Counted.alive = Counted.most = 0
+    kind = type("Counted", (Counted,), {})
+    gymnasium.register(ID, kind)
+    yield kind
+    del gymnasium.registry[ID]

@@ -9,65 +9,14 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete, Tuple
+from odd_envs import ID, Odd, config_of
 
 from pydqn import preset, train
 from pydqn.cli import main
 from pydqn.envs import StateEnv, make_lanes
 
-ID = "pydqn-test/Odd-v0"
 # Gymnasium's own checker warns of some of these, too, which is fine.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-class Odd(gymnasium.Env):
-    """Five steps to an episode; `answers` says what reset and step return from the third step of env index 1 on."""
-
-    action_space = Discrete(2)
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
-    made = 0
-    rendered: list[int] = []  # noqa: RUF012
-    space = Box(-10, 10, (3,), np.float32)
-    good = np.zeros(3, np.float32)
-    step_answer = reset_answer = None
-    image = np.zeros((8, 10, 3), np.uint8)
-    wrong_index, wrong_step = 1, 3
-
-    def __init__(self, render_mode=None):
-        self.render_mode, self.observation_space = render_mode, self.space
-        self.index, Odd.made = Odd.made, Odd.made + 1
-        self.steps = 0
-
-    def wrong(self, answer, good):
-        now = self.index == self.wrong_index and self.steps >= self.wrong_step
-        return answer(*good) if answer is not None and now else good
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.wrong(type(self).reset_answer, (self.good, {}))
-
-    def step(self, action):
-        self.steps += 1
-        return self.wrong(type(self).step_answer, (self.good, 1.0, False, self.steps % 5 == 0, {}))
-
-    def render(self):
-        Odd.rendered.append(self.index)
-        return self.image
-
-
-@pytest.fixture
-def odd():
-    """A kind of environment for one test alone."""
-    Odd.made, Odd.rendered = 0, []
-    kind = type("Odd", (Odd,), {})
-    gymnasium.register(ID, kind)
-    yield kind
-    del gymnasium.registry[ID]
-
-
-def config_of(**settings):
-    small = {"network": "mlp", "hidden_units": (8,), "stack": 1, "num_envs": 3, "total_steps": 60, "batch_size": 4}
-    free = {"learning_starts_steps": 20, "replay_capacity_frames": 100, "stop_return": float("inf"), "device": "cpu"}
-    return preset("pong", **{**small, **free, "torch_threads": 1, "env_id": ID, **settings})
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")
 
 
 def play(steps=12):

@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 
 import imageio.v3 as imageio
 import numpy as np
@@ -236,3 +238,91 @@ def test_films_are_named_by_frames_and_return(tmp_path):
     assert names == ["frame-000000012345-return--21.gif", "frame-000000020000-return-2.5.gif"]
     with Image.open(tmp_path / "videos" / names[0]) as gif:
         assert gif.n_frames == 7
+
+
+# --- films that cannot be written ---
+
+
+def ffmpeg(tmp_path, monkeypatch, program):
+    """Put a program in the place of ffmpeg."""
+    path = tmp_path / "ffmpeg"
+    path.write_text("#!/bin/sh\n" + program)
+    path.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(path))
+
+
+BROKEN = {
+    "at once": ("echo 'no such codec' >&2; exit 8", r"exit code 8 \(no such codec\)"),
+    "after a while": ("head -c 100000 > /dev/null; echo first >&2; echo 'disk full' >&2; exit 1", r"1 \(disk full\)"),
+    "at the end": ("cat > /dev/null; echo 'no trailer' >&2; exit 2", r"exit code 2 \(no trailer\)"),
+    "silently": ("cat > /dev/null; exit 3", r"exit code 3 \(it gave no reason\)"),
+    "killed": ("head -c 100000 > /dev/null; kill -9 $$", r"exit code -9 \(it gave no reason\)"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_video_whose_encoder_failed_is_no_file(tmp_path, monkeypatch, how):
+    program, why = BROKEN[how]
+    ffmpeg(tmp_path, monkeypatch, program)
+    path = tmp_path / "films" / "a.mp4"
+    path.parent.mkdir()
+    with pytest.raises(OSError, match=rf"ffmpeg ended with {'exit code ' if 'exit' not in why else ''}{why}.*a\.mp4"):
+        record(path, pictures(30, (100, 100)))
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_film_whose_encoder_failed_is_named_and_the_next_one_is_made(tmp_path, monkeypatch):
+    film = Film(tmp_path / "videos", "mp4")
+    frames = pictures(30, (100, 100))
+    with monkeypatch.context() as broken:
+        ffmpeg(tmp_path, broken, BROKEN["at the end"][0])
+        for frame in frames:
+            film.add(frame) if film.filming else film.start(frame)
+        with pytest.warns(RuntimeWarning, match=r"videos: .*exit code 2 \(no trailer\).*videos"):
+            film.finish(100, 1.0)
+    assert list((tmp_path / "videos").iterdir()) == []
+    for frame in frames:
+        film.add(frame) if film.filming else film.start(frame)
+    film.finish(200, 2.0)
+    (path,) = (tmp_path / "videos").iterdir()
+    assert len(list(imageio.imiter(path, plugin="FFMPEG"))) == 30
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
+def test_a_film_on_a_full_disk_is_no_file(tmp_path, monkeypatch, suffix):
+    """The last operation fails, which makes what was written safe."""
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device.*a\{suffix}"):
+        record(tmp_path / f"a{suffix}", pictures(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_off_video_leaves_no_ffmpeg(tmp_path):
+    with pytest.raises(KeyError), Recorder(tmp_path / "a.mp4") as recorder:
+        recorder.add(pictures(1)[0])
+        process = recorder._writer._encoder._process
+        raise KeyError
+    assert process.returncode is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
+def test_an_interrupt_is_not_for_the_encoder(tmp_path, suffix):
+    """Ctrl-C reaches all processes of a terminal; a film that goes on is whole all the same."""
+    program = (
+        "import os, signal, sys, numpy as np\nfrom pydqn.recording import Recorder\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "with Recorder(sys.argv[1]) as film:\n"
+        "    for number in range(20):\n"
+        "        film.add(np.full((20, 20, 3), number, np.uint8))\n"
+        "        if number == 10:\n            os.killpg(0, signal.SIGINT)\n"
+    )
+    path = tmp_path / f"a{suffix}"
+    subprocess.run([sys.executable, "-c", program, path], check=True, start_new_session=True)
+    if suffix == ".mp4":
+        assert len(list(imageio.imiter(path, plugin="FFMPEG"))) == 20
+    assert path.stat().st_size > 100
