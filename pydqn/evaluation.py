@@ -25,7 +25,7 @@ from pydqn.networks import QNetwork, Table, make_network
 from pydqn.policies import Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
 from pydqn.scores import PROTOCOLS, human_normalized
-from pydqn.tasks import episode_limit
+from pydqn.tasks import episode_limit, with_overrides
 
 CONFIG = "config.json"
 BEST_WEIGHTS = Path("weights") / "best.safetensors"
@@ -79,6 +79,9 @@ def open_episodes(lanes: Lanes, memory: FrameReplay, seed: int | None = None) ->
 def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     """Read the `Config` of a run's folder, with fields replaced by `overrides`.
 
+    With another environment (`env_id`), settings that belong to the run's own become neutral ones, as in
+    `pydqn.presets.preset`, and a UserWarning names them.
+
     Raises:
         ValueError: `run` is not the folder of a run, or its config is not valid.
     """
@@ -88,7 +91,10 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     plain = read_json(path)
     if not isinstance(plain, dict):
         raise ValueError(f"run: {path} is not a run's config")
-    return dataclasses.replace(Config.from_dict(plain), **overrides)
+    config, note = with_overrides(Config.from_dict(plain), "the run's", overrides)
+    if note:
+        warnings.warn(f"run: {note}", stacklevel=2)
+    return config
 
 
 def load_policy(

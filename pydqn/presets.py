@@ -8,7 +8,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from pydqn.config import Config
-from pydqn.tasks import unbound
+from pydqn.tasks import with_overrides
 
 
 class Preset(NamedTuple):
@@ -243,17 +243,8 @@ def preset_and_note(name: str, overrides: dict[str, Any]) -> tuple[Config, str]:
     for field in overrides:
         if field not in fields:
             raise ValueError(f"{field}: {_unknown(field, fields)}")
-    own, env_id = PRESETS[name].config, overrides.get("env_id")
-    reset = unbound(own, env_id) if isinstance(env_id, str) and ":" not in env_id else {}
-    reset = {field: value for field, value in reset.items() if field not in overrides}
-    config = dataclasses.replace(own, **reset, **overrides)
-    changes = ", ".join(f"{field} {_text(getattr(own, field))} -> {_text(value)}" for field, value in reset.items())
-    note = f"preset: {env_id} is another environment than {name}'s {own.env_id}, whose settings were reset: {changes}"
-    return config, note if reset else ""
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    config, note = with_overrides(PRESETS[name].config, f"{name}'s", overrides)
+    return config, f"preset: {note}" if note else ""
 
 
 def _unknown(name: str, known: Any) -> str:

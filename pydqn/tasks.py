@@ -39,6 +39,29 @@ def unbound(config: Config, env_id: str) -> dict[str, Any]:
     return {field.name: field.default for field in fields if getattr(config, field.name) != field.default}
 
 
+def with_overrides(own: Config, whose: str, overrides: dict[str, Any]) -> tuple[Config, str]:
+    """Return `own` with fields replaced, and what was reset with that, for a person: "" where nothing was.
+
+    With another environment (`env_id`), settings that belong to its own become neutral ones, unless they are replaced,
+    too (see `unbound`).
+
+    Args:
+        own: the settings so far.
+        whose: they are, as in "the run's".
+        overrides: by the fields' names.
+    """
+    env_id = overrides.get("env_id")
+    reset = unbound(own, env_id) if isinstance(env_id, str) and ":" not in env_id else {}
+    reset = {field: value for field, value in reset.items() if field not in overrides}
+    changes = ", ".join(f"{field} {_text(getattr(own, field))} -> {_text(value)}" for field, value in reset.items())
+    note = f"{env_id} is another environment than {whose} {own.env_id}, whose settings were reset: {changes}"
+    return dataclasses.replace(own, **reset, **overrides), note if reset else ""
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def episode_limit(config: Config) -> int | None:
     """Return after how many decisions an episode is truncated; None where neither the config nor Gymnasium limits it.
 

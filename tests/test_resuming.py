@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import shlex
 
@@ -14,6 +16,7 @@ from pydqn.checkpoint import latest_checkpoint, load_weights, read_state
 from pydqn.cli import main
 from pydqn.config import TRANSITIONS, Config
 from pydqn.evaluation import load_run
+from pydqn.files import write_json
 from pydqn.logs import read_csv
 from pydqn.policies import resolve_device
 from pydqn.resuming import changes, transition_settings
@@ -147,7 +150,21 @@ def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsy
 def test_a_stop_rule_does_not_count_games_of_another_task(tmp_path):
     train(preset("cartpole", **SMALL, stop_return=9), tmp_path)
     options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200, "checkpoint_replay": False}
-    assert resume(tmp_path, **options).steps == 200
+    assert resume(tmp_path, **options, stop_return=9).steps == 200
+
+
+def test_settings_of_one_environment_do_not_follow_to_another(finished):
+    """As with presets: those that are not given anew are reset, and named."""
+    finished.with_name("other").mkdir()
+    config = dataclasses.replace(load_run(finished), stop_return=9.0, success_steps=7)
+    write_json(finished.with_name("other") / "config.json", config.to_dict())
+    named = (
+        r"^run: pong is another environment than the run's pydqn-test/One-v0, .*: stop_return 9 -> inf, success_steps"
+    )
+    with pytest.warns(UserWarning, match=named):
+        changed = load_run(finished.with_name("other"), env_id="pong")
+    assert (changed.stop_return, changed.success_steps) == (math.inf, 0)
+    assert load_run(finished.with_name("other"), env_id="pong", stop_return=3.0, success_steps=7).stop_return == 3
 
 
 def test_an_empty_replay_buffer_does_not_bring_the_old_one_back(run):
