@@ -5,7 +5,9 @@ from __future__ import annotations
 from sb3_tests import put_in_place
 
 PACKAGES, NEEDS, TESTS_IN = ["sb3-contrib", "stable-baselines3"], ["sb3_contrib"], "tests"
-ON_PURPOSE: dict[str, str] = {}
+ON_PURPOSE = {
+    "*test_save_load.py::test_save_load_replay_buffer?QRDQN?": "reads the array buffer.observations",
+}
 MAY_FAIL: dict[str, str] = {}
 
 
