@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 PACKAGES, NEEDS, TESTS_IN = ["gymnasium", "torch"], ["tyro", "tensorboard"], "tests"
 ON_PURPOSE: dict[str, str] = {}
-# CleanRL pins Gymnasium 0.29. Later versions have other names for its wrappers, and register no Atari games by themselves.
+# CleanRL pins Gymnasium 0.29. Later ones name wrappers otherwise, and register no Atari games by themselves.
 MAY_FAIL = {"*test_atari_gymnasium.py::*": "needs Gymnasium 0.29"} if int(version("gymnasium")[0]) else {}
 _THEIRS = re.compile(r"from (cleanrl_utils|stable_baselines3\.common)\.buffers import ReplayBuffer\n")
 _CLASS = re.compile(r"class PrioritizedReplayBuffer:\n(?:(?: .*)?\n)+?(?=\S)")
