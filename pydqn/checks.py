@@ -46,25 +46,6 @@ def number_dtype(name: str, value: DTypeLike) -> np.dtype[Any]:
     return dtype
 
 
-def exact(name: str, value: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """Return numbers in a dtype that holds every one of them as it is; the array itself where it has that dtype.
-
-    Raises:
-        ValueError: the dtype would round, clip or wrap some of them, or they are no real numbers.
-    """
-    wanted = np.dtype(dtype)
-    if value.dtype == wanted:
-        return value
-    if value.dtype.kind in "biuf":
-        with np.errstate(all="ignore"):
-            cast = value.astype(wanted)
-            back = cast.astype(value.dtype)
-        same = (back == value) | ((back != back) & (value != value))  # (NaN stays NaN)
-        if (same & ((cast < 0) == (value < 0))).all():
-            return cast
-    raise ValueError(f"{name}: expected {wanted}, or values that {wanted} holds exactly, got {value.dtype}")
-
-
 def indices(index: ArrayLike) -> NDArray[np.int64]:
     """Return a list of integers."""
     wanted = np.asarray(index)

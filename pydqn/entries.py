@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.checks import exact, integer
+from pydqn import checks
+from pydqn.checks import converted, integer
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +55,15 @@ def observations(key: Key, leaf: torch.Tensor, like: tuple[tuple[int, ...], np.d
     shape, dtype = like
     if array.shape[1:] != shape:
         raise _unfit(key, f"shape {shape} per transition, as in the first batch", leaf)
-    return exact(str(key), array, dtype)
+    try:
+        return converted(str(key), array, dtype)
+    except ValueError:
+        raise _unfit(key, f"{dtype}, as in the first batch, or values that it holds exactly", leaf) from None
 
 
 def flags(key: Key, leaf: torch.Tensor) -> NDArray[np.bool_]:
     """Return one bool per transition, (n,)."""
-    found = _single(key, leaf, "bool")
-    return exact(str(key), found, bool)
+    return checks.flags(str(key), _single(key, leaf, "bool"))
 
 
 def numbers(key: Key, leaf: torch.Tensor) -> NDArray[Any]:

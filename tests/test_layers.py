@@ -82,7 +82,8 @@ def test_rooms_import_only_lower_rooms(path):
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "pydqn" and parts[1] != "__version__":
-            assert layer_of(parts[1]) < own, f"{path.name} imports {name}"
+            of_one = parts[:2] == ["pydqn", "adapters"] and parts[2] == f"_{path.stem}"  # a part of the same adapter
+            assert of_one or layer_of(parts[1]) < own, f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
@@ -99,7 +100,7 @@ def test_foreign_packages_stay_in_their_rooms(path):
     }
     for name in imports(path):
         home = homes.get(name.split(".")[0])
-        assert home is None or path.stem in home, f"{path.name} imports {name}"
+        assert home is None or path.stem.removeprefix("_") in home, f"{path.name} imports {name}"
         assert name.split(".")[0] not in {"pickle", "cv2", "dill", "joblib", "marshal", "shelve"}, (
             f"{path.name} imports {name}"
         )

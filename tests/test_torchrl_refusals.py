@@ -73,9 +73,9 @@ def changed(key, change):
         (
             "observation",
             lambda x: x.double() + 1e-9,
-            "('observation',): expected float32, or values that",
+            "('observation',): expected float32, as in the first batch",
         ),
-        (("next", "observation"), lambda x: x.double() + 1e-9, "('next', 'observation'): expected float32, or"),
+        (("next", "observation"), lambda x: x.double() + 1e-9, "('next', 'observation'): expected float32, as"),
         (
             "observation",
             lambda x: x[:, :3],
@@ -127,7 +127,7 @@ def test_flags_may_be_numbers(dtype):
     assert rb[:]["next", "done"].bool().equal(wanted["next", "done"][[1, 2, 2, 4, 5]])
     bad = rows(6)
     bad["next", "terminated"] = bad["next", "terminated"] + 0.5
-    with pytest.raises(ValueError, match=r"\('next', 'terminated'\): expected bool, or values that bool holds exactly"):
+    with pytest.raises(ValueError, match=r"\('next', 'terminated'\): expected booleans, or numbers that are 0 or 1"):
         ReplayBuffer(100).extend(bad)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pydqn.adapters._tianshou import SEEN, Lane, Refusals, add_others, exactly, fill, odd_columns, take
 from pydqn.checks import integer
 from pydqn.transitions import TransitionReplay
 
@@ -22,28 +23,9 @@ except ImportError as error:
 __all__ = ["PrioritizedReplayBuffer", "PrioritizedVectorReplayBuffer", "ReplayBuffer", "VectorReplayBuffer"]
 
 _Positions = NDArray[np.int64]
-_SEEN = ("obs", "obs_next")
 
 
-class _NoColumn:
-    @property
-    def obs(self) -> NDArray[Any]:
-        """Say that there is no such column: observations are put together for the positions that are asked for."""
-        raise ValueError('obs: no such column is kept; use buffer[index].obs or buffer.get(index, "obs")')
-
-    obs_next = obs
-
-
-class _Lane(_NoColumn, theirs.ReplayBuffer):
-    """What Tianshou counts of one environment: where its next transition goes, how long its episode is."""
-
-    def get(self, index: Any, key: str, *rest: Any, **others: Any) -> Any:
-        if key in _SEEN and self._meta.get_keys():  # an empty one has to say so itself, or NumPy takes it for a list
-            raise ValueError(f"buffers: expected the whole buffer to be asked for {key}, not one environment's part")
-        return super().get(index, key, *rest, **others)
-
-
-class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
+class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
     """Tianshou's replay buffer of several environments with every frame stored once, and observations as they were.
 
     Positions, columns, statistics and what comes out are Tianshou's own, but for this:
@@ -95,7 +77,7 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
     ) -> None:
         self._lane_size = integer("total_size", math.ceil(total_size / integer("buffer_num", buffer_num, 1)), 1)
         options = (integer("stack_num", stack_num, 1), ignore_obs_next, save_only_last_obs, sample_avail)
-        theirs.ReplayBufferManager.__init__(self, [_Lane(self._lane_size, *options) for _ in range(buffer_num)])
+        theirs.ReplayBufferManager.__init__(self, [Lane(self._lane_size, *options) for _ in range(buffer_num)])
         self._random_state = np.random.RandomState(random_seed)  # Tianshou's kind
         self._stack = stack
         self._newest_alone, self._save_only_last_obs = save_only_last_obs, False  # it would cut indices, too
@@ -124,13 +106,15 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
                 `obs_next` is not `obs` moved on by a frame (then make the buffer with `stack=1`).
         """
         lanes = np.arange(self.buffer_num) if buffer_ids is None else np.asarray(buffer_ids)
-        obs, obs_next = (self._observations(batch, name, len(lanes)) for name in _SEEN)
+        obs, obs_next = (self._observations(batch, name, len(lanes)) for name in SEEN)
         done = np.logical_or(batch.terminated, batch.truncated)
         last, known = self.last_index[lanes], len(self._meta.get_keys()) > 0
         before, ended = (self._meta.obs[last], self._meta.done[last]) if known else (np.full(len(lanes), -1), done)
+        kept = self._meta.act if known else None
+        act = exactly("act", batch.act, kept.dtype) if isinstance(kept, np.ndarray) else batch.act
         index = self._store(obs, obs_next, done, lanes)
         rest = Batch()
-        rest.__dict__.update({key: batch[key] for key in batch.get_keys() if key not in _SEEN}, obs=index)
+        rest.__dict__.update({key: batch[key] for key in batch.get_keys() if key not in SEEN}, act=act, obs=index)
         added: tuple[NDArray[Any], ...] = super().add(rest, lanes)
         if not known:
             self._meta.obs[np.delete(self._indices, added[0])] = -1
@@ -147,6 +131,7 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
             self._make(array.shape[1:], array.dtype.name)
         if array.shape != (count, *self._shape):
             raise ValueError(f"{name}: expected shape {(count, *self._shape)}, got shape {array.shape}")
+        array = exactly(name, array, self._latest.dtype)
         self._seen_nan = self._seen_nan or (array.dtype.kind == "f" and bool(np.isnan(array).any()))
         return array
 
@@ -200,11 +185,11 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
 
     def get(self, index: Any, key: str, default_value: Any = None, stack_num: int | None = None) -> Any:
         """Return a column at some positions, as Tianshou does; `obs` and `obs_next` as they were."""
-        if key not in _SEEN:
+        if key not in SEEN:
             return super().get(index, key, default_value, stack_num)
         if stack_num not in (None, self.stack_num):
             raise ValueError(f"stack_num: expected {self.stack_num} of {key}, as of the buffer, got {stack_num}")
-        return self._gather(self._positions(index))[_SEEN.index(key)]
+        return self._gather(self._positions(index))[SEEN.index(key)]
 
     def _positions(self, index: Any) -> _Positions:
         if not isinstance(index, slice):
@@ -292,7 +277,7 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
 
     def hasnull(self) -> bool:
         """Return whether a NaN or None is held."""
-        odd = _odd(self._meta)
+        odd = odd_columns(self._meta)
         if not odd and not self._seen_nan:
             return False
         rows = self.sample_indices(0)
@@ -300,19 +285,13 @@ class VectorReplayBuffer(_NoColumn, theirs.VectorReplayBuffer):
         self._seen_nan = self._seen_nan and any(np.isnan(seen).any() for part in parts for seen in self._gather(part))
         return self._seen_nan or any(Batch(column=column[rows]).hasnull() for column in odd)
 
-    def set_batch(self, *_: Any) -> None:
-        """Not possible: frames are stored once, in the order in which they came, and holes would tear their stacks."""
-        raise NotImplementedError("frames are stored once: expected transitions to be given to add, one by one")
-
-    dropnull = set_batch
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "buffers": [{**lane.__dict__, "_meta": Batch()} for lane in self.buffers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, buffers=np.empty(len(state["buffers"]), object))
         for number, values in enumerate(state["buffers"]):
-            self.buffers[number] = lane = _Lane.__new__(_Lane)
+            self.buffers[number] = lane = Lane.__new__(Lane)
             lane.__dict__.update(values)
         if self._meta.get_keys():  # what is a part of a column has to be one again
             self._set_batch_for_children()
@@ -377,23 +356,45 @@ class PrioritizedVectorReplayBuffer(VectorReplayBuffer, theirs.PrioritizedVector
 
 
 class ReplayBuffer(VectorReplayBuffer):
-    """`VectorReplayBuffer` of one environment: `ReplayBuffer(size, ...)`."""
+    """`VectorReplayBuffer` of one environment: `ReplayBuffer(size, ...)`.
+
+    It keeps what else a batch holds, as Tianshou's does: `add(Batch(..., value=7.0))`, then `buffer[:].value`.
+    """
 
     def __init__(self, size: int, *options: Any, **named: Any) -> None:
         super().__init__(size, 1, *options, **named)
 
     def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
         """Store a transition; without `buffer_ids`, its arrays have no axis of rows."""
-        return super().add(*((Batch.stack([batch]), [0]) if buffer_ids is None else (batch, buffer_ids)))
+        rows, lanes = (Batch.stack([batch]), [0]) if buffer_ids is None else (batch, buffer_ids)
+        added = super().add(rows, lanes)
+        add_others(self, added[0], rows)
+        return added
+
+    def update(self, buffer: Any) -> Any:
+        """Take over another buffer's transitions, Tianshou's or ours, oldest first; returns their positions here.
+
+        Raises:
+            ValueError: one of the two stacks observations (`stack_num`), or keeps the newest of stacks only.
+        """
+        return take(self, buffer)
+
+    @classmethod
+    def from_data(cls, obs: Any, act: Any, rew: Any, terminated: Any, truncated: Any, done: Any, obs_next: Any) -> Any:
+        """Return a buffer of these transitions, one a row (arrays or datasets of h5py), in order of time.
+
+        Raises:
+            ValueError: they are not of one length, or `done` is not `terminated` or `truncated`.
+        """
+        if issubclass(cls, theirs.PrioritizedReplayBuffer):
+            raise NotImplementedError(
+                "from_data: expected ReplayBuffer, got a class that needs alpha and beta; use update"
+            )
+        columns = {"obs": obs, "act": act, "rew": rew, "terminated": terminated, "truncated": truncated, "done": done}
+        return fill(cls, {**columns, "obs_next": obs_next})
 
 
 class PrioritizedReplayBuffer(ReplayBuffer, PrioritizedVectorReplayBuffer):
     """`PrioritizedVectorReplayBuffer` of one environment: `PrioritizedReplayBuffer(size, alpha, beta, ...)`."""
 
-
-def _odd(columns: Any) -> list[Any]:
-    """Return the columns that may hold a NaN or None."""
-    if isinstance(columns, Batch):
-        return [column for part in columns.values() for column in _odd(part)]
-    kind = columns.dtype.kind if isinstance(columns, np.ndarray) else "O"
-    return [] if kind in "biu" or (kind == "f" and not np.isnan(columns).any()) else [columns]
+    from_data = Refusals.from_data

@@ -1,0 +1,142 @@
+"""Parts of `pydqn.adapters.tianshou`: an environment's own counts, and transitions that come from elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.checks import converted
+
+try:
+    from tianshou import data as theirs
+    from tianshou.data import Batch
+    from tianshou.data.batch import alloc_by_keys_diff
+except ImportError as error:
+    raise ImportError("pydqn.adapters.tianshou needs Tianshou: pip install 'pydqn[adapters]'") from error
+
+SEEN = ("obs", "obs_next")
+_ROWS = 1024  # of a dataset at a time
+
+
+class NoColumn:
+    """What has no columns of observations."""
+
+    @property
+    def obs(self) -> NDArray[Any]:
+        """Say that there is no such column: observations are put together for the positions that are asked for."""
+        raise ValueError('obs: no such column is kept; use buffer[index].obs or buffer.get(index, "obs")')
+
+    obs_next = obs
+
+
+class Refusals(NoColumn):
+    """What of Tianshou's interface a buffer that stores each frame once has not."""
+
+    stack_num: int
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "stack_num" and self.__dict__.get("transitions") is not None:
+            raise ValueError(
+                f"stack_num: expected to stay {self.stack_num} once there are transitions. Tianshou's own update sets "
+                "it, and cannot read this buffer: call update of pydqn's ReplayBuffer, or add what buffer[:] gives"
+            )
+        super().__setattr__(key, value)
+
+    def __iter__(self) -> Any:
+        """Not possible: NumPy would take the buffer for a list; Tianshou's managers of buffers make arrays of them."""
+        raise ValueError(
+            "buffer: cannot be iterated over or put into an array. buffer[:] has its transitions; VectorReplayBuffer "
+            "is for several environments; CachedReplayBuffer and other managers take Tianshou's own buffers only"
+        )
+
+    def set_batch(self, *_: Any) -> None:
+        """Not possible: frames are stored once, in the order in which they came, and holes would tear their stacks."""
+        raise NotImplementedError("frames are stored once: expected transitions to be given to add, one by one")
+
+    dropnull = set_batch
+
+    def update(self, buffer: Any) -> Any:
+        """Not possible: Tianshou's buffers of several environments do not take over another's, either."""
+        raise NotImplementedError("update: expected a ReplayBuffer of one environment to take over transitions")
+
+    @classmethod
+    def from_data(cls, *_: Any, **__: Any) -> Any:
+        """Not possible: nothing says which environment a row is of, or what exponents priorities have."""
+        raise NotImplementedError("from_data: expected ReplayBuffer.from_data; other classes take transitions by add")
+
+
+class Lane(NoColumn, theirs.ReplayBuffer):
+    """What Tianshou counts of one environment: where its next transition goes, how long its episode is."""
+
+    def get(self, index: Any, key: str, *rest: Any, **others: Any) -> Any:
+        """Return a column as Tianshou does, but for observations: only the whole buffer has them."""
+        if key in SEEN and self._meta.get_keys():  # an empty one has to say so itself, or NumPy takes it for a list
+            raise ValueError(f"buffers: expected the whole buffer to be asked for {key}, not one environment's part")
+        return super().get(index, key, *rest, **others)
+
+    def set_batch(self, batch: Any) -> None:
+        """Be a part of the whole buffer's columns, whatever they are called."""
+        self._meta = batch
+
+
+def odd_columns(columns: Any) -> list[Any]:
+    """Return the columns that may hold a NaN or None."""
+    if isinstance(columns, Batch):
+        return [column for part in columns.values() for column in odd_columns(part)]
+    kind = columns.dtype.kind if isinstance(columns, np.ndarray) else "O"
+    return [] if kind in "biu" or (kind == "f" and not np.isnan(columns).any()) else [columns]
+
+
+def exactly(name: str, array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return observations in the dtype of the first ones; ValueError where values would change."""
+    try:
+        return converted(name, array, dtype)
+    except ValueError:
+        wanted = f"{dtype}, as in the first transition, or values that it holds exactly"
+        raise ValueError(f"{name}: expected {wanted}, got {array.dtype}") from None
+
+
+def add_others(buffer: Any, positions: NDArray[Any], rows: Any) -> None:
+    """Put what Tianshou has no name for into columns of its own."""
+    names = [key for key in rows.get_keys() if key not in (*buffer._reserved_keys, *SEEN)]
+    if not names:
+        return
+    others = Batch()
+    others.__dict__.update({name: rows[name] for name in names})
+    alloc_by_keys_diff(buffer._meta, others, buffer.maxsize, stack=False)
+    buffer._set_batch_for_children()
+    for name in names:
+        buffer._meta[name][positions] = others[name]
+
+
+def take(buffer: Any, other: Any) -> NDArray[np.int64]:
+    """Add another buffer's transitions to a buffer of one environment; its episode's statistics stay as they are."""
+    for name, one in (("buffer", other), ("self", buffer)):
+        if one.stack_num > 1 or one._save_only_last_obs or getattr(one, "_newest_alone", False):
+            raise ValueError(f"update: expected neither stack_num nor save_only_last_obs, got one in {name}")
+    positions = other.sample_indices(0) if len(other) else np.zeros(0, np.int64)
+    rows, lane = other[positions] if len(positions) else Batch(), buffer.buffers[0]
+    rows.__dict__.pop("weight", None)  # a prioritized buffer's, for a batch
+    statistics = lane._ep_return, lane._ep_len, lane._ep_start_idx
+    added = [buffer.add(rows[number])[0][0] for number in range(len(positions))]
+    lane._ep_return, lane._ep_len, lane._ep_start_idx = statistics
+    return np.array(added, np.int64)
+
+
+def fill(make: Any, columns: dict[str, Any]) -> Any:
+    """Return a buffer, made with its size, of rows."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"from_data: expected columns of one length, got {lengths}")
+    buffer = make(lengths["obs"])
+    for start in range(0, lengths["obs"], _ROWS):
+        part = {name: np.asarray(column[start : start + _ROWS]) for name, column in columns.items()}
+        done = part.pop("done").astype(bool)
+        wrong = np.flatnonzero(done != (part["terminated"].astype(bool) | part["truncated"].astype(bool)))
+        if len(wrong):
+            raise ValueError(f"done: expected terminated or truncated, got {done[wrong[0]]} in row {start + wrong[0]}")
+        for number in range(len(done)):
+            buffer.add(Batch({name: column[number] for name, column in part.items()}))
+    return buffer
