@@ -202,7 +202,7 @@ def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path | Claim, bool
 def _follow(run: BaseRun, bar: ProgressBar) -> None:
     """Run to the end, with a progress bar and a line for every so many games."""
     config = run.config
-    episodes, best = len(run.returns), -math.inf
+    episodes, best = run.episodes, -math.inf
     for report in run.reports():
         every = config.log_every_episodes
         if every and report.episodes // every > episodes // every:

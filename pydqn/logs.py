@@ -9,6 +9,8 @@ import os
 import platform
 import sys
 import warnings
+from array import array
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -78,9 +80,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         progress = list(Report.__annotations__)
-        kept = _rows(logdir / PROGRESS, "steps", steps), _rows(logdir / EPISODES, "episode", episodes)
-        self._progress_file, self._progress = _open(logdir / PROGRESS, progress, kept[0])
-        self._episodes_file, self._episodes = _open(logdir / EPISODES, _EPISODE_COLUMNS, kept[1])
+        self._progress_file, self._progress = _open(logdir / PROGRESS, progress, "steps", steps)
+        self._episodes_file, self._episodes = _open(logdir / EPISODES, _EPISODE_COLUMNS, "episode", episodes)
         with named_errors(logdir):
             self._board = SummaryWriter(str(logdir), purge_step=steps + 1 if steps else None)
 
@@ -100,7 +101,7 @@ class RunLog:
 
     def episode(self, episode: int, steps: int, lane: int, total: float, length: int, epsilon: float) -> None:
         """Add one whole game, which ended when the run had made `steps` decisions."""
-        row = (episode, steps, lane, _text(total), length)
+        row = (episode, steps, lane, _exact(total), length)
         self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
         with self._board_errors():
             for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
@@ -134,29 +135,32 @@ class RunLog:
                 file.flush()
 
 
-def _rows(path: Path, column: str, most: int) -> list[dict[str, str]]:
-    """Return the rows of a CSV up to where `column` passes `most`; a row that a crash cut short ends them."""
-    if not most:
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = []
-        with suppress(csv.Error, ValueError):  # what a crash has left behind the rows that count
-            for row in reader:
-                if None in row.values() or int(row[column]) > most:
-                    break
-                rows.append(row)
-    return rows
+def read_returns(logdir: Path, episodes: int) -> array[float]:
+    """Return the returns of a run's first episodes, as many of them as episodes.csv has."""
+    rows = _rows(logdir / EPISODES, "episode", episodes)
+    return array("d", (float(row["return"] or "nan") for row in rows))
 
 
-def _open(path: Path, columns: list[str], rows: list[dict[str, str]]) -> tuple[IO[str], csv.DictWriter[str]]:
-    """Begin a CSV with some rows, in the place of the file that is there."""
+def _rows(path: Path, column: str, most: int) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV up to where `column` passes `most`; a row that a crash cut short ends them."""
+    if not most or not path.is_file():
+        return
+    with path.open(newline="") as file, suppress(csv.Error, ValueError):  # what a crash has left behind them
+        for row in csv.DictReader(file):
+            if None in row.values() or int(row[column]) > most:
+                break
+            yield row
+
+
+def _open(path: Path, columns: list[str], column: str, most: int) -> tuple[IO[str], csv.DictWriter[str]]:
+    """Begin a CSV in the place of the file that is there, with its rows up to where `column` passes `most`."""
     with atomic_write(path) as beside:
-        text = io.StringIO(newline="")
+        text = io.TextIOWrapper(beside, newline="")
         writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
-        beside.write(text.getvalue().encode())
+        writer.writerows(_rows(path, column, most))
+        text.flush()
+        text.detach()  # or it would close the file
     file = path.open("a", newline="")
     return file, csv.DictWriter(file, columns)
 
@@ -269,6 +273,12 @@ class ProgressBar:
         warnings.showwarning = self._show_warning
         if self._bar is not None:
             self._bar.close()
+
+
+def _exact(value: float) -> str:
+    """Return text that reads as the very number: returns are not kept elsewhere."""
+    text = _text(value)
+    return text if math.isnan(value) or float(text) == value else repr(float(value))
 
 
 def _text(value: float) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,7 +34,7 @@ from pydqn.evaluation import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, load_run
 from pydqn.files import Damaged, write_json
 from pydqn.lanes import Episode
 from pydqn.locks import Claim
-from pydqn.logs import PROGRESS, Process, Report, RunLog, environment
+from pydqn.logs import EPISODES, PROGRESS, Process, Report, RunLog, environment, read_returns
 from pydqn.replay import FrameReplay
 from pydqn.resuming import changes, instead_of, transition_settings
 from pydqn.schedules import epsilon
@@ -101,7 +102,8 @@ class BaseRun:
         self.logdir = self._claim.folder
         self.config = config = resolved(config)
         self.steps = self.frames = 0
-        self.returns: list[float] = []
+        self.episodes = 0  # whole ones
+        self.returns = array("d")  # theirs
         self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
         self._successes = 0  # in a row
         self._best = -math.inf
@@ -151,7 +153,7 @@ class BaseRun:
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
         write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic(), **self.task()})
-        self._log = RunLog(self.logdir, self.steps, len(self.returns))
+        self._log = RunLog(self.logdir, self.steps, self.episodes)
         if path is None:
             self._checkpoint()  # so that whatever comes, there is one to go on from
 
@@ -219,7 +221,7 @@ class BaseRun:
             "steps": self.steps,
             "frames": self.frames,
             "seconds": self._clock(),
-            "returns": self.returns,
+            "episodes": self.episodes,  # their returns are in episodes.csv: there may be millions
             "recent": list(self._recent),
             "successes": self._successes,
             "best": None if self._best == -math.inf else self._best,
@@ -232,7 +234,14 @@ class BaseRun:
         state = checkpoint.state
         self.steps, self.frames = integer("steps", state["steps"], 0), integer("frames", state["frames"], 0)
         self._seconds_before = float(state["seconds"])
-        self.returns = [float(value) for value in state["returns"]]
+        if "returns" in state:  # as checkpoints were before
+            self.returns = array("d", map(float, state["returns"]))
+            self.episodes = len(self.returns)
+        else:
+            self.episodes = integer("episodes", state["episodes"], 0)
+            self.returns = read_returns(self.logdir, self.episodes)
+            if missing := self.episodes - len(self.returns):
+                self.notes.append(f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} games so far")
         self._recent.extend(Episode(int(lane), float(total), int(steps)) for lane, total, steps in state["recent"])
         self._successes = integer("successes", state["successes"], 0)
         self._best = -math.inf if state["best"] is None else float(state["best"])
@@ -282,7 +291,7 @@ class BaseRun:
     def result(self) -> Result:
         """Return what the run has come to so far."""
         reason = self._ending() or ("interrupted" if self._stopping else "not over")
-        return Result(self.returns, self.steps, self.frames, self.updates, self._seconds, self.logdir, reason)
+        return Result(list(self.returns), self.steps, self.frames, self.updates, self._seconds, self.logdir, reason)
 
     def mean_return(self) -> float:
         """Mean of the last `mean_episodes` returns; minus infinity until there are that many."""
@@ -295,7 +304,7 @@ class BaseRun:
 
     def _ending(self) -> str | None:
         evaluation, mean = self._evaluation, self.mean_return()
-        standing = Standing(self.steps, len(self.returns), self.updates, self._successes, mean, evaluation)
+        standing = Standing(self.steps, self.episodes, self.updates, self._successes, mean, evaluation)
         return ending(self.config, standing)
 
     def _warn_of_cut(self, steps: int, way_on: str) -> None:
@@ -313,10 +322,11 @@ class BaseRun:
     def _end(self, episode: Episode) -> None:
         """Take note of a whole game."""
         assert self._log is not None
+        self.episodes += 1
         self.returns.append(episode.total)
         self._recent.append(episode)
         self._successes = self._successes + 1 if episode.steps >= self.config.success_steps else 0
-        self._log.episode(len(self.returns), self.steps, *episode, epsilon(self.config, self.steps))
+        self._log.episode(self.episodes, self.steps, *episode, epsilon(self.config, self.steps))
 
     def _metadata(self) -> dict[str, Any]:
         """Return what stands beside weights."""
@@ -357,7 +367,7 @@ class BaseRun:
             steps=self.steps,
             frames=self.frames,
             updates=learned.updates,
-            episodes=len(self.returns),
+            episodes=self.episodes,
             epsilon=epsilon(self.config, self.steps),
             mean_return=float(np.mean(totals)) if totals else math.nan,
             last_return=totals[-1] if totals else math.nan,
@@ -376,18 +386,3 @@ class BaseRun:
             self._log.report(report, learned.samples)
         self._last = report
         return report
-
-
-class Due:
-    """Says, when asked often, whether another `every` steps or games have gone by (0: never)."""
-
-    def __init__(self, every: int, now: int) -> None:
-        self._every = every
-        self.next: float = (now // every + 1) * every if every else math.inf
-
-    def __call__(self, now: int) -> bool:
-        """Whether one more is due, which is then taken."""
-        if now < self.next:
-            return False
-        self.next = (now // self._every + 1) * self._every
-        return True

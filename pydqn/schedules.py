@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step."""
+"""Schedules: pure functions of the step, and what is due every so many of them."""
 
 from __future__ import annotations
 
@@ -54,3 +54,18 @@ def learning_rate(config: Config, step: int) -> float:
 def priority_beta(config: Config, step: int) -> float:
     """Return the exponent of the importance weights at `step`: from `config.priority_beta` to 1 at the end."""
     return linear(step, config.priority_beta, 1.0, config.total_steps)
+
+
+class Due:
+    """Says, when asked often, whether another `every` steps or games have gone by (0: never)."""
+
+    def __init__(self, every: int, now: int) -> None:
+        self._every = every
+        self.next: float = (now // every + 1) * every if every else math.inf
+
+    def __call__(self, now: int) -> bool:
+        """Whether one more is due, which is then taken."""
+        if now < self.next:
+            return False
+        self.next = (now // self._every + 1) * self._every
+        return True

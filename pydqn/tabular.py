@@ -23,8 +23,8 @@ from pydqn.evaluation import under_protocol, warn_if_cut
 from pydqn.kernels import kernel
 from pydqn.lanes import Episode
 from pydqn.logs import Report
-from pydqn.runs import BaseRun, Due, Learned
-from pydqn.schedules import epsilon
+from pydqn.runs import BaseRun, Learned
+from pydqn.schedules import Due, epsilon
 
 _NO_LIMIT = 2**62  # steps
 

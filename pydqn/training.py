@@ -39,8 +39,8 @@ from pydqn.machine import Pace
 from pydqn.policies import Actor, Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
 from pydqn.resuming import named_way_on, require_unchanged
-from pydqn.runs import BaseRun, Due, Learned, Result
-from pydqn.schedules import epsilon, learning_rate, priority_beta
+from pydqn.runs import BaseRun, Learned, Result
+from pydqn.schedules import Due, epsilon, learning_rate, priority_beta
 from pydqn.seeds import Seeds
 from pydqn.signals import deferred
 from pydqn.tabular import TabularRun
@@ -153,21 +153,21 @@ class Run(BaseRun):
         open_episodes(self.lanes, self.replay)
         self._report()
         log = Due(config.log_every_steps, self.steps)
-        log_episode = Due(config.log_every_episodes, len(self.returns))
+        log_episode = Due(config.log_every_episodes, self.episodes)
         evaluation = Due(config.evaluation_every_steps, self._evaluated_at)
         checkpoint = Due(config.checkpoint_every_steps, self.steps)
-        checkpoint_episode = Due(config.checkpoint_every_episodes, len(self.returns))
-        video = Due(config.video_every_episodes, len(self.returns) - 1)  # the first game, too
+        checkpoint_episode = Due(config.checkpoint_every_episodes, self.episodes)
+        video = Due(config.video_every_episodes, self.episodes - 1)  # the first game, too
         while not (self._stopping or self._finished()):
-            if self._film is not None and not self._age[0] and video(len(self.returns)):
+            if self._film is not None and not self._age[0] and video(self.episodes):
                 self._film.start(self.lanes.picture())
             self.step()
             if evaluation(self.steps):
                 self._evaluate()
             # Every one is asked each time: it counts from when it was asked last.
-            if any([log(self.steps), log_episode(len(self.returns))]):
+            if any([log(self.steps), log_episode(self.episodes)]):
                 yield self._report()
-            if any([checkpoint(self.steps), checkpoint_episode(len(self.returns))]) and not self._stopping:
+            if any([checkpoint(self.steps), checkpoint_episode(self.episodes)]) and not self._stopping:
                 self._checkpoint()
                 if config.checkpoint_replay and not self._finished():
                     self._reopen()
@@ -340,7 +340,7 @@ class Run(BaseRun):
     def _end(self, episode: Episode) -> None:
         super()._end(episode)
         every = self.config.target_sync_episodes
-        if every and len(self.returns) % every == 0:
+        if every and self.episodes % every == 0:
             self.learner.sync_target()
         if self._film is not None and episode.lane == 0:
             self._film.finish(self.frames, episode.total)

@@ -54,7 +54,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, with_replay):
         assert run.steps == before.steps
         assert run.frames == before.frames
         assert run.learner.updates == before.updates
-        assert run.returns == before.returns
+        assert run.result().returns == before.returns
         for name, value in run.learner.state().items():
             assert torch.equal(value, weights[name]), name
         assert len(run.replay) == (stored if with_replay else 0)
