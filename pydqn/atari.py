@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
-from pydqn.lanes import Returns, Step
+from pydqn.lanes import BYTES, Returns, Step
 from pydqn.machine import usable_cores
 from pydqn.preprocess import KERNELS, SIZE
 
@@ -51,6 +51,7 @@ class AtariLanes:
         self.num_envs = num_envs
         self.frame_shape: tuple[int, ...] = (SIZE, SIZE)
         self.dtype = np.dtype(np.uint8)
+        self.input_range = BYTES
         self._kernel = KERNELS[config.preprocess]
         self._gray = config.preprocess == "resize_area"
         self._life_loss = config.life_loss

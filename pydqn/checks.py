@@ -64,7 +64,9 @@ def flags(name: str, value: ArrayLike) -> NDArray[np.bool_]:
     raise ValueError(f"{name}: expected booleans, or numbers that are 0 or 1, got {value!r} of dtype {array.dtype}")
 
 
-def converted(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False) -> NDArray[Any]:
+def converted(
+    name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False, way_on: str = ""
+) -> NDArray[Any]:
     """Return numbers as a buffer's dtype, every value as it was.
 
     Booleans may become integers and integers may become reals, never the other way round: an image of reals from 0 to 1
@@ -75,6 +77,7 @@ def converted(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: 
         array: numbers of any dtype.
         dtype: that of the buffer.
         rounded: whether reals may lose digits (they are rounded to the nearest, and stay finite).
+        way_on: what to do about a value that would change; to make the buffer with another dtype, if nothing is said.
 
     Raises:
         ValueError: a value would change.
@@ -82,7 +85,7 @@ def converted(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: 
     if array.dtype == dtype:
         return array
     if array.dtype.kind not in _RANK or _RANK[array.dtype.kind] > _RANK[dtype.kind]:
-        raise _would_change(name, array, dtype, "")
+        raise _would_change(name, array, dtype, "", way_on)
     if np.can_cast(array.dtype, dtype):
         return array.astype(dtype)
     if array.dtype.kind != "f":
@@ -91,19 +94,20 @@ def converted(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: 
         least = -most if dtype.kind == "f" else np.iinfo(dtype).min
         for value in (int(array.min()), int(array.max())) if array.size else ():
             if not least <= value <= most:
-                raise _would_change(name, array, dtype, f" with the value {value}")
+                raise _would_change(name, array, dtype, f" with the value {value}", way_on)
         return array.astype(dtype)
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     kept = np.isfinite(result) if rounded else result == array
     if not (kept | ~np.isfinite(array)).all():
-        raise _would_change(name, array, dtype, f" with the value {array[~kept & np.isfinite(array)][0]!r}")
+        value = array[~kept & np.isfinite(array)].flat[0]
+        raise _would_change(name, array, dtype, f" with the value {value!r}", way_on)
     return result
 
 
-def _would_change(name: str, array: NDArray[Any], dtype: np.dtype[Any], value: str) -> ValueError:
+def _would_change(name: str, array: NDArray[Any], dtype: np.dtype[Any], value: str, way_on: str) -> ValueError:
     other = f"make the buffer with dtype={array.dtype.name!r}, or " if array.dtype.kind in _RANK else ""
     return ValueError(
         f"{name}: expected dtype {dtype}, as of the buffer, got dtype {array.dtype}{value}, which would change; "
-        f"{other}convert {name} to {dtype} yourself"
+        + (way_on or f"{other}convert {name} to {dtype} yourself")
     )

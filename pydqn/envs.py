@@ -5,7 +5,6 @@ The only room that knows gymnasium.
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,13 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.atari import AtariLanes
+from pydqn.checks import converted
 from pydqn.config import Config
 from pydqn.ids import rom_of, spec_of
 from pydqn.lanes import Lanes, Returns, Step
+from pydqn.spaces import States, frames_of
 from pydqn.tasks import resolved
 
 if TYPE_CHECKING:
     from pydqn.checked import Checked
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_VALUES = 2**28  # in a table, of 8 bytes each
 
 
 def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Lanes:
@@ -44,8 +49,6 @@ class GymLanes:
     """
 
     def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
-        from gymnasium import spaces
-
         self._clip = bool(config.clip_rewards)
         self.num_envs = num_envs
         self._seeds = _seeds(seed, num_envs)
@@ -60,19 +63,8 @@ class GymLanes:
                 _require_same_spaces(config.env_id, env, self._envs[0], index)
             self._action_start, self.num_actions = _actions(config.env_id, self._envs[0].action_space)
             self.action_names = tuple(map(str, range(self.num_actions)))
-            observation = self._envs[0].observation_space
-            self._states = _States.of(observation)
-            self.dtype: np.dtype[Any] = np.dtype(np.float32)
-            if self._states is not None:
-                self.frame_shape: tuple[int, ...] = (self._states.total,)
-            elif isinstance(observation, spaces.Box) and observation.shape:
-                self.frame_shape = observation.shape
-                if observation.dtype == np.uint8:
-                    self.dtype = np.dtype(np.uint8)
-            else:
-                raise ValueError(
-                    f"env_id: {config.env_id} has {observation} observations; expected Box or Discrete ones"
-                )
+            frames = frames_of(config.env_id, self._envs[0].observation_space)
+            self.frame_shape, self.dtype, self.input_range, self._states = frames
             failed.pop_all()
         self.fps = self._checked[0].fps
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
@@ -84,7 +76,7 @@ class GymLanes:
             self._seeds = _seeds(seed, self.num_envs)
         for index, env in enumerate(self._envs):
             observation, _ = env.reset(seed=self._seeds[index])
-            self._write(observation, out[index])
+            self._write(index, observation, out[index])
         self._require_finite(out)
         self._done = np.zeros(self.num_envs, np.bool_)
         self._returns = Returns(self.num_envs)
@@ -100,20 +92,26 @@ class GymLanes:
                 observation, _ = env.reset()
             else:
                 observation, reward[index], terminated[index], truncated[index], _ = env.step(self._action[index])
-            self._write(observation, out[index])
+            self._write(index, observation, out[index])
         self._require_finite(out)
+        if np.abs(reward).max() > _LARGEST and not self._clip:
+            index = int(np.abs(reward).argmax())
+            self._checked[index].refuse(f"step() returned a reward of {reward[index]:g}, which float32 does not hold")
         self._done = terminated | truncated
         episodes = self._returns.add(reward, first, self._done)
         reward = np.sign(reward) if self._clip else reward
         return Step(reward, terminated, truncated, first, episodes, int(np.count_nonzero(~first)))
 
-    def _write(self, observation: Any, out: NDArray[Any]) -> None:
-        """Write one environment's observation into its own frame."""
-        if self._states is None:
-            out[...] = observation
-        else:
+    def _write(self, index: int, observation: Any, out: NDArray[Any]) -> None:
+        """Write one environment's observation into its own frame; integers keep their values, reals may be rounded."""
+        if self._states is not None:
             out[...] = 0
             out[self._states.number(observation)] = 1
+            return
+        try:
+            out[...] = converted("observation", observation, out.dtype, rounded=True, way_on="scale it in a wrapper")
+        except ValueError as error:
+            self._checked[index].refuse(f"returned an {error}")
 
     def _require_finite(self, out: NDArray[Any]) -> None:
         """One that is not would spoil the memory, and the weights, long after it came."""
@@ -160,10 +158,15 @@ class StateEnv:
             raise ValueError(f"env_id: {config.env_id} has pixels; a table needs Discrete observations")
         self._env, self._checked = _open(config, 0, 1, seed)
         self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
-        states = _States.of(self._env.observation_space)
+        states = States.of(self._env.observation_space)
         if states is None:
             raise ValueError(
                 f"env_id: {config.env_id} has {self._env.observation_space} observations; a table needs Discrete ones"
+            )
+        if states.total * self.num_actions > _MOST_VALUES:
+            raise ValueError(
+                f"env_id: {config.env_id} has {states.total:,} states with {self.num_actions:,} actions; a table holds "
+                f"at most {_MOST_VALUES:,} values"
             )
         self._states = states
         self.num_states = states.total
@@ -195,12 +198,12 @@ class StateEnv:
         """Open an episode and return its first state."""
         observation, _ = self._env.reset(seed=self._seed)
         self._seed = None  # only once: later episodes go on with the same generator
-        return int(self._states.number(observation))
+        return self._states.number(observation)
 
     def step(self, action: int) -> tuple[int, float, bool, bool]:
         """Take one action; returns the state, the reward, and whether the episode terminated or was truncated."""
         observation, reward, terminated, truncated, _ = self._env.step(action + self._action_start)
-        return int(self._states.number(observation)), float(reward), bool(terminated), bool(truncated)
+        return self._states.number(observation), float(reward), bool(terminated), bool(truncated)
 
     def close(self) -> None:
         """Release the environment."""
@@ -229,7 +232,7 @@ def outline(config: Config) -> Outline:
         space, bare = env.observation_space, env.unwrapped
         if isinstance(space, spaces.Box):
             return Outline((space.low, space.high), (), [], ())
-        states = _States.of(space)
+        states = States.of(space)
         sizes = () if states is None else states.sizes
         left, down, right, up = (-1, 0), (0, -1), (1, 0), (0, 1)
         kind = type(bare).__name__
@@ -242,35 +245,6 @@ def outline(config: Config) -> Outline:
         return Outline(None, sizes, [], ())
     finally:
         close(env, checked)
-
-
-class _States(NamedTuple):
-    """How Discrete observations, or tuples of them, are numbered: the last one counts fastest."""
-
-    sizes: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, space: Any) -> _States | None:
-        """Return the numbering of a space, or None where it has none."""
-        from gymnasium import spaces
-
-        parts: Any = space.spaces if isinstance(space, spaces.Tuple) else (space,)
-        if not parts or not all(isinstance(part, spaces.Discrete) for part in parts):
-            return None
-        return cls(tuple(int(part.n) for part in parts), tuple(int(part.start) for part in parts))
-
-    @property
-    def total(self) -> int:
-        return math.prod(self.sizes)
-
-    def number(self, observation: Any) -> Any:
-        """Number one observation, or a batch of them."""
-        parts = observation if isinstance(observation, tuple) else (observation,)
-        total: Any = 0
-        for part, size, start in zip(parts, self.sizes, self.starts, strict=True):
-            total = total * size + (part - start)
-        return total
 
 
 def _seeds(seed: int, num_envs: int) -> list[int]:

@@ -48,6 +48,7 @@ def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork | Table
         dueling=config.dueling,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
+        input_range=lanes.input_range,
         seed=seed,
     )
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+BYTES = (0.0, 255.0)  # input ranges, see `Lanes`
+AS_THEY_ARE = (0.0, 1.0)
+
 
 class Episode(NamedTuple):
     """A whole game that has ended."""
@@ -35,6 +38,7 @@ class Lanes(Protocol):
     action_names: tuple[str, ...]
     frame_shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    input_range: tuple[float, float]  # which values of frames a network maps to 0 and 1 (so 0 and 1 change nothing)
     fps: int  # steps per second at which a person would watch
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pydqn.lanes import AS_THEY_ARE, BYTES
 from pydqn.pixels import to_channels_last
 
 
@@ -35,14 +36,22 @@ _BARE = "nature_7x7"  # no biases, Xavier's initial weights, split streams
 
 
 class PixelTorso(nn.Module):
-    """Convolutions over a stack of uint8 frames: (B, stack, H, W) to (B, features).
+    """Convolutions over a stack of frames: (B, stack, H, W) to (B, features).
 
-    Computes conv((x / 255 - pixel_mean) / pixel_std). The scaling is folded into the first layer's weights, which
-    spares a pass over the input and feeds the convolution integers, which even bfloat16 holds exactly.
+    Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, as
+    x / 255 for bytes. The scaling is folded into the first layer's weights, which spares a pass over the input and
+    feeds the convolution integers, which even bfloat16 holds exactly. Frames that are floating point already go
+    through the first convolution in their own dtype.
     """
 
     def __init__(
-        self, name: str, stack: int, frame_shape: tuple[int, int], pixel_mean: float = 0.0, pixel_std: float = 1.0
+        self,
+        name: str,
+        stack: int,
+        frame_shape: tuple[int, int],
+        pixel_mean: float = 0.0,
+        pixel_std: float = 1.0,
+        input_range: tuple[float, float] = BYTES,
     ) -> None:
         super().__init__()
         layers = []
@@ -59,49 +68,68 @@ class PixelTorso(nn.Module):
         self.splits = name == _BARE
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
+        self.input_range = input_range
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert (B, stack, H, W) pixels to the arithmetic's dtype and memory layout, values unchanged.
 
+        Frames that are floating point already stay float32: lower precision would drop digits.
+
         `forward` does it where it has not been done; a learner does it once for all the networks that see a batch.
         """
         if obs.is_floating_point():
-            return obs
+            return obs if obs.dtype in (torch.float32, self._dtype()) else obs.float()
+        return to_channels_last(obs, self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        """Return the dtype behind the first layer."""
         weight = self.convs[-1].weight
         assert isinstance(weight, Tensor)
-        return to_channels_last(obs, weight.dtype)
+        return weight.dtype
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the features of `obs`, in the dtype of the layers behind the first one."""
         first = self.convs[0]
         assert isinstance(first, nn.Conv2d)
-        weight = first.weight * (1 / (255 * self.pixel_std))
+        lower = self._dtype()
+        low, high = self.input_range
+        weight = first.weight * (1 / ((high - low) * self.pixel_std))
+        mean = self.pixel_mean + low / (high - low)
         bias = first.bias
-        if self.pixel_mean:
-            shift = self.pixel_mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
+        if mean:
+            shift = mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
             bias = -shift if bias is None else bias - shift
         x = self.prepare(obs)
         x = F.relu_(F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), first.stride))
+        if lower != torch.float32:  # only `prepare` has converted pixels to it
+            x = x.to(lower)
         for conv in self.convs[1:]:
             x = F.relu_(conv(x))
         return x.flatten(1)
 
 
 class VectorTorso(nn.Module):
-    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features); the hidden layers do the rest."""
+    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features); the hidden layers do the rest.
 
-    def __init__(self, stack: int, frame_shape: tuple[int, ...]) -> None:
+    Maps `input_range` to 0..1, as `PixelTorso` does.
+    """
+
+    def __init__(
+        self, stack: int, frame_shape: tuple[int, ...], input_range: tuple[float, float] = AS_THEY_ARE
+    ) -> None:
         super().__init__()
         self.features = stack * math.prod(frame_shape)
         self.splits = False
+        self.input_range = input_range
 
     def prepare(self, obs: Tensor) -> Tensor:
-        """Convert `obs` to float32."""
+        """Convert `obs` to float32, values unchanged."""
         return obs.to(torch.float32)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return `obs` as one float32 row per sample."""
-        return self.prepare(obs).flatten(1)
+        x, (low, high) = self.prepare(obs).flatten(1), self.input_range
+        return x if self.input_range == AS_THEY_ARE else (x - low) * (1 / (high - low))
 
 
 def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
@@ -154,6 +182,7 @@ def make_network(
     dueling: bool = False,
     pixel_mean: float = 0.0,
     pixel_std: float = 1.0,
+    input_range: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> QNetwork:
     """Build a network with weights drawn from `seed` alone.
@@ -169,6 +198,8 @@ def make_network(
         dueling: see `QNetwork`.
         pixel_mean: see `PixelTorso`.
         pixel_std: see `PixelTorso`.
+        input_range: which values of frames are mapped to 0 and 1; None for (0, 255) in image frames, and for no
+            mapping, (0, 1), in "mlp".
         seed: of the initial weights; PyTorch's global generator is left as it was.
 
     Raises:
@@ -178,13 +209,14 @@ def make_network(
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU's generator, too
         torso: PixelTorso | VectorTorso
         if name == "mlp":
-            torso = VectorTorso(stack, frame_shape)
+            torso = VectorTorso(stack, frame_shape, input_range or AS_THEY_ARE)
         elif name not in _TORSOS:
             raise ValueError(f"network: expected one of {', '.join(_TORSOS)}, mlp, got {name!r}")
         elif len(frame_shape) != 2:
             raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
         else:
-            torso = PixelTorso(name, stack, (frame_shape[0], frame_shape[1]), pixel_mean, pixel_std)
+            size = frame_shape[0], frame_shape[1]
+            torso = PixelTorso(name, stack, size, pixel_mean, pixel_std, input_range or BYTES)
         network = QNetwork(torso, num_actions, hidden_units, dueling)
         if name == _BARE:
             for layer in network.modules():

@@ -182,7 +182,11 @@ class BaseRun:
 
     def task(self) -> dict[str, str]:
         """Return for a person what the run makes of its environment."""
-        return described(self.config)
+        return described(self.config, self._inputs())
+
+    def _inputs(self) -> str:
+        """Say what becomes of observations."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release what the run holds, as far as it has been opened."""

@@ -252,6 +252,9 @@ class TabularRun(BaseRun):
                 self._best_weights.keep(self.weights(), self._metadata())
         self._best_weights.write(self.steps)
 
+    def _inputs(self) -> str:
+        return f"{len(self.table):,} numbered states"
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"online.values": torch.from_numpy(self.table)}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydqn.config import Config
 from pydqn.ids import rom_of, spec_of
+from pydqn.lanes import AS_THEY_ARE, Lanes
 
 
 def resolved(config: Config) -> Config:
@@ -76,8 +77,18 @@ def episode_limit(config: Config) -> int | None:
     return limit
 
 
-def described(config: Config) -> dict[str, str]:
-    """Return for a person what the id was taken for, what becomes of rewards, and what limits an episode.
+def inputs_of(config: Config, lanes: Lanes) -> str:
+    """Return for a person what a network makes of frames before its first layer."""
+    shape, (low, high) = "x".join(map(str, lanes.frame_shape)), lanes.input_range
+    scaled = f"/ {high:g}" if low == 0 else f"from {low:g}..{high:g} to 0..1"
+    scaled = "as they are" if lanes.input_range == AS_THEY_ARE else scaled
+    if config.network != "mlp" and (config.pixel_mean, config.pixel_std) != (0, 1):
+        scaled += f" then (x - {config.pixel_mean:g}) / {config.pixel_std:g}"
+    return f"{shape} {lanes.dtype} {scaled}"
+
+
+def described(config: Config, inputs: str) -> dict[str, str]:
+    """Return for a person what the id was taken for, what becomes of frames and rewards, and what limits an episode.
 
     Raises:
         ValueError: no such environment.
@@ -95,4 +106,5 @@ def described(config: Config) -> dict[str, str]:
         episodes = "without a limit of steps"
         episodes += f" (in evaluation {cut:,}: evaluation_max_episode_steps)" if cut else ""
     kind = "Gymnasium" if rom is None else "Atari"
-    return {"environment": f"{config.env_id} ({kind})", "rewards": rewards, "episodes": episodes}
+    environment = f"{config.env_id} ({kind})"
+    return {"environment": environment, "inputs": inputs, "rewards": rewards, "episodes": episodes}

@@ -44,6 +44,7 @@ from pydqn.schedules import Due, epsilon, learning_rate, priority_beta
 from pydqn.seeds import Seeds
 from pydqn.signals import deferred
 from pydqn.tabular import TabularRun
+from pydqn.tasks import inputs_of
 
 VIDEOS = Path("videos")
 
@@ -344,6 +345,9 @@ class Run(BaseRun):
             self.learner.sync_target()
         if self._film is not None and episode.lane == 0:
             self._film.finish(self.frames, episode.total)
+
+    def _inputs(self) -> str:
+        return inputs_of(self.config, self.lanes)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self.learner.state()

@@ -54,7 +54,8 @@ def test_the_progress_bar_says_what_matters(tmp_path, capfd):
     assert re.search(r"^ended by total_steps: 25\d steps were taken$", out, re.MULTILINE)
     task, machine = err.splitlines()[:2]
     assert task.startswith("environment ALE/Pong-v5 (Atari), ")
-    assert "rewards clipped to their sign, episodes of at most 400 frames" in task
+    inputs = "inputs 84x84 uint8 / 255 then (x - 0.34) / 0.15"
+    assert task.endswith(f"{inputs}, rewards clipped to their sign, episodes of at most 400 frames")
     assert machine.startswith("device cpu, precision ")
 
 

@@ -45,6 +45,7 @@ LAYERS = [
         "pieces",
         "recording",
         "schedules",
+        "spaces",
         "stopping",
     },
     {"best", "ids", "stored"},
@@ -89,7 +90,7 @@ def test_rooms_import_only_lower_rooms(path):
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
 def test_foreign_packages_stay_in_their_rooms(path):
     homes = {
-        "gymnasium": {"checked", "cleanrl", "envs", "gymnasium", "ids", "sb3"},
+        "gymnasium": {"checked", "cleanrl", "envs", "gymnasium", "ids", "sb3", "spaces"},
         "ale_py": {"atari"},
         "argparse": {"cli", "options"},
         "matplotlib": {"plots"},

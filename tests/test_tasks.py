@@ -152,7 +152,7 @@ def test_rewards_are_clipped_in_atari_games_alone(name, env_id, clips):
         config = resolved(preset(name, env_id=env_id, clip_rewards=asked))
         assert config.clip_rewards is asked
         assert (
-            "clipped" in described(dataclasses.replace(config, stop_successes=0, success_steps=0))["rewards"]
+            "clipped" in described(dataclasses.replace(config, stop_successes=0, success_steps=0), "")["rewards"]
         ) is asked
 
 
