@@ -67,6 +67,7 @@ PRESETS: dict[str, Preset] = {
             evaluation_every_steps=1,
             evaluation_episodes=20,
             evaluation_epsilon=0.0,
+            evaluation_max_episode_steps=10_000,  # after every update, greedily: in CliffWalking into a wall for long
             log_every_steps=1_000,
         ),
         "FrozenLake 4x4, slippery, to a mean test return above 0.80",

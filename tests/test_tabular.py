@@ -149,6 +149,7 @@ def test_frozenlake_is_solved(tmp_path):
 
 
 @pytest.mark.parametrize("env_id", ["Blackjack-v1", "Taxi-v4", "CliffWalking-v1"])
+@pytest.mark.filterwarnings("ignore:evaluation_max_episode_steps")  # CliffWalking has no limit of steps
 def test_other_tasks(env_id, tmp_path):
     config = preset(
         "frozenlake", env_id=env_id, total_steps=600, evaluation_every_steps=100, gamma=1.0, log_every_steps=200
