@@ -81,7 +81,8 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     """Read the `Config` of a run's folder, with fields replaced by `overrides`.
 
     With another environment (`env_id`), settings that belong to the run's own become neutral ones, as in
-    `pydqn.presets.preset`, and a UserWarning names them.
+    `pydqn.presets.preset`, and a UserWarning names them; not pixel_mean and pixel_std, with which the run's weights
+    have learned.
 
     Raises:
         ValueError: `run` is not the folder of a run, or its config is not valid.
@@ -92,7 +93,9 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     plain = read_json(path)
     if not isinstance(plain, dict):
         raise ValueError(f"run: {path} is not a run's config")
-    config, note = with_overrides(Config.from_dict(plain), "the run's", overrides)
+    config = Config.from_dict(plain)
+    trained = {name: getattr(config, name) for name in ("pixel_mean", "pixel_std")}
+    config, note = with_overrides(config, "the run's", {**trained, **overrides})
     if note:
         warnings.warn(f"run: {note}", stacklevel=2)
     return config

@@ -130,6 +130,14 @@ def test_the_command_says_in_one_line_what_was_reset(tmp_path, capsys):
     assert "preset: " not in capsys.readouterr().err
 
 
+def test_weights_keep_the_statistics_of_pixels_that_they_learned_with(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(preset("pong").to_dict()))
+    with pytest.warns(UserWarning, match="^run: breakout is another environment.*: stop_return 18 -> inf$"):
+        config = load_run(tmp_path, env_id="breakout")
+    assert (config.pixel_mean, config.pixel_std) == (0.34, 0.15)
+    assert load_run(tmp_path, env_id="breakout", pixel_mean=0.1, stop_return=9).pixel_mean == 0.1
+
+
 # --- clipping ---
 
 
