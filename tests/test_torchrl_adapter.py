@@ -325,3 +325,16 @@ def learn(rb, frames=4_000, seed=1):
 )
 def test_it_learns_as_with_their_buffer(make):
     assert learn(make()) > 80
+
+
+def test_the_same_draws_teach_the_same(monkeypatch):
+    """Bit for bit: all else that a loss sees of our buffer is as with theirs."""
+
+    def draw(storage, batch_size):
+        held = storage.memory.valid_indices()
+        return torch.from_numpy(held)[torch.randint(0, len(held), (batch_size,))], None
+
+    monkeypatch.setattr("pydqn.adapters.torchrl.FrameStorage.draw", draw)
+    ours = learn(ReplayBuffer(10_000, batch_size=32), frames=1_000)
+    assert ours == learn(own(10_000), frames=1_000)
+    assert ours != learn(own(10_000), frames=1_000, seed=2)
