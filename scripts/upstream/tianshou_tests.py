@@ -16,9 +16,12 @@ def selection(root):
 
 def substitute():
     """Give Tianshou's names of buffers to ours, before a test imports them."""
+    from types import SimpleNamespace
+
     from tianshou import data
 
     from pydqn.adapters import tianshou as ours
 
+    ours.theirs = SimpleNamespace(**vars(data))  # ours are made of Tianshou's own
     for name in ours.__all__:
         setattr(data, name, getattr(ours, name))
