@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -79,6 +80,23 @@ inline bool rows_are_contiguous(const py::array& array) {
     expected *= array.shape(axis);
   }
   return true;
+}
+
+// The bytes from an array's first to its last.
+struct Span {
+  const std::uint8_t *begin, *end;
+
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+};
+
+inline Span span(const py::array& array) {
+  const auto* begin = static_cast<const std::uint8_t*>(array.data());
+  const std::uint8_t* end = begin + array.itemsize();
+  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+    const py::ssize_t reach = (array.shape(axis) - 1) * array.strides(axis);
+    (reach < 0 ? begin : end) += reach;
+  }
+  return array.size() == 0 ? Span{begin, begin} : Span{begin, end};
 }
 
 }  // namespace pydqn

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <initializer_list>
@@ -17,7 +18,7 @@
 namespace py = pybind11;
 using pydqn::BatchView;
 using pydqn::FrameReplay;
-using pydqn::column, pydqn::is_aligned, pydqn::reject, pydqn::require_dtype, pydqn::require_shape,
+using pydqn::Span, pydqn::column, pydqn::is_aligned, pydqn::span, pydqn::reject, pydqn::require_dtype, pydqn::require_shape,
     pydqn::rows_are_contiguous;
 
 namespace {
@@ -164,7 +165,7 @@ class Binding {
     require_shape("out", out, {lanes(), core_.shape().stack}, frame_shape_);
     require_dtype("out", out, dtype_);
     if (!(out.flags() & py::array::c_style)) reject("out", "a C-contiguous array", "another layout");
-    auto* data = static_cast<std::uint8_t*>(out.mutable_data());
+    auto* data = writable<std::uint8_t>("out", out);
     py::gil_scoped_release release;
     core_.latest(data);
   }
@@ -263,6 +264,12 @@ class Binding {
     return chosen;
   }
 
+  template <typename T>
+  static T* writable(const char* name, py::array& array) {
+    if (!array.writeable()) reject(name, "a writable array", "one that is read-only");
+    return static_cast<T*>(array.mutable_data());
+  }
+
   // The bytes of a column of the batch, checked.
   template <typename T>
   static T* batch_column(const char* name, py::array& array, std::int64_t count) {
@@ -270,7 +277,7 @@ class Binding {
     require_dtype(name, array, py::dtype::of<T>());
     if (!(array.flags() & py::array::c_style) || !is_aligned(array))
       reject(name, "a C-contiguous, aligned array", "another layout");
-    return static_cast<T*>(array.mutable_data());
+    return writable<T>(name, array);
   }
 
   BatchView batch_view(std::int64_t count, py::array& obs, py::array& next_obs, py::array& action, py::array& reward,
@@ -280,20 +287,55 @@ class Binding {
       require_dtype(name, *array, dtype_);
       if (!rows_are_contiguous(*array)) reject(name, "contiguous stacks", "another layout");
     }
-    auto* obs_data = static_cast<std::uint8_t*>(obs.mutable_data());
-    auto* next_obs_data = static_cast<std::uint8_t*>(next_obs.mutable_data());
-    const std::int64_t stack_bytes = core_.shape().stack * core_.shape().frame_bytes;
-    if (!core_.shares_block() && std::abs(next_obs_data - obs_data) < stack_bytes)
-      reject("next_obs", "memory apart from obs, since n_step > 1", "memory that overlaps it");
-    return {obs_data,
-            obs.strides(0),
-            next_obs_data,
-            next_obs.strides(0),
-            batch_column<std::int64_t>("action", action, count),
-            batch_column<float>("reward", reward, count),
-            batch_column<float>("discount", discount, count),
-            batch_column<std::int64_t>("index", index, count),
-            batch_column<float>("weight", weight, count)};
+    const BatchView view{writable<std::uint8_t>("obs", obs),
+                         obs.strides(0),
+                         writable<std::uint8_t>("next_obs", next_obs),
+                         next_obs.strides(0),
+                         batch_column<std::int64_t>("action", action, count),
+                         batch_column<float>("reward", reward, count),
+                         batch_column<float>("discount", discount, count),
+                         batch_column<std::int64_t>("index", index, count),
+                         batch_column<float>("weight", weight, count)};
+    require_stacks_apart(view, count);
+    const std::array<std::pair<const char*, Span>, 7> parts{{{"obs", span(obs)},
+                                                             {"next_obs", span(next_obs)},
+                                                             {"action", span(action)},
+                                                             {"reward", span(reward)},
+                                                             {"discount", span(discount)},
+                                                             {"index", span(index)},
+                                                             {"weight", span(weight)}}};
+    for (std::size_t one = 2; one < parts.size(); ++one)  // the first two may lie between each other
+      for (std::size_t other = 0; other < one; ++other)
+        if (parts[one].second.meets(parts[other].second))
+          reject(parts[one].first, std::string("memory apart from ") + parts[other].first, "memory that overlaps it");
+    return view;
+  }
+
+  // No stack may lie in another's memory, but for the frames that obs and next_obs of one transition share.
+  void require_stacks_apart(const BatchView& view, std::int64_t count) const {
+    const std::int64_t frame = core_.shape().frame_bytes, stack = core_.shape().stack * frame;
+    for (auto [name, stride] : {std::pair{"obs", view.obs_stride}, std::pair{"next_obs", view.next_obs_stride}})
+      if (count > 1 && std::abs(stride) < stack) reject(name, "stacks apart from each other", "stacks that overlap");
+    const std::int64_t step = count > 1 ? std::abs(view.obs_stride) : std::numeric_limits<std::int64_t>::max();
+    const std::int64_t apart = view.next_obs - view.obs;
+    const bool block = core_.shares_block() && apart == frame && step >= stack + frame;
+    const std::int64_t length = count > 1 ? (count - 1) * step + stack : stack;
+    const bool same_step = count == 1 || view.obs_stride == view.next_obs_stride;
+    if (block && same_step) return;
+    if (same_step) {
+      // From one stack of obs to the nearest of next_obs, forwards and backwards.
+      const std::int64_t forwards = ((apart % step) + step) % step;
+      if (std::abs(apart) >= length || (forwards >= stack && (count == 1 || step - forwards >= stack))) return;
+    } else {
+      const std::int64_t reach = (count - 1) * std::abs(view.next_obs_stride) + stack;
+      const std::int64_t begins = view.obs_stride < 0 ? (count - 1) * view.obs_stride : 0;
+      const std::int64_t next_begins = apart + (view.next_obs_stride < 0 ? (count - 1) * view.next_obs_stride : 0);
+      if (next_begins >= begins + length || next_begins + reach <= begins) return;
+    }
+    reject("next_obs",
+           core_.shares_block() ? "memory apart from obs, or obs moved on by one frame (see empty_batch)"
+                                : "memory apart from obs, since n_step > 1",
+           "memory that overlaps it");
   }
 
   std::vector<py::ssize_t> frame_shape_;

@@ -157,7 +157,7 @@ class Store:
             if zstandard.get_frame_parameters(data).content_size != nbytes:
                 raise Damaged(f"{path}: does not hold {nbytes} bytes")
             return zstandard.ZstdDecompressor().decompress(data, max_output_size=nbytes)
-        except (zstandard.ZstdError, MemoryError) as error:
+        except zstandard.ZstdError as error:
             raise Damaged(f"{path}: cannot be decompressed ({error})") from None
 
     def changing(self, nbytes: int) -> bytes:

@@ -10,10 +10,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydqn import _core
 from pydqn.checks import fraction, indices, integer, number_dtype
-from pydqn.stored import Stored
+from pydqn.stored import BeyondMemoryError, Stored
 
 _MOST = 1 << 20  # lanes, frames in a stack, steps in a window
-_MOST_BYTES = 1 << 60
+_MOST_BYTES = 1 << 47  # that processors of 64 bits address
 
 
 class Batch(NamedTuple):
@@ -56,7 +56,8 @@ class FrameReplay(Stored):
     memory's own lock and copies outside the GIL. (The one exception is stated at `next_slot`.)
 
     Args:
-        capacity: frames held over all lanes; each lane gets `capacity // num_envs`.
+        capacity: frames held over all lanes; each lane gets `capacity // num_envs`. At least `stack + n_step` per lane,
+            which is what one transition needs.
         frame_shape: shape of one frame: an image `(84, 84)`, a vector `(4,)`, anything of one axis or more.
         stack: frames in an observation.
         n_step: steps in a return (Sutton 1988); 1 is the ordinary DQN target.
@@ -102,6 +103,12 @@ class FrameReplay(Stored):
         self.frame_shape = tuple(integer("frame_shape", axis, 1) for axis in frame_shape)
         self.stack = integer("stack", stack, 1, _MOST)
         self.n_step = integer("n_step", n_step, 1, _MOST)
+        least = self.num_envs * (self.stack + self.n_step)
+        if self.capacity < least:
+            raise ValueError(
+                f"capacity: expected at least num_envs * (stack + n_step) = {least} frames, so that each environment "
+                f"can hold a transition, got {self.capacity}"
+            )
         self.gamma = fraction("gamma", gamma)
         if not isinstance(prioritized, (bool, np.bool_)):
             raise ValueError(f"prioritized: expected True or False, got {prioritized!r}")
@@ -117,7 +124,7 @@ class FrameReplay(Stored):
             self.max_transitions = integer("max_transitions", max_transitions, self.num_envs)
         frames = (self.capacity + self.num_envs) * math.prod(self.frame_shape) * self.dtype.itemsize
         if frames > _MOST_BYTES:
-            raise MemoryError(f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} are too many")
+            raise BeyondMemoryError(f"capacity: {self.capacity} frames of {self.frame_shape} {self.dtype} are too many")
         try:
             cell_shape, cell_dtype = self._cell()
             self._core = _core.FrameReplay(
@@ -276,7 +283,7 @@ class FrameReplay(Stored):
             ValueError: `batch_size` is not positive, or `out` does not fit it.
             RuntimeError: nothing can be sampled yet (`len(replay) == 0`).
         """
-        batch = self.empty_batch(batch_size) if out is None else out
+        batch = self.empty_batch(batch_size) if out is None else _checked(out)
         self._core.sample(integer("batch_size", batch_size, 1), self._beta, *_columns(batch))
         return batch
 
@@ -305,7 +312,7 @@ class FrameReplay(Stored):
         wanted = indices(index)
         if not wanted.size:
             raise ValueError(f"index: expected a list of at least one integer, got {index!r}")
-        batch = self.empty_batch(wanted.size) if out is None else out
+        batch = self.empty_batch(wanted.size) if out is None else _checked(out)
         self._core.gather(wanted, *_columns(batch))
         return batch
 
@@ -336,6 +343,12 @@ class FrameReplay(Stored):
     def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of what the core holds of a frame."""
         return self.frame_shape, self.dtype
+
+
+def _checked(out: Batch) -> Batch:
+    if not isinstance(out, Batch) or not all(isinstance(column, np.ndarray) for column in out):
+        raise ValueError(f"out: expected a batch of arrays, as empty_batch gives it, got {type(out).__name__}")
+    return out
 
 
 def _columns(batch: Batch) -> tuple[NDArray[Any], ...]:

@@ -24,6 +24,10 @@ _SETTINGS = ("capacity", "stack", "n_step", "gamma", "num_envs", "padding", "pri
 _BYTES_PER_PIECE = 32 << 20  # saving and loading hold a few of these at a time, however large the ring
 
 
+class BeyondMemoryError(MemoryError):
+    """More than any machine can address, so that nothing of that size was ever saved."""
+
+
 class Stored:
     """What `pydqn.FrameReplay` needs in order to be saved, loaded, copied and pickled."""
 
@@ -95,6 +99,7 @@ class Stored:
         Raises:
             ValueError: the folder holds no replay memory, is damaged (`pydqn.files.Damaged`, which names the file), or
                 is of another version.
+            MemoryError: there is too little memory for what it holds.
         """
         return cls._load(path, expected)
 
@@ -129,7 +134,12 @@ class Stored:
                 replay._saver.known.clear()
         except Damaged:
             raise
-        except (KeyError, TypeError, ValueError, MemoryError) as error:
+        except MemoryError as error:  # nothing is wrong with the files
+            if isinstance(error, BeyondMemoryError):
+                raise Damaged(f"{path}: what it holds is no replay memory ({error})") from None
+            reason = str(error) or "an allocation failed"
+            raise MemoryError(f"{path}: too little memory to load it ({reason})") from None
+        except (KeyError, TypeError, ValueError) as error:
             raise Damaged(f"{path}: what it holds is no replay memory ({error})") from None
         return replay
 

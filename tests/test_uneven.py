@@ -18,13 +18,13 @@ from pydqn import DeviceReplay, FrameReplay
 
 @st.composite
 def shapes(draw):
-    lanes = draw(st.integers(1, 4))
-    capacity = draw(st.integers(lanes, 50))
+    lanes, stack, n_step = (draw(st.integers(1, 4)) for _ in range(3))
+    capacity = draw(st.integers(lanes * (stack + n_step), 50))
     return {
         "capacity": capacity,
         "num_envs": lanes,
-        "stack": draw(st.integers(1, 4)),
-        "n_step": draw(st.integers(1, 4)),
+        "stack": stack,
+        "n_step": n_step,
         "gamma": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "padding": draw(st.sampled_from(["zero", "first"])),
         "max_transitions": draw(st.none() | st.integers(lanes, capacity)),
