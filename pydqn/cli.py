@@ -150,7 +150,8 @@ def _train(arguments: argparse.Namespace) -> int:
         f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} games "
         f"in {result.seconds / 60:.1f} min; {mean}"
     )
-    print(f"ended by {result.reason}")
+    if not code:
+        print(f"ended by {result.reason}")
     words = ("train", "--resume", run.logdir) if code else ("play", run.logdir, "--record", "game.mp4")
     print(f"run: {run.logdir}   ({_command(*words)}, {_command('plot', run.logdir, '-o', 'curve.png')})")
     return code
