@@ -316,7 +316,7 @@ class Binding {
     const std::int64_t frame = core_.shape().frame_bytes, stack = core_.shape().stack * frame;
     for (auto [name, stride] : {std::pair{"obs", view.obs_stride}, std::pair{"next_obs", view.next_obs_stride}})
       if (count > 1 && std::abs(stride) < stack) reject(name, "stacks apart from each other", "stacks that overlap");
-    const std::int64_t step = count > 1 ? std::abs(view.obs_stride) : std::numeric_limits<std::int64_t>::max();
+    const std::int64_t step = count > 1 ? std::abs(view.obs_stride) : std::int64_t{1} << 62;
     const std::int64_t apart = view.next_obs - view.obs;
     const bool block = core_.shares_block() && apart == frame && step >= stack + frame;
     const std::int64_t length = count > 1 ? (count - 1) * step + stack : stack;
@@ -325,7 +325,7 @@ class Binding {
     if (same_step) {
       // From one stack of obs to the nearest of next_obs, forwards and backwards.
       const std::int64_t forwards = ((apart % step) + step) % step;
-      if (std::abs(apart) >= length || (forwards >= stack && (count == 1 || step - forwards >= stack))) return;
+      if (std::abs(apart) >= length || (forwards >= stack && step - forwards >= stack)) return;
     } else {
       const std::int64_t reach = (count - 1) * std::abs(view.next_obs_stride) + stack;
       const std::int64_t begins = view.obs_stride < 0 ? (count - 1) * view.obs_stride : 0;

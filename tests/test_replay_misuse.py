@@ -221,6 +221,11 @@ def test_batches_of_any_layout_are_filled(n_step):
         batch = replay.gather(index, replay.empty_batch(4)._replace(obs=obs, next_obs=next_obs))
         for ours, theirs in zip(batch, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+    for start in (0, 2):  # one transition alone, forwards and backwards into another's memory
+        pair = {"obs": flat[1:3][None], "next_obs": flat[start : start + 2][None]}
+        if n_step > 1 or start == 0:
+            with pytest.raises(ValueError, match="^next_obs: expected memory apart from obs"):
+                replay.gather(index[:1], replay.empty_batch(1)._replace(**pair))
     single = replay.gather(index[:1], replay.empty_batch(1)._replace(obs=two[0, :1], next_obs=two[0, 1:2]))
     np.testing.assert_array_equal(single.next_obs, expected.next_obs[:1])
 
