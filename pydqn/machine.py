@@ -121,7 +121,8 @@ class Pace:
     _WINDOW = 51  # updates whose median counts
     _FACTOR = 4.0  # what beside one busy process two threads that do not spin, or one thread, stay below
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._seen = 0
         self._shortest = math.inf
         self._recent: deque[float] | None = deque(maxlen=self._WINDOW)
@@ -139,11 +140,16 @@ class Pace:
         if usual < self._FACTOR * self._shortest:
             return None
         self._recent = None
-        return (
+        told = (
             f"updates take {1000 * usual:.3g} ms, {usual / self._shortest:.0f} times as long as the shortest: other "
-            "programs use the cores. What helps: torch_threads=1 (--torch-threads 1), and in Python "
-            "GOMP_SPINCOUNT=1000 in the environment before torch is imported"
+            "programs use the cores"
         )
+        if self._threads > 1:
+            told += (
+                ". What helps: torch_threads=1 (--torch-threads 1), and in Python GOMP_SPINCOUNT=1000 in the "
+                "environment before torch is imported"
+            )
+        return told
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -136,7 +136,7 @@ class Run(BaseRun):
         self.learner = Learner(network, self._as_before(config), self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
-        self._pace = Pace() if self._device.type == "cpu" else None
+        self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
         self._learned_from: NDArray[np.int64] | None = None  # indices whose errors have not been looked at yet
         # Updates are counted from the step at which learning began, or began again.

@@ -166,7 +166,7 @@ def durations(generator, count, usual, factor=1.0):
     ],
 )
 def test_slow_updates_are_told_once(phases, told):
-    generator, pace = np.random.default_rng(0), Pace()
+    generator, pace = np.random.default_rng(0), Pace(threads=2)
     messages = [pace.add(seconds) for count, factor in phases for seconds in durations(generator, count, 0.016, factor)]
     messages = [message for message in messages if message]
     assert len(messages) == told
@@ -176,8 +176,14 @@ def test_slow_updates_are_told_once(phases, told):
         assert "GOMP_SPINCOUNT=1000" in messages[0]
 
 
+def test_one_thread_is_not_told_to_be_one():
+    pace = Pace(threads=1)
+    messages = [pace.add(seconds) for seconds in durations(np.random.default_rng(0), 200, 0.016, 27.0)]
+    assert [message is None or "--torch-threads" in message for message in messages].count(False) == 1
+
+
 def test_one_long_pause_is_no_slow_machine():
-    pace = Pace()
+    pace = Pace(threads=2)
     assert not any(pace.add(3600.0 if number == 500 else 0.016) for number in range(2000))
 
 
