@@ -31,10 +31,19 @@ class BestWeights:
     def __init__(self, path: Path, every_steps: int, check: Callable[[Weights], Weights]) -> None:
         self._path, self._every_steps, self._check = path, every_steps, check
         self._kept: tuple[Weights, dict[str, Any]] | None = None  # not written yet
+        self._value = -math.inf  # of the weights in the file, or kept for it
         self._next = -math.inf  # steps
 
     def keep(self, weights: Weights, metadata: dict[str, Any]) -> None:
-        """Take a copy of weights that are better than all before. On a GPU nothing waits for it."""
+        """Take a copy of weights if they are better than those before. On a GPU nothing waits for it.
+
+        Args:
+            weights: they are as good as `metadata["best"]` says.
+            metadata: what the file says beside them.
+        """
+        if metadata["best"] <= self._value:
+            return
+        self._value = metadata["best"]
         self._kept = {name: tensor.detach().clone() for name, tensor in weights.items()}, metadata
 
     def write(self, steps: float = math.inf) -> None:
@@ -46,9 +55,15 @@ class BestWeights:
         self._kept = None
         self._next = max(metadata["steps"], steps if steps < math.inf else 0) + self._every_steps
 
-    def mean_on_disk(self) -> float:
-        """Return the mean return of the weights that are in the file; minus infinity where there is none."""
+    def go_on(self, is_ours: Callable[[dict[str, Any]], bool]) -> None:
+        """Take up the file when a run goes on: what is in it stays until it is beaten.
+
+        Args:
+            is_ours: whether weights with such metadata are those of the run's environment; others are removed.
+        """
         with suppress(OSError, Damaged):
-            mean = load_weights(self._path)[1].get("mean_return")
-            return mean if isinstance(mean, float) else -math.inf
-        return -math.inf
+            metadata = load_weights(self._path)[1]
+            if not is_ours(metadata):
+                self._path.unlink()
+            elif isinstance(value := metadata.get("best"), float):
+                self._value = value

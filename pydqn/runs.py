@@ -106,7 +106,7 @@ class BaseRun:
         self.returns = array("d")  # theirs
         self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
         self._successes = 0  # in a row
-        self._best = -math.inf
+        self._best = -math.inf  # what this course's best weights came to
         self._best_weights = BestWeights(self.logdir / BEST_WEIGHTS, config.log_every_steps, self._finite)
         self._evaluation = math.nan
         self._started = self._seconds = self._seconds_before = 0.0
@@ -150,6 +150,8 @@ class BaseRun:
             # Before the logs are cut back: whatever is resumed later must not count rows that are not there.
             discard_after(path)
         write_json(self.logdir / CONFIG, config.to_dict())
+        if path is not None:  # weights of a course that was given up may be better, and are kept then
+            self._best_weights.go_on(self._is_ours)
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
         write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic(), **self.task()})
@@ -206,9 +208,6 @@ class BaseRun:
         if "env_id" in self._changed:  # what was reached there is nothing to compare with
             self._recent.clear()
             self._successes, self._best, self._evaluation = 0, -math.inf, math.nan
-            return
-        # Weights of a course that was given up may be better, and are kept then.
-        self._best = max(self._best, self._best_weights.mean_on_disk())
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
         """Make the environments and the learner."""
@@ -248,7 +247,8 @@ class BaseRun:
                 self.notes.append(f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} games so far")
         self._recent.extend(Episode(int(lane), float(total), int(steps)) for lane, total, steps in state["recent"])
         self._successes = integer("successes", state["successes"], 0)
-        self._best = -math.inf if state["best"] is None else float(state["best"])
+        best = state.get("best_test", state["best"])  # tables had their own before
+        self._best = -math.inf if best is None else float(best)
         self._evaluation = math.nan if state["evaluation"] is None else float(state["evaluation"])
         self._saved_at = self.steps
         before = state.get("transitions")
@@ -335,7 +335,19 @@ class BaseRun:
     def _metadata(self) -> dict[str, Any]:
         """Return what stands beside weights."""
         mean = float(np.mean([episode.total for episode in self._recent])) if self._recent else None
-        return {"steps": self.steps, "updates": self.updates, "mean_return": mean}
+        env_id = self.config.env_id
+        return {"env_id": env_id, "steps": self.steps, "updates": self.updates, "mean_return": mean}
+
+    def _keep_if_best(self, value: float) -> None:
+        """Keep the weights as they are now, if they came to more than all before."""
+        if value > self._best:
+            self._best = value
+            self._best_weights.keep(self.weights(), {**self._metadata(), "best": value})
+
+    def _is_ours(self, metadata: dict[str, Any]) -> bool:
+        """Whether weights with such metadata are for the run's environment."""
+        before = self._changed.get("env_id", (self.config.env_id,))[0]
+        return "env_id" not in changes({"env_id": str(metadata.get("env_id", before))}, self.config)
 
     def _checkpoint(self) -> None:
         if self._saved_at == self.steps:

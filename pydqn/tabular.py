@@ -169,7 +169,6 @@ class TabularRun(BaseRun):
             raise ValueError(f"num_envs: a table learns from 1 environment, got {self.config.num_envs}")
         self._task, shape = self._make_task(*_drawn(seeds))
         self.table = np.zeros(shape)
-        self._best_test = -math.inf
 
     def _make_task(
         self, generators: list[np.random.Generator], seeds: tuple[int, int]
@@ -199,9 +198,9 @@ class TabularRun(BaseRun):
         log, checkpoint = Due(config.log_every_steps, self.steps), Due(config.checkpoint_every_steps, self.steps)
         while not (self._stopping or self._finished()):
             end = min(config.total_steps, log.next, checkpoint.next, self.steps + self._task.steps_at_once)
-            best = self._best_test
+            best = self._best
             self._learn(int(end) - self.steps)
-            if any([log(self.steps), self._best_test > best]):
+            if any([log(self.steps), self._best > best]):
                 yield self._report()
             if checkpoint(self.steps):
                 self._checkpoint()
@@ -237,7 +236,7 @@ class TabularRun(BaseRun):
     def _learn(self, steps: int) -> None:
         config = self.config
         epsilons = np.array([epsilon(config, self.steps + step) for step in range(steps)])
-        tests = Trials(self.steps, config.evaluation_every_steps, config.evaluation_episodes, self._best_test)
+        tests = Trials(self.steps, config.evaluation_every_steps, config.evaluation_episodes, self._best)
         outcome = self._task.learn(self.table, epsilons, tests)
         before = self.steps
         for total, length, after in outcome.episodes:
@@ -247,9 +246,7 @@ class TabularRun(BaseRun):
         warn_if_cut(config, outcome.longest_test)
         if not math.isnan(outcome.test_mean):
             self._evaluation = outcome.test_mean
-            if outcome.test_mean > self._best_test:
-                self._best_test = outcome.test_mean
-                self._best_weights.keep(self.weights(), self._metadata())
+            self._keep_if_best(outcome.test_mean)
         self._best_weights.write(self.steps)
 
     def _inputs(self) -> str:
@@ -258,19 +255,15 @@ class TabularRun(BaseRun):
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"online.values": torch.from_numpy(self.table)}
 
-    def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "best_test": None if self._best_test == -math.inf else self._best_test}
-
     def _restore(self, checkpoint: Checkpoint) -> None:
         super()._restore(checkpoint)
-        table, best = checkpoint.tensors["online.values"].numpy(), checkpoint.state["best_test"]
+        table = checkpoint.tensors["online.values"].numpy()
         if table.shape != self.table.shape:
             raise ValueError(
                 f"checkpoint: its table has shape {table.shape}, the environment's is {self.table.shape}; "
                 "leave env_id as it was, or start a new run"
             )
         self.table[...] = table
-        self._best_test = -math.inf if best is None or "env_id" in self._changed else best
 
 
 def _drawn(seeds: np.random.SeedSequence) -> tuple[list[np.random.Generator], tuple[int, int]]:

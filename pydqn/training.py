@@ -242,9 +242,8 @@ class Run(BaseRun):
             (self._film.start if step.first[0] else self._film.add)(self.lanes.picture())
         for episode in step.episodes:
             self._end(episode)
-        if step.episodes and self.mean_return() > self._best:
-            self._best = self.mean_return()
-            self._best_weights.keep(self.weights(), self._metadata())
+        if step.episodes:
+            self._keep_if_best(self.mean_return())
         self._best_weights.write(self.steps)
 
     def _learn(self) -> None:

@@ -131,10 +131,10 @@ def test_better_weights_of_a_course_that_was_given_up_are_kept(small, tmp_path):
     train(dataclasses.replace(small, mean_episodes=1, checkpoint_every_steps=0), tmp_path)
     best = tmp_path / "weights" / "best.safetensors"
     weights, metadata = load_weights(best)
-    save_weights(best, weights, {**metadata, "mean_return": 1e6})
+    save_weights(best, weights, {**metadata, "best": 1e6})
     result = resume(checkpoints(tmp_path)[0])  # from the start, where any game would be the best
     assert result.returns
-    assert load_weights(best)[1]["mean_return"] == 1e6
+    assert load_weights(best)[1]["best"] == 1e6
 
 
 def test_a_run_that_was_killed_at_once_begins_again(small, tmp_path):

@@ -147,6 +147,30 @@ def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsy
     assert [*rows["return"]] == pytest.approx([10] * 6 + [1] * 14)
 
 
+def test_the_best_weights_are_never_those_of_another_task(run):
+    """Even where the run is cut off before it has a mean in the new task."""
+    best = run / "weights" / "best.safetensors"
+    resume(run, env_id="pydqn-test/Two-v0", total_steps=64, checkpoint_replay=False)
+    assert not best.exists()
+    resume(run, total_steps=200)
+    assert load_weights(best)[1]["best"] == pytest.approx(1)
+    assert load_weights(best)[1]["env_id"] == "pydqn-test/Two-v0"
+
+
+def test_nor_are_they_on_the_way_back(run):
+    best, old = run / "weights" / "best.safetensors", latest_checkpoint(run)
+    resume(run, env_id="pydqn-test/Two-v0", total_steps=200, checkpoint_replay=False)
+    assert load_weights(best)[1]["best"] == pytest.approx(1)
+    resume(old, env_id="pydqn-test/One-v0", total_steps=64)
+    assert not best.exists()
+
+
+def test_a_refused_change_leaves_the_best_weights(run):
+    with pytest.raises(ValueError, match=r"^env_id: "):
+        resume(run, env_id="pydqn-test/Two-v0", total_steps=200)
+    assert load_weights(run / "weights" / "best.safetensors")[1]["best"] == 10
+
+
 def test_a_stop_rule_does_not_count_games_of_another_task(tmp_path):
     train(preset("cartpole", **SMALL, stop_return=9), tmp_path)
     options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200, "checkpoint_replay": False}

@@ -8,7 +8,7 @@ import pytest
 from test_resume import kill
 
 from pydqn import evaluate, preset
-from pydqn.checkpoint import load_weights
+from pydqn.checkpoint import checkpoints, load_weights
 from pydqn.envs import Model, StateEnv
 from pydqn.evaluation import score
 from pydqn.logs import read_csv
@@ -242,6 +242,26 @@ def test_a_resumed_run_is_the_same_run(env_id, tmp_path):
     assert ours == theirs
     ours, theirs = (load_weights(path / "weights" / "last.safetensors")[0]["values"] for path in files)
     assert (ours == theirs).all()
+
+
+def test_the_best_table_is_replaced_only_by_a_better_one(tmp_path, monkeypatch):
+    """Better in its tests, also where a run goes back to an older checkpoint."""
+    best = tmp_path / "weights" / "best.safetensors"
+    settings = {"evaluation_every_steps": 100, "stop_evaluation_return": np.inf, "checkpoint_every_steps": 1_000}
+    train(preset("frozenlake", seed=1, total_steps=8_000, **settings), tmp_path)
+    tests = read_csv(tmp_path / "progress.csv")["evaluation_return"]
+    value = load_weights(best)[1]["best"]
+    assert value == pytest.approx(np.nanmax(tests))
+    before, older = best.read_bytes(), checkpoints(tmp_path)[0]
+    learn = ModelledTask.learn
+    monkeypatch.setattr(
+        ModelledTask, "learn", lambda *args: (out := learn(*args))._replace(test_mean=min(out.test_mean, value - 0.01))
+    )
+    resume(older, total_steps=9_000)
+    assert best.read_bytes() == before
+    monkeypatch.setattr(ModelledTask, "learn", lambda *args: learn(*args)._replace(test_mean=value + 1))
+    resume(tmp_path, total_steps=9_100)
+    assert load_weights(best)[1]["best"] == value + 1
 
 
 def test_what_a_table_cannot_learn(tmp_path):
