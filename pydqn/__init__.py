@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydqn.presets import preset as preset
     from pydqn.replay import Batch as Batch
     from pydqn.replay import FrameReplay as FrameReplay
-    from pydqn.runs import Result as Result
+    from pydqn.results import Result as Result
     from pydqn.training import resume as resume
     from pydqn.training import train as train
     from pydqn.transitions import TransitionReplay as TransitionReplay
@@ -28,7 +28,7 @@ _HOMES = {
     "DeviceReplay": "device_replay",
     "FrameReplay": "replay",
     "Learner": "learner",
-    "Result": "runs",
+    "Result": "results",
     "TransitionReplay": "transitions",
     "evaluate": "evaluation",
     "preset": "presets",

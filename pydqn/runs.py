@@ -9,14 +9,13 @@ import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pydqn.best import BestWeights
 from pydqn.checkpoint import (
@@ -36,6 +35,7 @@ from pydqn.lanes import Episode
 from pydqn.locks import Claim
 from pydqn.logs import EPISODES, PROGRESS, Process, Report, RunLog, environment, read_returns
 from pydqn.replay import FrameReplay
+from pydqn.results import Diverged, Learned, Result
 from pydqn.resuming import changes, instead_of, transition_settings
 from pydqn.schedules import epsilon
 from pydqn.stopping import Standing, ending
@@ -44,38 +44,12 @@ from pydqn.tasks import described, resolved
 Self = TypeVar("Self", bound="BaseRun")
 
 
-class Result(NamedTuple):
-    """What a run came to."""
-
-    returns: list[float]  # the true return of every whole game, in the order in which they ended
-    steps: int
-    frames: int
-    updates: int
-    seconds: float
-    logdir: Path
-    reason: str  # why the run ended, beginning with the name of the setting that ended it; or "interrupted"
-
-
-class Learned(NamedTuple):
-    """What a learner has to tell. Numbers that have no value yet are NaN."""
-
-    updates: int
-    loss: float
-    mean_q: float
-    max_q: float
-    grad_norm: float
-    samples: dict[str, NDArray[Any]]  # for histograms
-
-
-class Diverged(RuntimeError):
-    """A loss or a weight is no finite number any more. Nothing of that is ever saved."""
-
-
 class BaseRun:
     """One training run; a context manager that leaves everything saved and closed, however the run ends.
 
-    (But for one that diverged, or that a KeyboardInterrupt broke off in the middle of a step: then what was saved
-    before is left alone. `stop` ends a run after its step.)
+    (But for one that diverged, of which only the best weights from before are saved, or that a KeyboardInterrupt broke
+    off in the middle of a step: then what was saved before is left alone. `stop` ends a run after its step.) Where an
+    error ends a run and not everything can be saved, that is a warning, and the error comes through.
 
     `logdir` gets config.json, environment.json (versions, machine, precision and threads), progress.csv, episodes.csv,
     TensorBoard events, checkpoints/ and weights/: best.safetensors, when the mean return has improved, and, at the end,
@@ -264,16 +238,28 @@ class BaseRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with ExitStack() as last:
-            last.callback(self._release)
-            if isinstance(error, (Diverged, KeyboardInterrupt)):
-                return
-            self._best_weights.write()
-            save_weights(self.logdir / LAST_WEIGHTS, self._finite(self.weights()), self._metadata())
-            if self._last is not None:
-                if self._last.steps < self.steps:
-                    self._report()  # the row that an interruption would have cost
-                self._checkpoint()
+        try:
+            with ExitStack() as last:
+                last.callback(self._release)
+                if not isinstance(error, KeyboardInterrupt):
+                    self._save(diverged=isinstance(error, Diverged))
+        except Exception as second:  # must not hide what went wrong first
+            if error is None:
+                raise
+            warnings.warn(f"not everything could be saved: {second}", stacklevel=2)
+
+    def _save(self, *, diverged: bool) -> None:
+        """Save everything that is good: of a run that has diverged, the best weights from before."""
+        if diverged:
+            with suppress(Diverged):  # when they were kept they had diverged, too
+                self._best_weights.write()
+            return
+        self._best_weights.write()
+        save_weights(self.logdir / LAST_WEIGHTS, self._finite(self.weights()), self._metadata())
+        if self._last is not None:
+            if self._last.steps < self.steps:
+                self._report()  # the row that an interruption would have cost
+            self._checkpoint()
 
     def _release(self) -> None:
         with ExitStack() as last:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from pydqn.evaluation import under_protocol, warn_if_cut
 from pydqn.kernels import kernel
 from pydqn.lanes import Episode
 from pydqn.logs import Report
-from pydqn.runs import BaseRun, Learned
+from pydqn.results import Learned
+from pydqn.runs import BaseRun
 from pydqn.schedules import Due, epsilon
 
 _NO_LIMIT = 2**62  # steps

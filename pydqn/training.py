@@ -38,8 +38,9 @@ from pydqn.logs import Report
 from pydqn.machine import Pace
 from pydqn.policies import Actor, Policy, resolve_device, torch_threads
 from pydqn.replay import FrameReplay
+from pydqn.results import Learned, Result
 from pydqn.resuming import named_way_on, require_unchanged
-from pydqn.runs import BaseRun, Learned, Result
+from pydqn.runs import BaseRun
 from pydqn.schedules import Due, epsilon, learning_rate, priority_beta
 from pydqn.seeds import Seeds
 from pydqn.signals import deferred

@@ -11,6 +11,7 @@ from test_resume import kill
 from pydqn import checkpoint, preset, resume, train
 from pydqn.best import BestWeights
 from pydqn.checkpoint import load_weights
+from pydqn.results import Diverged
 from pydqn.training import Run, open_run
 
 BEST = "weights/best.safetensors"
@@ -114,6 +115,32 @@ def test_they_are_on_the_disk_when_it_matters(config, tmp_path):
         next(run.reports())
         run.stop()
     assert on_disk("stopped") == 100
+
+
+def test_a_run_that_diverges_keeps_the_best_from_before(config, tmp_path):
+    run = Run(config, tmp_path)
+    with pytest.raises(Diverged, match="a loss"), run:
+        reports = run.reports()
+        next(reports)
+        while run.steps < 170:
+            run.step()
+        with torch.no_grad():
+            next(iter(run.learner.online.parameters())).fill_(np.nan)
+        raise run._diverged("a loss is not finite")
+    weights, metadata = load_weights(tmp_path / BEST)
+    assert metadata["steps"] == 170
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert not (tmp_path / "weights" / "last.safetensors").exists()
+
+
+def test_the_best_are_not_written_where_they_had_diverged(config, tmp_path):
+    with pytest.raises(Diverged, match="a loss"), Run(config, tmp_path) as run:
+        next(run.reports())
+        with torch.no_grad():
+            next(iter(run.learner.online.parameters())).fill_(np.nan)
+        run._keep_if_best(1e6)
+        raise run._diverged("a loss is not finite")
+    assert load_weights(tmp_path / BEST)[1]["steps"] == 5
 
 
 def test_a_run_that_is_killed_ends_with_the_same_best_weights(tmp_path):

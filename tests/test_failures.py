@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -19,9 +20,10 @@ from pydqn.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, re
 from pydqn.cli import main
 from pydqn.config import Config
 from pydqn.envs import make_lanes
+from pydqn.locks import Claim
 from pydqn.logs import read_csv
 from pydqn.policies import Policy
-from pydqn.runs import Diverged
+from pydqn.results import Diverged
 from pydqn.signals import deferred
 from pydqn.training import Run, open_run
 
@@ -295,6 +297,30 @@ def test_an_environment_that_fails_is_named(failing, small, tmp_path):
     assert state["steps"] == run.steps == read_csv(tmp_path / "progress.csv")["steps"][-1]
     Failing.made = 10
     assert resume(tmp_path).steps >= 300
+
+
+@pytest.mark.parametrize("place", ["save_weights", "save_checkpoint", "RunLog.close"])
+def test_a_full_disk_does_not_hide_what_failed_first(failing, small, tmp_path, monkeypatch, place):
+    """Both are told: the environment's failure as the error, the disk's as a warning."""
+    run = Run(dataclasses.replace(small, env_id=failing, num_envs=4, checkpoint_every_steps=0), tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"pydqn.runs.{place}", full)
+    warned = pytest.warns(UserWarning, match=r"^not everything could be saved: .*No space left on device")
+    with warned, pytest.raises(RuntimeError, match="step 25: .* the console has caught fire"), run:
+        list(run.reports())
+    monkeypatch.undo()
+    run._log.close()
+    Claim(tmp_path).release()  # nobody holds the folder any more
+
+
+def test_a_full_disk_is_an_error_where_nothing_failed_before(small, tmp_path, monkeypatch):
+    run = Run(small, tmp_path)
+    monkeypatch.setattr("pydqn.runs.save_weights", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"), run:
+        run.stop()
 
 
 def test_a_reward_that_is_no_number_is_refused(failing, small, tmp_path, monkeypatch):

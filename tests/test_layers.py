@@ -28,6 +28,7 @@ LAYERS = [
         "orders",
         "pixels",
         "preprocess",
+        "results",
         "scores",
         "seeds",
         "signals",
