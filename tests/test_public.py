@@ -75,7 +75,7 @@ def test_contract_of_the_replay():
         "first",
     ]
     assert pydqn.Batch._fields == ("obs", "action", "reward", "discount", "next_obs", "index", "weight")
-    assert pydqn.Result._fields == ("returns", "steps", "frames", "updates", "seconds", "logdir")
+    assert pydqn.Result._fields == ("returns", "steps", "frames", "updates", "seconds", "logdir", "reason")
 
 
 def test_every_public_name_has_a_docstring_and_types():
