@@ -66,7 +66,10 @@ def _bfloat16_pays() -> bool:
 
 @contextmanager
 def torch_threads(config: Config) -> Iterator[int]:
-    """Let PyTorch use as many threads of the CPU as the config says, or as suit it, until the block ends."""
+    """Let PyTorch use as many threads of the CPU as the config says, or as suit it, until the block ends.
+
+    The number is the whole process's: blocks in two threads of it change each other's.
+    """
     before = torch.get_num_threads()
     suitable = default_torch_threads(config.network != "mlp", usable_cores())
     count = config.torch_threads or min(before, suitable or before)
