@@ -127,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
         ):
             signals.stop, run.saving = run.stop, bar.saving
             note = "" if resume else preset_and_note(arguments.preset, _given(arguments))[1]
-            for line in (_listed(run.task()), _listed(run.arithmetic()), note, *run.notes):
+            for line in (_listed(run.task()), _listed(run.arithmetic()), note):
                 print(line, end="\n" if line else "", file=sys.stderr)
             _follow(run, bar)
     except KeyboardInterrupt:

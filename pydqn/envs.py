@@ -6,7 +6,8 @@ The only room that knows gymnasium.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,18 @@ def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False
     if rom is not None:
         return AtariLanes(rom, config, num_envs, seed, render=render)
     return GymLanes(config, num_envs, seed, render=render)
+
+
+@contextmanager
+def beside_learning() -> Iterator[None]:
+    """Let environments for evaluation that cannot be made beside those that learn say how to train without them."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
+            f"{error} (this one was for evaluation, beside those that learn: where no more can exist, train with "
+            "--evaluation-every-steps 0, in Python evaluation_every_steps=0, and evaluate the run when it is over)"
+        ) from error
 
 
 class GymLanes:
@@ -157,31 +170,50 @@ class StateEnv:
         if rom_of(config.env_id) is not None:
             raise ValueError(f"env_id: {config.env_id} has pixels; a table needs Discrete observations")
         self._env, self._checked = _open(config, 0, 1, seed)
-        self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
-        states = States.of(self._env.observation_space)
-        if states is None:
-            raise ValueError(
-                f"env_id: {config.env_id} has {self._env.observation_space} observations; a table needs Discrete ones"
-            )
-        if states.total * self.num_actions > _MOST_VALUES:
-            raise ValueError(
-                f"env_id: {config.env_id} has {states.total:,} states with {self.num_actions:,} actions; a table holds "
-                f"at most {_MOST_VALUES:,} values"
-            )
-        self._states = states
-        self.num_states = states.total
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            self._action_start, self.num_actions = _actions(config.env_id, self._env.action_space)
+            self._states = self._numbered(config.env_id)
+            failed.pop_all()
+        self.num_states = self._states.total
         self.most_steps: int | None = self._env.spec.max_episode_steps  # None for no limit
         self._seed: int | None = seed
 
+    def _numbered(self, env_id: str) -> States:
+        """Return the states, if a table can hold their values."""
+        states = States.of(self._env.observation_space)
+        if states is None:
+            raise ValueError(
+                f"env_id: {env_id} has {self._env.observation_space} observations; a table needs Discrete ones"
+            )
+        if states.total * self.num_actions > _MOST_VALUES:
+            raise ValueError(
+                f"env_id: {env_id} has {states.total:,} states with {self.num_actions:,} actions; a table holds "
+                f"at most {_MOST_VALUES:,} values"
+            )
+        return states
+
     def model(self) -> Model | None:
-        """Return the transition probabilities, where the environment publishes them (as `P`)."""
+        """Return the transition probabilities, where the environment publishes them (as `P`).
+
+        Raises:
+            RuntimeError: they are not those of its states and actions.
+        """
         bare = self._env.unwrapped
         if not isinstance(getattr(bare, "P", None), dict) or not hasattr(bare, "initial_state_distrib"):
             return None
+        from pydqn.checked import named
+
+        try:
+            return self._published(bare)
+        except Exception as error:
+            self._checked.refuse(f"publishes transition probabilities (P) that cannot be used: {named(error)}", error)
+
+    def _published(self, bare: Any) -> Model:
         rows = [bare.P[state][action] for state in range(self.num_states) for action in range(self.num_actions)]
         outcomes = [outcome for row in rows for outcome in row]
         _, next_state, reward, terminated = zip(*outcomes, strict=True)
-        return Model(
+        model = Model(
             start=np.cumsum(bare.initial_state_distrib, dtype=np.float64),
             offset=np.cumsum([0, *map(len, rows)], dtype=np.int64),
             chance=np.concatenate([np.cumsum([outcome[0] for outcome in row]) for row in rows]),
@@ -189,6 +221,16 @@ class StateEnv:
             reward=np.array(reward, np.float64),
             terminated=np.array(terminated, np.bool_),
         )
+        # Compiled code looks states up without asking whether they are there.
+        if not all(rows) or len(model.start) != self.num_states:
+            raise ValueError("some states or actions have no outcome, or initial_state_distrib is of other states")
+        low, high = model.next_state.min(), model.next_state.max()
+        if low < 0 or high >= self.num_states:
+            raise ValueError(f"expected next states from 0 to {self.num_states - 1}, got {low} to {high}")
+        sums = np.append(model.chance[model.offset[1:] - 1], model.start[-1])
+        if not np.allclose(sums, 1) or not np.isfinite(model.reward).all():
+            raise ValueError("expected probabilities whose sum is 1, and finite rewards")
+        return model
 
     def reseed(self, seed: int) -> None:
         """Let the next reset begin anew, as in an environment that is made with this seed."""

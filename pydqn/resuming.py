@@ -42,8 +42,10 @@ def _same(name: str, old: Any, new: Any) -> bool:
     return False
 
 
-def require_unchanged(changed: dict[str, tuple[Any, Any]]) -> None:
+def require_unchanged(state: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
     """Raise a ValueError if the transitions that a checkpoint holds are not those that a run would go on with."""
+    if "transitions" not in state:  # as checkpoints were before; the run's config may be another since
+        raise ValueError(f"checkpoint: it does not say with which settings its transitions were made; {WITHOUT_REPLAY}")
     for name, (old, new) in changed.items():
         raise ValueError(
             f"{name}: the checkpoint's replay buffer holds transitions of {name} {old!r}, got {new!r}; {WITHOUT_REPLAY}"

@@ -89,7 +89,6 @@ class BaseRun:
         self._stopping = False
         self._resumed: dict[str, Any] | None = None  # the state that the run goes on from
         self._changed: dict[str, tuple[Any, Any]] = {}  # what transitions depend on, and was another before
-        self.notes: list[str] = []  # what whoever started the run should know, a line each
         self._process = Process()
         self._log: RunLog | None = None
         self._until_closed = ExitStack()  # puts back what a run changes in its process
@@ -218,7 +217,8 @@ class BaseRun:
             self.episodes = integer("episodes", state["episodes"], 0)
             self.returns = read_returns(self.logdir, self.episodes)
             if missing := self.episodes - len(self.returns):
-                self.notes.append(f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} games so far")
+                lost = f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} games so far"
+                warnings.warn(lost, stacklevel=2)
         self._recent.extend(Episode(int(lane), float(total), int(steps)) for lane, total, steps in state["recent"])
         self._successes = integer("successes", state["successes"], 0)
         best = state.get("best_test", state["best"])  # tables had their own before

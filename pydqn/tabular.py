@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from pydqn.checkpoint import Checkpoint
 from pydqn.config import Config
-from pydqn.envs import Model, StateEnv
+from pydqn.envs import Model, StateEnv, beside_learning
 from pydqn.evaluation import under_protocol, warn_if_cut
 from pydqn.kernels import kernel
 from pydqn.lanes import Episode
@@ -176,19 +178,21 @@ class TabularRun(BaseRun):
     ) -> tuple[ModelledTask | SteppedTask, tuple[int, int]]:
         """Return the task, with a game opened, and the shape of its table."""
         config = self.config
-        env = StateEnv(config, seeds[0])
-        shape = env.num_states, env.num_actions
-        model = env.model()
-        if model is None:
-            try:
-                tests = config.evaluation_every_steps > 0
-                test_env = StateEnv(under_protocol(config), seeds[1]) if tests else None
-                return SteppedTask((env, test_env), config, generators), shape
-            except BaseException:
-                env.close()
-                raise
-        env.close()
-        return ModelledTask(model, env.most_steps, config, generators), shape
+        with ExitStack() as unless_stepped:
+            env = StateEnv(config, seeds[0])
+            unless_stepped.callback(env.close)
+            shape = env.num_states, env.num_actions
+            model = env.model()
+            if model is not None:
+                return ModelledTask(model, env.most_steps, config, generators), shape
+            test_env = None
+            if config.evaluation_every_steps > 0:
+                with beside_learning():
+                    test_env = StateEnv(under_protocol(config), seeds[1])
+                unless_stepped.callback(test_env.close)
+            task = SteppedTask((env, test_env), config, generators)
+            unless_stepped.pop_all()
+            return task, shape
 
     def reports(self) -> Iterator[Report]:
         """Run to the end, yielding a report whenever one is due, and at the end."""
@@ -265,6 +269,9 @@ class TabularRun(BaseRun):
                 "leave env_id as it was, or start a new run"
             )
         self.table[...] = table
+        if "env_id" in self._changed:
+            old, new = self._changed["env_id"]
+            warnings.warn(f"env_id was {old}, is {new}; the table goes on with the values that it has", stacklevel=2)
 
 
 def _drawn(seeds: np.random.SeedSequence) -> tuple[list[np.random.Generator], tuple[int, int]]:

@@ -21,7 +21,7 @@ from pydqn.checkpoint import Checkpoint, run_of
 from pydqn.checks import integer
 from pydqn.config import Config
 from pydqn.device_replay import DeviceReplay, resolve_storage
-from pydqn.envs import make_lanes
+from pydqn.envs import beside_learning, make_lanes
 from pydqn.evaluation import (
     evaluate_policy,
     evaluation_lanes,
@@ -301,13 +301,8 @@ class Run(BaseRun):
         config = self.config
         if not 0 < config.evaluation_every_steps <= config.total_steps:
             return None
-        try:
+        with beside_learning():
             return evaluation_lanes(config, config.evaluation_episodes, self._evaluation_seed)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(
-                f"{error} (this one was for evaluation, beside those that learn: where no more can exist, train with "
-                "evaluation_every_steps=0 and evaluate the run when it is over)"
-            ) from error
 
     def _reopen(self) -> None:
         """Begin new games in all lanes, those that a run begins which is resumed from the checkpoint just written.
@@ -378,9 +373,10 @@ class Run(BaseRun):
             self._learning_since = self.steps + self.config.learning_starts_steps
             self._updates_before = updates
             news = "".join(f"{name} was {old}, is {new}; " for name, (old, new) in self._changed.items())
-            self.notes.append(f"{news}the replay buffer starts empty, updates go on at step {self._learning_since:,}")
+            start = f"the replay buffer starts empty, updates go on at step {self._learning_since:,}"
+            warnings.warn(f"{news}{start}", stacklevel=2)
             return
-        require_unchanged(self._changed)
+        require_unchanged(state, self._changed)
         self._learning_since = integer("learning_since", state["learning_since"], 0)
         self._updates_before = integer("updates_before", state["updates_before"], 0)
         expected = self.replay.settings

@@ -90,20 +90,84 @@ def test_one_simulator_is_enough(counted, tmp_path):
     assert game.steps > 0
     with pytest.raises(RuntimeError) as raised:
         train(dataclasses.replace(config, evaluation_every_steps=20), tmp_path / "both")
-    message = str(raised.value)
-    assert "env index 0 of 1 (seed " in message
-    assert "could not be made: OSError: there are 1 already" in message
-    assert "evaluation_every_steps=0" in message
-    assert "\n" not in message
+    require_way_on(str(raised.value))
     assert not (tmp_path / "both" / "progress.csv").exists()
     assert Counted.alive == 0
+
+
+def require_way_on(message):
+    assert "env index 0 of 1 (seed " in message
+    assert "could not be made: OSError: there are 1 already" in message
+    assert "train with --evaluation-every-steps 0, in Python evaluation_every_steps=0, and evaluate" in message
+    assert "\n" not in message
 
 
 def test_one_simulator_is_enough_for_a_table(counted, tmp_path):
     counted.space, counted.good, counted.limit = Discrete(3), 0, 1
     config = config_of(**{**TABLE, "evaluation_every_steps": 0}, checkpoint_every_steps=20)
-    assert train(config, tmp_path).steps == 60
+    assert train(config, tmp_path / "run").steps == 60
     assert Counted.made == 1
+    with pytest.raises(RuntimeError) as raised:
+        train(config_of(**TABLE), tmp_path / "both")
+    require_way_on(str(raised.value))
+    assert Counted.alive == 0
+
+
+def first_reset_fails(kind):
+    kind.reset = lambda self, **_: 1 / 0
+
+
+def no_actions(kind):
+    kind.action_space = Box(0, 1, (2,), np.float32)
+
+
+def no_states(kind):
+    kind.space = Box(0, 1, (2,), np.float32)
+
+
+def many_states(kind):
+    kind.space = Discrete(2**30)
+
+
+def publish(change):
+    def prepare(kind):
+        table = {state: {action: [(1.0, 0, 0.0, False)] for action in range(2)} for state in range(3)}
+        kind.P, kind.initial_state_distrib = table, [1.0, 0.0, 0.0]
+        change(kind)
+
+    return prepare
+
+
+def of_other_states(kind):
+    kind.initial_state_distrib = [1.0]
+
+
+BROKEN = {
+    "first reset": (first_reset_fails, RuntimeError),
+    "actions": (no_actions, ValueError),
+    "states": (no_states, ValueError),
+    "many states": (many_states, ValueError),
+    "a state is missing": (publish(lambda kind: kind.P.pop(2)), RuntimeError),
+    "an action is missing": (publish(lambda kind: kind.P[1].pop(1)), RuntimeError),
+    "no outcome": (publish(lambda kind: kind.P[1].update({1: []})), RuntimeError),
+    "no such next state": (publish(lambda kind: kind.P[1].update({1: [(1.0, 3, 0.0, False)]})), RuntimeError),
+    "a negative next state": (publish(lambda kind: kind.P[1].update({1: [(1.0, -1, 0.0, False)]})), RuntimeError),
+    "a sum of 0.5": (publish(lambda kind: kind.P[1].update({1: [(0.5, 1, 0.0, False)]})), RuntimeError),
+    "no number": (publish(lambda kind: kind.P[1].update({1: [(1.0, 1, np.nan, False)]})), RuntimeError),
+    "three of four": (publish(lambda kind: kind.P[1].update({1: [(1.0, 1, 0.0)]})), RuntimeError),
+    "another start": (publish(of_other_states), RuntimeError),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_table_that_cannot_begin_holds_no_environment(counted, tmp_path, name):
+    counted.space, counted.good = Discrete(3), 0
+    prepare, kind = BROKEN[name]
+    prepare(counted)
+    with pytest.raises(kind, match=f"^env_id: {ID}"):
+        train(config_of(**TABLE), tmp_path / "run")
+    assert Counted.made > 0
+    assert Counted.alive == 0
 
 
 def test_a_table_makes_its_environments_once(counted, tmp_path):

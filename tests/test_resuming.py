@@ -129,6 +129,7 @@ def test_two_ids_of_one_game_name_one_task():
     assert changes(before, Config(env_id="breakout")) == {"env_id": ("ALE/Pong-v5", "breakout")}
 
 
+@pytest.mark.filterwarnings("always:.*the replay buffer starts empty")
 def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsys):
     best = run / "weights" / "best.safetensors"
     assert load_weights(best)[1]["mean_return"] == 10
@@ -137,7 +138,8 @@ def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsy
     assert capsys.readouterr().err.count("\n") == 1
     assert main([*arguments, "--no-checkpoint-replay"]) == 0
     said = (
-        "env_id was pydqn-test/One-v0, is pydqn-test/Two-v0; the replay buffer starts empty, updates go on at step 92"
+        "pydqn: warning: env_id was pydqn-test/One-v0, is pydqn-test/Two-v0; the replay buffer starts empty, "
+        "updates go on at step 92"
     )
     assert capsys.readouterr().err.splitlines().count(said) == 1
     # What was reached in the other task is nothing to compare with.
@@ -171,6 +173,11 @@ def test_a_refused_change_leaves_the_best_weights(run):
     assert load_weights(run / "weights" / "best.safetensors")[1]["best"] == 10
 
 
+def test_an_empty_replay_buffer_is_told_in_python(run):
+    with pytest.warns(UserWarning, match=r"^the replay buffer starts empty, updates go on at step 92$"):
+        resume(run, total_steps=70, checkpoint_replay=False)
+
+
 def test_a_stop_rule_does_not_count_games_of_another_task(tmp_path):
     train(preset("cartpole", **SMALL, stop_return=9), tmp_path)
     options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200, "checkpoint_replay": False}
@@ -200,17 +207,21 @@ def test_an_empty_replay_buffer_does_not_bring_the_old_one_back(run):
         resume(old, **options, checkpoint_replay=True)
 
 
-def test_checkpoints_that_do_not_name_their_task_are_those_of_the_config(tmp_path, monkeypatch):
-    """As they were before."""
+def test_a_replay_buffer_whose_task_is_not_known_is_not_learned_from(tmp_path, monkeypatch):
+    """The config may have changed since: a checkpoint of before does not say of which task its transitions are."""
     state = Run._state
     monkeypatch.setattr(
         Run, "_state", lambda self: {name: value for name, value in state(self).items() if name != "transitions"}
     )
     train(preset("cartpole", **SMALL), tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"^env_id: "):
-        resume(tmp_path, env_id="pydqn-test/Two-v0", total_steps=100)
-    assert resume(tmp_path, total_steps=100).steps == 100
+    old = latest_checkpoint(tmp_path)
+    for options in ({}, {"env_id": "pydqn-test/Two-v0"}):
+        with pytest.raises(ValueError, match=rf"^checkpoint: .*; {re.escape(WITHOUT)}$"):
+            resume(tmp_path, total_steps=100, **options)
+    assert resume(tmp_path, env_id="pydqn-test/Two-v0", total_steps=100, checkpoint_replay=False).steps == 100
+    with pytest.raises(ValueError, match=rf"^checkpoint: .*; {re.escape(WITHOUT)}$"):
+        resume(old, total_steps=100, checkpoint_replay=True)  # by now the config has the other task
 
 
 def test_a_table_of_another_task_of_the_same_size_goes_on(tmp_path):
@@ -223,7 +234,9 @@ def test_a_table_of_another_task_of_the_same_size_goes_on(tmp_path):
     try:
         with pytest.raises(ValueError, match="leave env_id as it was, or start"):
             resume(tmp_path, env_id="pydqn-test/Larger-v0", total_steps=3_000)
-        assert resume(tmp_path, env_id="pydqn-test/Lake-v0", total_steps=3_000, max_episode_steps=100).steps == 3_000
+        with pytest.warns(UserWarning, match=r"^env_id was FrozenLake-v1, is pydqn-test/Lake-v0; the table goes on"):
+            result = resume(tmp_path, env_id="pydqn-test/Lake-v0", total_steps=3_000, max_episode_steps=100)
+        assert result.steps == 3_000
     finally:
         del gymnasium.registry["pydqn-test/Lake-v0"], gymnasium.registry["pydqn-test/Larger-v0"]
 
