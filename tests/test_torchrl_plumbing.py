@@ -129,6 +129,18 @@ def test_lives_end_windows():
     assert rb.storage.memory.lane_ticks == [7]  # the episode goes on
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16, torch.float64])
+def test_discounted_sums_are_reals_whatever_rewards_are(dtype):
+    batch = rows(6)
+    batch["next", "reward"] = batch["next", "reward"].to(dtype)
+    rb = ReplayBuffer(100, n_step=3, gamma=0.9)
+    rb.extend(batch)
+    reward = rb[:]["next", "reward"]
+    assert reward.shape == (4, 1)
+    assert reward.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(reward.flatten().double(), torch.full((4,), 1 + 0.9 + 0.81).double())
+
+
 def test_environments_are_counted_in_blocks():
     batch = torch.stack([rows(), rows(), rows()])
     batch["next", "done"][:, -1] = batch["next", "terminated"][:, -1] = True

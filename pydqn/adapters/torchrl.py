@@ -215,9 +215,7 @@ class FrameStorage(Storage):
         memory, size = self.memory, integer("batch_size", batch_size, 1)
         if not len(memory):
             raise RuntimeError("Cannot sample from an empty storage. No transition can be sampled yet.")  # TorchRL's
-        # Whoever gets them may write to them: `obs` and `next_obs` are not to share their memory.
-        obs, next_obs = np.empty((2, size, memory.stack, *memory.frame_shape), memory.dtype)
-        batch = memory.sample(size, memory.empty_batch(size)._replace(obs=obs, next_obs=next_obs))
+        batch = memory.sample(size, memory.empty_batch(size, apart=True))  # whoever gets them may write to them
         self._drawn = (torch.from_numpy(batch.index), batch)
         return self._drawn[0], torch.from_numpy(batch.weight)
 
@@ -227,8 +225,8 @@ class FrameStorage(Storage):
         if drawn is not None and index is drawn[0]:
             return self._tensordict(drawn[1])
         wanted = self.memory.valid_indices()[index] if isinstance(index, slice) else np.asarray(index)
-        batch = self.memory.gather(wanted.reshape(-1))
-        return self._tensordict(batch._replace(obs=batch.obs.copy())).reshape(wanted.shape)
+        out = self.memory.empty_batch(wanted.size, apart=True) if wanted.size else None
+        return self._tensordict(self.memory.gather(wanted.reshape(-1), out)).reshape(wanted.shape)
 
     def set(self, *_: Any, **__: Any) -> None:
         """Raise RuntimeError: what is held is never changed, and `append` alone adds to it."""
@@ -301,7 +299,8 @@ class FrameStorage(Storage):
         for name, column in self.streams.columns.items():
             leaves[name] = column.index_select(0, last if name[0] == "next" else first)
         if replay.memory.n_step > 1:
-            leaves[_REWARD] = torch.from_numpy(batch.reward).to(leaves[_REWARD]).reshape(leaves[_REWARD].shape)
+            kind = torch.promote_types(leaves[_REWARD].dtype, torch.float32)  # a discounted sum is no integer
+            leaves[_REWARD] = torch.from_numpy(batch.reward).to(kind).reshape(leaves[_REWARD].shape)
         return TensorDict(leaves, [len(first)], device=self.device)
 
     def _empty(self) -> None:
