@@ -86,7 +86,8 @@ def converted(
         return array
     if array.dtype.kind not in _RANK or _RANK[array.dtype.kind] > _RANK[dtype.kind]:
         raise _would_change(name, array, dtype, "", way_on)
-    if np.can_cast(array.dtype, dtype):
+    exact = not (array.dtype.kind in "iu" and dtype.kind == "f")  # NumPy lets int64 become float64, which rounds
+    if exact and np.can_cast(array.dtype, dtype):
         return array.astype(dtype)
     if array.dtype.kind != "f":
         # Not by converting there and back: what an overflow gives differs from processor to processor.

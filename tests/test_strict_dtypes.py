@@ -129,6 +129,8 @@ def test_observations_are_kept_or_refused(place, dtype, given_dtype, data):
         ("uint8", np.array([-1, 0], np.int8)),
         ("int64", np.array([2**63, 0], np.uint64)),
         ("float32", np.array([2**24 + 1, 0])),
+        ("float64", np.array([2**53 + 1, 0])),
+        ("float64", np.array([2**53 + 1, 0], np.uint64)),
         ("float32", np.array([0.1, 0.0])),
         ("float16", np.array([1e5, 0], np.float32)),
         ("bool", np.array([2, 0], np.uint8)),
