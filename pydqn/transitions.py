@@ -120,6 +120,10 @@ class TransitionReplay:
         self._shifts = 0  # steps that moved on by one frame of such a stack
         self.memory = self._memory()
         self._last = np.zeros((self.num_envs, *self.shape), self._dtype)  # observations that steps have led to
+        # Refuses what the memory would: before the first frames of an episode push older ones out of that.
+        self._trial = FrameReplay(2 * self.num_envs, (1,), stack=1, num_envs=self.num_envs, dtype="bool")
+        nothing = np.zeros(self.num_envs, np.int64)
+        self._trial.append(nothing[:, None] > 0, nothing, nothing, nothing > 0, nothing > 0, nothing == 0)
 
     def _memory(self) -> FrameReplay:
         per_lane = self.capacity // self.num_envs
@@ -192,13 +196,14 @@ class TransitionReplay:
         if self._hidden is not None:
             self._look_for_stacks(self._hidden, obs, next_obs)
         fresh = ~(self._begun[chosen] & _same(obs, self._last if lanes is None else self._last[chosen]))
-        if fresh.any():
-            starts = self.stacks.split(obs)
-            for row in np.flatnonzero(fresh):
-                self._begin(int(chosen[row]), starts[row])
         columns = (np.asarray(action), np.asarray(reward), np.asarray(terminated), np.asarray(truncated))
         no = np.zeros(len(chosen), bool)
         newest = frames[:, -1]
+        if fresh.any():
+            self._trial.append_to(chosen, np.zeros((len(chosen), 1), bool), *columns, no)
+            starts = self.stacks.split(obs)
+            for row in np.flatnonzero(fresh):
+                self._begin(int(chosen[row]), starts[row])
         if lanes is None:
             self.memory.append(newest, *columns, no)
         else:
@@ -266,8 +271,8 @@ class TransitionReplay:
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over what `save` wrote, in place of all that is held.
 
-        What is sampled then is what the saved buffer would have sampled. Episodes that were going on end there:
-        environments are not saved.
+        What is sampled then is what the saved buffer would have sampled: alpha and beta, which may be changed at any
+        time, are those that were saved. Episodes that were going on end there: environments are not saved.
 
         Args:
             path: the folder.
@@ -277,7 +282,7 @@ class TransitionReplay:
                 other arguments; the message names them. What was held is still held then.
         """
         memory = self.memory
-        names = ["num_envs", "n_step", "gamma", "prioritized", "alpha", "max_transitions", "dtype"]
+        names = ["num_envs", "n_step", "gamma", "prioritized", "max_transitions", "dtype"]
         names += ["stack", "frame_shape"] if self._stack_is_sure else []
         found = FrameReplay.load(path, {name: memory.settings[name] for name in names})
         stacks = Stacks.of(self.shape, self._dtype, found.stack)

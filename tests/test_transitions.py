@@ -333,6 +333,60 @@ def test_bad_transitions(row, message):
     assert len(memory) == 1
 
 
+GOOD = {"action": [0, 0], "reward": [0.0, 0.0], "terminated": [False, False], "truncated": [False, False]}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"action": [0, -1]},
+        {"action": [0.5, 0]},
+        {"action": [0]},
+        {"reward": [0.0, np.nan]},
+        {"reward": ["1", "1"]},
+        {"terminated": [2, 0]},
+        {"truncated": [False]},
+        {"lanes": [1, 1]},
+    ],
+)
+@pytest.mark.parametrize("shape", [(2,), (4, 8, 8)])
+def test_refused_transitions_push_nothing_out(shape, bad):
+    def full():
+        made = TransitionReplay(8, shape, num_envs=2, stack=shape[0] if len(shape) > 1 else 1, seed=1)
+        random = np.random.default_rng(0)
+        obs = np.zeros((2, *shape), np.uint8)
+        for _ in range(4):
+            newest = random.integers(1, 200, (2, 1, *shape[1:]), dtype=np.uint8)
+            next_obs = np.concatenate([obs[:, 1:], newest], axis=1)
+            made.add(obs, next_obs if made.stacks.stack > 1 else newest.repeat(2, 1), **GOOD)
+            obs = next_obs if made.stacks.stack > 1 else newest.repeat(2, 1)
+        return made
+
+    memory, expected = full(), full()
+    start = np.full((2, *shape), 250, np.uint8)  # of other episodes
+    for _ in range(40):
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))}: expected"):
+            memory.add(start, start, **{**GOOD, **bad})
+    assert len(memory) == 8
+    assert memory.memory.lane_ticks == expected.memory.lane_ticks
+    for one, other in zip(memory.sample(20), expected.sample(20), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_alpha_may_have_changed_before_it_is_restored(tmp_path):
+    saved, restored = (TransitionReplay(10, (2,), prioritized=True, alpha=0.6, seed=1) for _ in range(2))
+    obs = np.arange(22, dtype=np.uint8).reshape(11, 1, 2)
+    for step in range(10):
+        index = saved.add(obs[step], obs[step + 1], [0], [0.0], [False], [False])
+        saved.update_priorities(index, [1.0 + step])
+    saved.memory.alpha = 0.3
+    saved.save(tmp_path)
+    restored.restore(tmp_path)
+    assert restored.memory.alpha == 0.3
+    for one, other in zip(saved.sample(20), restored.sample(20), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="stack: expected a divisor of axis 0 of observations of shape"):
         TransitionReplay(10, (4, 8, 8), stack=3)
