@@ -8,8 +8,11 @@ import pickle
 import h5py
 import numpy as np
 import pytest
+import torch
 from test_tianshou_adapter import ATARI, counting, ours, same, theirs
 from tianshou.data import Batch
+
+from pydqn.adapters import _tianshou
 
 SINGLE = [("ReplayBuffer", (5,)), ("PrioritizedReplayBuffer", (5, 0.6, 0.4))]
 
@@ -56,6 +59,46 @@ def test_update_takes_transitions_over(source, name, arguments):
         added = buffer.add(row(3))
         assert added[1].tolist() == [0.0]
     assert [buffer.buffers[0]._ep_return for buffer in buffers[:1]] == [3.0]
+
+
+def test_update_takes_a_part_at_a_time(monkeypatch):
+    """The other buffer may be as large as memory allows."""
+    sizes = []
+
+    class Watched(theirs.ReplayBuffer):
+        def __getitem__(self, index):
+            sizes.append(np.size(index))
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(_tianshou, "_ROWS", 3)
+    other, mine = Watched(10), ours.ReplayBuffer(10)
+    for number in range(8):
+        other.add(row(number))
+    mine.update(other)
+    assert sizes == [3, 3, 2]
+    assert mine[:].obs.ravel().tolist() == [*range(100, 108)]
+
+
+def test_update_that_is_refused_midway_leaves_the_statistics():
+    mine, other = ours.ReplayBuffer(10), theirs.ReplayBuffer(10)
+    for number, seen in enumerate([1, 2, 300]):
+        batch = row(number)
+        batch.obs = batch.obs_next = np.array([seen])
+        other.add(batch)
+    batch.obs = batch.obs_next = np.array([0], np.uint8)
+    mine.add(batch)
+    before = [(lane._ep_return, lane._ep_len, lane._ep_start_idx) for lane in mine.buffers]
+    with pytest.raises(ValueError, match="^obs: expected uint8"):
+        mine.update(other)
+    assert len(mine) == 3
+    assert [(lane._ep_return, lane._ep_len, lane._ep_start_idx) for lane in mine.buffers] == before
+
+
+def test_update_of_oneself_takes_what_was_there():
+    mine = filled(ours, arguments=(5,), count=8)
+    before = mine[:].obs.ravel().tolist()
+    mine.update(mine)
+    assert mine[:].obs.ravel().tolist()[: len(before)] == before
 
 
 def test_update_of_several_environments_keeps_them_apart():
@@ -150,6 +193,40 @@ def test_keys_of_ones_own(name, arguments, tmp_path):
     for vector in vectors:
         vector.add(Batch.stack([row(1, returns=7.0)]))
         assert "returns" not in vector[:].get_keys()  # Tianshou's keep none, either
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "expected"),
+    [
+        (np.int64(1), torch.tensor(2), 2),
+        (np.float32(1), torch.tensor(2.5), np.float32(2.5)),
+        (np.float32(1), np.float64(0.1), np.float32(0.1)),
+        (np.float32([1, 2]), np.float64([0.1, 0.2]), np.float32([0.1, 0.2])),
+    ],
+)
+def test_actions_are_taken_as_tianshou_takes_them(first, later, expected):
+    for kind in (theirs, ours):
+        buffer = kind.ReplayBuffer(10)
+        for number, act in enumerate((first, later)):
+            batch = row(number)
+            batch.act = act
+            buffer.add(batch)
+        same(np.asarray(buffer[1].act), np.asarray(expected))
+        assert buffer[:].act.dtype == first.dtype
+
+
+def test_what_is_refused_is_in_no_stack():
+    buffer = ours.ReplayBuffer(10, stack_num=2)
+    for number, seen in enumerate([1.0, np.nan, 2.0]):
+        batch = row(number)
+        batch.obs, batch.obs_next = np.array([seen]), np.array([seen + 1])
+        if np.isnan(seen):
+            with pytest.raises(ValueError, match="next_obs: expected obs moved on by one frame"):
+                buffer.add(batch)
+        else:
+            buffer.add(batch)
+    assert buffer[:].obs.ravel().tolist() == [1, 1, 1, 2]
+    assert buffer[:].obs_next.ravel().tolist() == [1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(

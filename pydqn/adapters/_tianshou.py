@@ -89,10 +89,10 @@ def odd_columns(columns: Any) -> list[Any]:
     return [] if kind in "biu" or (kind == "f" and not np.isnan(columns).any()) else [columns]
 
 
-def exactly(name: str, array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return observations in the dtype of the first ones; ValueError where values would change."""
+def exactly(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False) -> NDArray[Any]:
+    """Return values in the dtype of the first ones; ValueError where they would change (`rounded`: see `converted`)."""
     try:
-        return converted(name, array, dtype)
+        return converted(name, array, dtype, rounded=rounded)
     except ValueError:
         wanted = f"{dtype}, as in the first transition, or values that it holds exactly"
         raise ValueError(f"{name}: expected {wanted}, got {array.dtype}") from None
@@ -117,11 +117,17 @@ def take(buffer: Any, other: Any) -> NDArray[np.int64]:
         if one.stack_num > 1 or one._save_only_last_obs or getattr(one, "_newest_alone", False):
             raise ValueError(f"update: expected neither stack_num nor save_only_last_obs, got one in {name}")
     positions = other.sample_indices(0) if len(other) else np.zeros(0, np.int64)
-    rows, lane = other[positions] if len(positions) else Batch(), buffer.buffers[0]
-    rows.__dict__.pop("weight", None)  # a prioritized buffer's, for a batch
+    lane, added = buffer.buffers[0], []
     statistics = lane._ep_return, lane._ep_len, lane._ep_start_idx
-    added = [buffer.add(rows[number])[0][0] for number in range(len(positions))]
-    lane._ep_return, lane._ep_len, lane._ep_start_idx = statistics
+    part = _ROWS if other is not buffer else max(len(positions), 1)  # which would write over what is still to be read
+    try:
+        for start in range(0, len(positions), part):
+            some = positions[start : start + part]
+            rows = other[some]
+            rows.__dict__.pop("weight", None)  # a prioritized buffer's, for a batch
+            added += [buffer.add(rows[number])[0][0] for number in range(len(some))]
+    finally:
+        lane._ep_return, lane._ep_len, lane._ep_start_idx = statistics
     return np.array(added, np.int64)
 
 

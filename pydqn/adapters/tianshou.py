@@ -15,7 +15,7 @@ from pydqn.transitions import TransitionReplay
 try:
     import h5py
     from tianshou import data as theirs
-    from tianshou.data import Batch
+    from tianshou.data import Batch, to_numpy
     from tianshou.data.utils.converter import to_hdf5
 except ImportError as error:
     raise ImportError("pydqn.adapters.tianshou needs Tianshou: pip install 'pydqn[adapters]'") from error
@@ -111,7 +111,9 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         last, known = self.last_index[lanes], len(self._meta.get_keys()) > 0
         before, ended = (self._meta.obs[last], self._meta.done[last]) if known else (np.full(len(lanes), -1), done)
         kept = self._meta.act if known else None
-        act = exactly("act", batch.act, kept.dtype) if isinstance(kept, np.ndarray) else batch.act
+        act = batch.act
+        if isinstance(kept, np.ndarray):
+            act = exactly("act", np.asarray(to_numpy(act)), kept.dtype, rounded=True)
         index = self._store(obs, obs_next, done, lanes)
         rest = Batch()
         rest.__dict__.update({key: batch[key] for key in batch.get_keys() if key not in SEEN}, act=act, obs=index)
@@ -161,11 +163,12 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
             follows = self._open[lanes] & (obs == before[:, -1]).reshape(count, -1).all(axis=1)
             before[~follows] = obs[~follows, None]
             obs, obs_next = before, np.concatenate([before[:, 1:], obs_next[:, None]], axis=1)
-            self._latest[lanes], self._open[lanes] = obs_next, ~done
         obs, obs_next = obs.reshape(count, *memory.shape), obs_next.reshape(count, *memory.shape)
         nothing, no = np.zeros(count, np.int64), np.zeros(count, bool)  # Tianshou's columns hold whatever there is
         every = np.array_equal(lanes, np.arange(self.buffer_num))
         index = memory.add(obs, obs_next, nothing, nothing, no, no, None if every else lanes)
+        if self._stacks_here:  # behind what may refuse them
+            self._latest[lanes], self._open[lanes] = obs_next.reshape(count, *self._out), ~done
         # Frames fall out one by one. What is newer by less than a stack may still be whole, but need not.
         lost = index // self.buffer_num + 2 - memory.memory.capacity // self.buffer_num
         self._least[lanes] = np.where(lost > 0, (lost + memory.stacks.stack - 1) * self.buffer_num, 0)
@@ -200,16 +203,11 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         """Return obs and obs_next, (*positions.shape, *shape) each."""
         if self.transitions is None or not self._held(positions).all():
             raise ValueError(f"index: expected positions at which transitions are held, got {positions}")
-        memory, join, kept = self.transitions.memory, self.transitions.stacks.join, self.transitions.shape
-        # One block, which allocators are quickest with; its halves are apart, since callers may write to them.
-        block = np.empty((positions.size, 2 * memory.stack, *memory.frame_shape), memory.dtype)
-        obs, obs_next = block[:, : memory.stack], block[:, memory.stack :]
-        if positions.size:
-            rest = memory.empty_batch(positions.size)
-            columns = (rest.action, rest.reward, rest.discount, rest.index, rest.weight)
-            memory._core.gather(self._meta.obs[positions].reshape(-1), obs, obs_next, *columns)
         shape = (*positions.shape, *self._out)
-        return join(obs, kept).reshape(shape), join(obs_next, kept).reshape(shape)
+        if not positions.size:
+            return np.empty(shape, self._latest.dtype), np.empty(shape, self._latest.dtype)
+        batch = self.transitions.gather(self._meta.obs[positions].reshape(-1), apart=True)  # callers may write to them
+        return batch.obs.reshape(shape), batch.next_obs.reshape(shape)
 
     def _held(self, positions: _Positions) -> NDArray[np.bool_]:
         if not self._meta.get_keys():
