@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Key = tuple[str, ...]
 
+_NAMES = ("collector", "traj_ids")  # where collectors say which episode a row is of
+_PADDING = (("collector", "mask"), ("mask",))  # where `split_trajectories` says which rows are real
+
 
 def key(name: str | Key) -> Key:
     """Return the full name of an entry."""
@@ -35,12 +38,27 @@ def only_observation(leaves: dict[Key, Any]) -> Key:
     return found[0]
 
 
-def rows(key: Key, leaf: Any, dims: int, known: list[Key]) -> torch.Tensor:
-    """Return an entry of a batch with so many batch dimensions on the CPU, (n, ...)."""
+def episodes(data: Any) -> NDArray[Any] | None:
+    """Return which episode each row of a tensordict is of, (n,), where a collector says so."""
+    given = data.get(_NAMES, None)
+    return None if given is None else numbers(_NAMES, given.cpu().reshape(-1))
+
+
+def no_padding(leaves: dict[Key, Any]) -> None:
+    """Raise ValueError where entries say that some rows are no steps."""
+    for name in _PADDING:
+        if name in leaves and not leaves[name].all():
+            raise ValueError(f"{name}: expected steps of environments, got padding; pass data[data[{name}]]")
+
+
+def rows(key: Key, leaf: Any, dims: int, known: list[Key], *, stored: bool) -> torch.Tensor:
+    """Return an entry of a batch with so many batch dimensions on the CPU, (n, ...); `stored`: as a column."""
     import torch
 
     if not isinstance(leaf, torch.Tensor):
         raise ValueError(f"{key}: expected a tensor in every batch, got {leaf!r}; there are {sorted(known)}")
+    if stored and leaf.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise _unfit(key, "a dtype of which PyTorch can write and select rows, such as int64", leaf)
     return leaf.detach().cpu().reshape(-1, *leaf.shape[dims:])
 
 
@@ -77,12 +95,30 @@ def fit(key: Key, leaf: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         raise _unfit(key, f"shape {tuple(column.shape[1:])} per transition, as in the first batch", leaf)
     if leaf.dtype == column.dtype:
         return leaf
-    cast = leaf.to(column.dtype)
-    back = cast.to(leaf.dtype)
-    same = (back == leaf) | (back.isnan() & leaf.isnan())
-    if leaf.is_complex() or column.is_complex() or not (same & ((cast < 0) == (leaf < 0))).all():
+    if not _holds(column.dtype, leaf):
         raise _unfit(key, f"{column.dtype}, as in the first batch, or values that it holds exactly", leaf)
-    return cast
+    return leaf.to(column.dtype)
+
+
+def _holds(dtype: torch.dtype, leaf: torch.Tensor) -> bool:
+    """Return whether a dtype has every value of some rows."""
+    import torch
+
+    if leaf.is_complex() or dtype.is_complex:
+        return False
+    if leaf.is_floating_point() and dtype.is_floating_point:
+        return bool(((leaf.to(dtype).to(leaf.dtype) == leaf) | leaf.isnan()).all())
+    if dtype.is_floating_point:
+        # Integers up to here have no gaps. Not by converting there and back: what an overflow gives differs from
+        # processor to processor (see `pydqn.checks.converted`).
+        most = round(2 / torch.finfo(dtype).eps)
+        least = -most
+    else:
+        least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if leaf.is_floating_point():
+        # The least is a power of two, which reals have; the most may not be one, so what lies beyond it is compared.
+        return bool((leaf.trunc() == leaf).all() and (leaf >= least).all() and (leaf < most + 1).all())
+    return not leaf.numel() or (least <= int(leaf.min()) and int(leaf.max()) <= most)
 
 
 def saved_notes(notes: Any) -> tuple[Key, int]:

@@ -127,6 +127,11 @@ class Streams:
         return index
 
     @property
+    def stored(self) -> int:
+        """How many rows have been stored, those that were overwritten included."""
+        return int(self._counts.sum())
+
+    @property
     def nbytes(self) -> int:
         """Bytes held when full."""
         return self.replay.nbytes + self._place_of.nbytes + sum(int(column.nbytes) for column in self.columns.values())

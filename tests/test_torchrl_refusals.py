@@ -114,6 +114,55 @@ def test_values_that_a_cast_would_change_are_refused(key, change, message):
         assert_same(rb[rb.extend(wider)], rb[index])
 
 
+@pytest.mark.parametrize(
+    ("first", "later", "fits"),
+    [
+        (torch.int64, [2.0**63] * 5, False),
+        (torch.int64, [-(2.0**63)] * 5, True),
+        (torch.int64, [float("inf")] * 5, False),
+        (torch.int32, torch.full((5,), 2**31), False),
+        (torch.uint8, torch.full((5,), -1), False),
+        (torch.uint8, torch.full((5,), 255), True),
+        (torch.bool, torch.full((5,), 2), False),
+        (torch.float32, torch.full((5,), 2**24 + 1), False),
+        (torch.float32, torch.full((5,), 2**24), True),
+        (torch.float64, torch.full((5,), 2**53 + 1), False),
+        (torch.float64, torch.full((5,), 2**63 - 1), False),
+        (torch.float16, torch.full((5,), 1e5), False),
+        (torch.float16, torch.full((5,), torch.nan), True),
+        (torch.complex64, torch.ones(5), False),
+        (torch.float32, torch.ones(5, dtype=torch.complex64), False),
+        (torch.float32, torch.ones(5, dtype=torch.bool), True),
+    ],
+)
+def test_columns_take_what_they_hold(first, later, fits):
+    rb, later = ReplayBuffer(100), torch.as_tensor(later)
+    rb.extend(rows(extra=torch.zeros(5, dtype=first)))
+    if fits:
+        index = rb.extend(rows(extra=later))
+        torch.testing.assert_close(rb[index]["extra"].double(), later.double(), rtol=0, atol=0, equal_nan=True)
+    else:
+        with pytest.raises(ValueError, match=rf"^\('extra',\): expected {first}, as in the first batch"):
+            rb.extend(rows(extra=later))
+        assert len(rb) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("held", [0, 5])
+def test_dtypes_that_pytorch_only_stores_are_refused(dtype, held):
+    rb, batch = ReplayBuffer(100), rows(extra=torch.zeros(5, dtype=torch.int32))
+    if held:
+        rb.extend(batch.clone())
+    with pytest.raises(ValueError, match=r"^\('extra',\): expected a dtype of which .* got torch.uint"):
+        rb.extend(rows(extra=torch.zeros(5, dtype=dtype)))
+    assert (len(rb), rb.write_count) == (held, held)
+    assert_same(rb[rb.extend(batch.clone())], batch)
+    images = rows()
+    images["observation"] = images["next", "observation"] = torch.ones(5, 4).to(dtype)
+    rb = ReplayBuffer(100)
+    assert rb[rb.extend(images)]["observation"].dtype == dtype  # frames are no columns
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_flags_may_be_numbers(dtype):
     batch = rows(6)
@@ -137,7 +186,9 @@ def test_what_came_before_a_bad_row_is_whole():
     with pytest.raises(ValueError, match="reward: expected finite"):
         rb.extend(NAN.clone())
     assert_same(rb[:], torch.cat([good, NAN[:3]]))
+    assert rb.write_count == len(rb) == 8
     rb.extend(good.clone())
+    assert rb.write_count == len(rb) == 13
     assert_same(rb[:], torch.cat([good, NAN[:3], good]))
 
 

@@ -178,6 +178,20 @@ def test_alpha_away_from_zero():
     assert rb.sampler.default_priority == pytest.approx(20)
 
 
+def test_a_refused_state_changes_nothing():
+    rb = filled()
+    before, state = rb[:].clone(), ReplayBuffer(100, n_step=3).state_dict()
+    other = ReplayBuffer(90, n_step=3, gamma=0.5)
+    other.extend(rows(20))
+    for wrong in (other.storage.state_dict(), {"streams.json": torch.zeros(3, dtype=torch.uint8)}):
+        with pytest.raises(ValueError):  # noqa: PT011
+            rb.storage.load_state_dict(wrong)
+        assert (len(rb), rb.write_count) == (len(before), filled().write_count)
+        assert_same(rb[:], before)
+    rb.load_state_dict(state)
+    assert (len(rb), rb.write_count) == (0, 0)
+
+
 def test_alpha_is_saved(tmp_path):
     rb = filled(alpha=0.5)
     rb.sampler.alpha, rb.sampler.beta = 0.75, 1.0

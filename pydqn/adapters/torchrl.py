@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pydqn import entries
 from pydqn.checks import integer
 from pydqn.entries import Key, fit, flags, key, numbers, observations, only_observation, rows, saved_notes
 from pydqn.orders import block_names, environments, openings
@@ -44,8 +45,6 @@ except ImportError as error:
 __all__ = ["FrameSampler", "FrameStorage", "FrameWriter", "ReplayBuffer"]
 
 _REWARD, _DONE = ("next", "reward"), ("next", "done")
-_NAMES = ("collector", "traj_ids")  # where collectors say which episode a row is of
-_PADDING = (("collector", "mask"), ("mask",))  # where `split_trajectories` says which rows are real
 _EPS = 1e-8  # TorchRL adds it to priorities, too
 
 
@@ -193,8 +192,7 @@ class FrameStorage(Storage):
         obs, next_obs = (observations(name, leaves.pop(name), like) for name in (seen, ("next", *seen)))
         reward = numbers(_REWARD, leaves[_REWARD].double())
         ends, done = (flags(name, leaves[name]) for name in (self._terminated, _DONE))
-        given = data.get(_NAMES, None)
-        names = None if given is None else numbers(_NAMES, given.cpu().reshape(-1))
+        names = entries.episodes(data)
         if blocks := len(data.shape) > 1:
             names = block_names(tuple(data.shape), obs, next_obs, done, names)
         streams = self.streams
@@ -204,10 +202,13 @@ class FrameStorage(Storage):
                 found = count // data.shape[-1] if blocks else environments(obs, next_obs, done, names)
                 settings["num_envs"] = min(found, self.max_size)
             streams = Streams(TransitionReplay(self.max_size, obs.shape[1:], obs.dtype, **settings))
-        opens = openings(obs, next_obs, names)
-        index = streams.extend(obs, next_obs, reward, ends, done, opens, names, leaves)
-        self.streams, self._observation = streams, seen  # unless the first batch was refused
-        self.written += count
+        opens, before = openings(obs, next_obs, names), streams.stored
+        try:
+            index = streams.extend(obs, next_obs, reward, ends, done, opens, names, leaves)
+            self.streams, self._observation = streams, seen  # unless the first batch was refused
+        finally:
+            if self.streams is streams:
+                self.written += streams.stored - before
         return torch.from_numpy(index).reshape(data.shape)
 
     def draw(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,9 +256,11 @@ class FrameStorage(Storage):
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Become what `state_dict` told; see `loads`."""
-        self._empty()
         if state_dict:
             self._restore(*Streams.from_state(state_dict, self.max_size, **self._settings))
+        else:
+            self._empty()
+            self.written = 0
 
     def _notes(self) -> dict[str, Any]:
         return {"observation": self._observation, "written": self.written}
@@ -271,15 +274,13 @@ class FrameStorage(Storage):
     def _leaves(self, data: Any) -> tuple[Key, dict[Key, torch.Tensor]]:
         """Return the observation's key and all entries that are kept, (n, ...)."""
         leaves = {key(name): data.get(name) for name in data.keys(True, True) if name != "index"}
-        for name in _PADDING:
-            if name in leaves and not leaves[name].all():
-                raise ValueError(f"{name}: expected steps of environments, got padding; pass data[data[{name}]]")
+        entries.no_padding(leaves)
         observation = self._observation or only_observation(leaves)
         columns = {} if self.streams is None else self.streams.columns
         needed = [observation, ("next", *observation), _REWARD, _DONE, self._terminated]
         found = {}
         for name in [*needed, *(columns or self._keys or leaves)]:
-            found[name] = rows(name, leaves.get(name), len(data.shape), [*leaves])
+            found[name] = rows(name, leaves.get(name), len(data.shape), [*leaves], stored=name not in needed[:2])
             if name in columns:
                 found[name] = fit(name, found[name], columns[name])
         return observation, found
