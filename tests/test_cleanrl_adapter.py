@@ -118,6 +118,21 @@ def test_a_list_of_infos_tells_of_time_limits():
     assert batch.discount.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2)])
+@pytest.mark.parametrize("told", [False, True])
+def test_flags_come_in_any_shape(shape, told):
+    space = spaces.Box(-1, 1, (1,))
+    obs, ends = np.zeros((2, 1), np.float32), np.ones(shape, bool)
+    infos, cut = [{"TimeLimit.truncated": not told}, {}], np.array([told, False]).reshape(shape)
+    buffer = ReplayBuffer(10, space, spaces.Discrete(2), "cpu", 2)
+    done = ends & ~cut
+    buffer.add(obs, obs + 1, np.zeros(shape, int), np.ones(shape), done, infos, cut if told else None)
+    assert buffer.transitions.gather([0, 1]).discount.tolist() == [1.0, 0.0]
+    rainbow = PrioritizedReplayBuffer(10, (1,), "cpu", 1, 0.5, num_envs=2, dtype="float32")
+    rainbow.add(obs, np.zeros(shape, int), np.ones(shape), obs + 1, done, cut if told else None)
+    assert rainbow.transitions.gather([0, 1]).discount.tolist() == ([0.5, 0.0] if told else [0.0, 0.0])
+
+
 def test_each_frame_is_stored_once():
     env = breakout()
     buffer = ReplayBuffer(10_000, env.observation_space, env.action_space)

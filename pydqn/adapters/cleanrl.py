@@ -80,6 +80,10 @@ class _Lanes:
             )
             ours.add(obs, next_obs, action, reward, ended, cut, None if keep.all() else lanes)
 
+    def flags(self, name: str, value: ArrayLike) -> NDArray[np.bool_]:
+        """Return one bool per environment, (num_envs,), whatever shape they come in."""
+        return flags(name, self._column(name, value))
+
     def _observations(self, name: str, value: ArrayLike) -> NDArray[Any]:
         ours, array = self.transitions, np.asarray(value)
         expected = (ours.num_envs, *ours.shape)
@@ -184,9 +188,9 @@ class ReplayBuffer:
             infos: Gymnasium's dictionary, which is not read, or a list of one each.
             truncated: (n_envs,), where it is known.
         """
-        done, cuts = flags("done", done), np.zeros(self.n_envs, bool)
+        done, cuts = self._lanes.flags("done", done), np.zeros(self.n_envs, bool)
         if truncated is not None:
-            cuts = flags("truncated", truncated)
+            cuts = self._lanes.flags("truncated", truncated)
         if self.handle_timeout_termination and isinstance(infos, (list, tuple)) and len(infos) == self.n_envs:
             timeout = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
             done, cuts = done & ~timeout, cuts | timeout
@@ -274,8 +278,8 @@ class PrioritizedReplayBuffer:
         truncated: ArrayLike | None = None,
     ) -> None:
         """Store a transition of each environment (see `ReplayBuffer.add`; mind the order)."""
-        done = flags("done", done)
-        cuts = np.zeros_like(done) if truncated is None else flags("truncated", truncated)
+        done = self._lanes.flags("done", done)
+        cuts = np.zeros_like(done) if truncated is None else self._lanes.flags("truncated", truncated)
         self._lanes.add(obs, next_obs, action, reward, done, cuts)
 
     def sample(self, batch_size: int) -> PrioritizedBatch:
