@@ -85,6 +85,7 @@ class DeviceReplay(FrameReplay):
         if rows > _MOST_ROWS:
             raise ValueError(f"capacity: expected at most {_MOST_ROWS} frames on a device, got {self.capacity}")
         self.frames = torch.empty((rows, *self.frame_shape), dtype=dtype, device=self.device)
+        self.device = self.frames.device  # "cuda" is whichever is current: from now on that one
         as_words(self.frames)[0] = 0
         self._uploads = Uploads(self.frames, self.num_envs) if self.device.type == "cuda" else None
 
@@ -228,7 +229,7 @@ class Uploads:
         pinned = frames.device.type == "cuda"
         shape = (2, num_envs, *frames.shape[1:])  # one is filled while the other may still be read
         self._staging = torch.empty(shape, dtype=frames.dtype, device="cpu", pin_memory=pinned)
-        self._readers: list[Any] = []  # events
+        self._readers: dict[int, Any] = {}  # the newest event of each stream
         with on(frames.device):
             self._stream = cuda.Stream(frames.device)
             self._arrived = [cuda.Event(), cuda.Event()]  # per half of the staging memory
@@ -247,7 +248,7 @@ class Uploads:
         half, arrived = self._staging[tick % 2], self._arrived[tick % 2]
         with on(self._frames.device):
             current = self._cuda.current_stream(self._frames.device)
-            for event in (self._launched, *self._readers):
+            for event in (self._launched, *self._readers.values()):
                 self._stream.wait_event(event)
             self._readers.clear()
             with self._cuda.stream(self._stream):
@@ -265,6 +266,7 @@ class Uploads:
     def let_finish(self) -> None:
         """Let what is sent later wait for all that the current stream has launched by now."""
         with on(self._frames.device):
+            stream = self._cuda.current_stream(self._frames.device)
             event = self._cuda.Event()
-            event.record(self._cuda.current_stream(self._frames.device))
-            self._readers.append(event)
+            event.record(stream)
+            self._readers[stream.cuda_stream] = event

@@ -186,7 +186,7 @@ class Streams:
 
     class _Stream:
         def __init__(self, owner):
-            self.owner, self.work = owner, []
+            self.owner, self.work, self.cuda_stream = owner, [], id(self)
 
         def wait_event(self, event):
             recorded = event.times

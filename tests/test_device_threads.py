@@ -195,6 +195,18 @@ def test_each_rule_is_needed(rule):
     assert any(race(seed, rule) for seed in range(20))
 
 
+def test_readers_leave_one_event_for_each_stream():
+    """However often they read between two appends."""
+    streams = Streams(0)
+    memory = DeviceReplay(8, (1,), stack=1, device="cpu", dtype="int64")
+    memory._uploads = Uploads(Late(memory.frames, streams), 1, cuda=streams)
+    for stream in (streams.main, streams.Stream("cpu")):
+        for _ in range(100):
+            with streams.stream(stream), memory.reading():
+                pass
+    assert len(memory._uploads._readers) == 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_thread_with_a_stream_of_its_own():
     memory = DeviceReplay(9, SHAPE, device="cuda", dtype="int64")
@@ -203,7 +215,8 @@ def test_another_thread_with_a_stream_of_its_own():
     def read():
         with torch.cuda.stream(stream), memory.reading():
             batch = memory.sample(8)
-            found = look_up(memory.frames, torch.from_numpy(batch.obs).cuda())[:, -1, 0, 0]
-        return [] if np.array_equal(found.cpu().numpy(), batch.index) else [batch.index]
+            # To the host on this stream as well: another one would not wait for what is looked up.
+            found = look_up(memory.frames, torch.from_numpy(batch.obs).cuda())[:, -1, 0, 0].cpu().numpy()
+        return [] if np.array_equal(found, batch.index) else [batch.index]
 
     assert run_beside(memory, read, with_slot=True) > 20
