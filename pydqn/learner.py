@@ -76,7 +76,8 @@ class Learner:
     network run a few times to be recorded, and never again. So they may not branch on data, wait for the device
     (`.item()`) or bring numbers there (`torch.tensor`): then a warning names the line, and updates run without a graph
     (on a CPU nobody notices). What changes from one update to the next is a buffer of the network, changed in place,
-    or a random number, new at each replay.
+    or a random number, new at each replay. While a graph is being recorded, at the first `update` of each number of
+    steps, no other thread may wait for the device: PyTorch's mode that finds such waits is one for the whole process.
 
     Args:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it

@@ -125,6 +125,9 @@ class Policy:
 class Actor:
     """A policy for the same number of lanes again and again: on a GPU a graph, for which one wait is all that is lost.
 
+    While the graph is being recorded, at the first `values`, no other thread may wait for the device: PyTorch's mode
+    that finds such waits is one for the whole process.
+
     Args:
         policy: whose values; its network may go on learning.
         example: what a memory's `latest` gives, for its shape and dtype.

@@ -136,6 +136,7 @@ class Graph(Generic[T]):
 
     Raises:
         CannotRecordError: the function does what a graph cannot hold. The current stream is what it was before.
+        torch.OutOfMemoryError: the device has not enough memory for it; the same of the current stream.
     """
 
     def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> None:
@@ -158,7 +159,7 @@ class Graph(Generic[T]):
             _FAILED.append(self._graph)
             _free_generator(stream.device)
             reason = reason or error
-            if not isinstance(reason, Exception):
+            if not isinstance(reason, Exception) or isinstance(reason, torch.OutOfMemoryError):
                 raise reason from None
             raise CannotRecordError(_told(reason)) from reason
 
@@ -170,6 +171,9 @@ class Graph(Generic[T]):
 def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
     """Run a function some times before it is recorded. Whatever it changes has changed then, also where this raises.
 
+    Its last run sets PyTorch's synchronization debug mode, which is one for the whole process: another thread that
+    waits for the device meanwhile gets a RuntimeError.
+
     Raises:
         CannotRecordError: the function waits for the device, which only its last run here looks for.
     """
@@ -179,9 +183,12 @@ def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             for _ in range(_WARMUPS - 1):
                 function()
+            stream.synchronize()  # so that the last run is a short one: other threads may not wait meanwhile
             with _waiting_is_an_error():
                 try:
                     function()
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:  # it has run without one twice
                     raise CannotRecordError(_told(error)) from error
     finally:

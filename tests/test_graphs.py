@@ -30,6 +30,9 @@ class Cuda:
         def wait_stream(self, other):
             self.waits_for.append(other)
 
+        def synchronize(self):
+            self.done = True
+
     class Graph:
         def __init__(self):
             self.function = None
@@ -177,6 +180,29 @@ def test_other_errors_stay_what_they_are(cuda):
         warm_up(wrong, cuda.Stream())
     assert not isinstance(caught.value, CannotRecordError)
     assert cuda.main.waits_for
+
+
+def test_too_little_memory_is_no_reason_to_go_on_without_a_graph(cuda):
+    runs = []
+
+    def grows():
+        runs.append(cuda.mode)
+        if cuda.recording or cuda.mode == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        warm_up(grows, cuda.Stream())
+    assert runs == [0, 0, 2]
+    assert cuda.mode == 0
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        Graph(grows, cuda.Stream())
+    assert cuda.current is cuda.main
+
+
+def test_the_device_is_idle_when_the_last_warm_up_begins(cuda):
+    stream, seen = cuda.Stream(), []
+    warm_up(lambda: seen.append(getattr(stream, "done", False)), stream)
+    assert seen == [False, False, True]
 
 
 def test_tensors_are_put_back_whatever_happens():
