@@ -94,6 +94,11 @@ class ReplayBuffer(TheirBuffer):
         if integer("n_steps", n_steps, 1) > 1 and gamma is None:
             given = f'replay_buffer_kwargs={{"n_steps": {n_steps}, "gamma": ...}}'
             raise ValueError(f"gamma: expected the model's discount, since n_steps is {n_steps}, got None ({given})")
+        if n_steps > 1 and "discounts" not in ReplayBufferSamples._fields:
+            raise ValueError(
+                f"n_steps: expected 1, as this release of Stable-Baselines3 has no n-step returns, got {n_steps}; "
+                "update it: pip install -U stable-baselines3"
+            )
         # Not TheirBuffer's, which takes memory for two stacks per transition.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)
@@ -305,7 +310,7 @@ class PrioritizedDQN(DQN):
             raise ValueError(
                 f"replay_buffer_class: expected pydqn's ReplayBuffer, got {kind.__name__} of {kind.__module__}"
             )
-        given, n_steps = self.replay_buffer_kwargs, self.n_steps
+        given, n_steps = self.replay_buffer_kwargs, getattr(self, "n_steps", 1)  # older releases have none
         ours: dict[str, Any] = {"prioritized": True, "gamma": self.gamma}
         if n_steps > 1:  # 1 may be what nobody said
             ours["n_steps"] = n_steps
@@ -332,7 +337,8 @@ class PrioritizedDQN(DQN):
             batch, weight, index = buffer.sample_weighted(batch_size, self._vec_normalize_env)
             with torch.no_grad():
                 following = self.q_net_target(batch.next_observations).amax(dim=1, keepdim=True)
-                discount = self.gamma if batch.discounts is None else batch.discounts
+                discounts = getattr(batch, "discounts", None)  # older releases have none
+                discount = self.gamma if discounts is None else discounts
                 target = batch.rewards + (1 - batch.dones) * discount * following
             values = self.q_net(batch.observations).gather(1, batch.actions.long())
             loss = (weight * F.smooth_l1_loss(values, target, reduction="none")).mean()
