@@ -136,16 +136,19 @@ class RunLog:
 
 
 def read_returns(logdir: Path, episodes: int) -> array[float]:
-    """Return the returns of a run's first episodes, as many of them as episodes.csv has."""
-    rows = _rows(logdir / EPISODES, "episode", episodes)
-    return array("d", (float(row["return"] or "nan") for row in rows))
+    """Return the returns of a run's first episodes, up to where episodes.csv ends or is damaged."""
+    returns = array("d")
+    with suppress(KeyError, ValueError):  # a damaged header or field: whoever asked sees that some are missing
+        for row in _rows(logdir / EPISODES, "episode", episodes):
+            returns.append(float(row["return"] or "nan"))
+    return returns
 
 
 def _rows(path: Path, column: str, most: int) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV up to where `column` passes `most`; a row that a crash cut short ends them."""
+    """Yield the rows of a CSV up to where `column` passes `most`; damage ends them."""
     if not most or not path.is_file():
         return
-    with path.open(newline="") as file, suppress(csv.Error, ValueError):  # what a crash has left behind them
+    with path.open(newline="") as file, suppress(csv.Error, KeyError, ValueError):  # as a crash leaves it, or an editor
         for row in csv.DictReader(file):
             if None in row.values() or int(row[column]) > most:
                 break

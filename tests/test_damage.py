@@ -115,6 +115,29 @@ def test_an_older_checkpoint_can_be_gone_back_to(small, tmp_path):
         assert read_csv(tmp_path / "progress.csv")["steps"][-1] <= steps
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "kept"), [("return", "retrun", 0), ("episode,", "eposide,", 0), ("\n3,", "\n3x,", 2), ("", "", 2)]
+)
+def test_a_damaged_table_of_games_costs_its_rows_alone(small, tmp_path, old, new, kept):
+    """The checkpoints are whole, and none of them is given up."""
+    with Run(small, tmp_path) as run:
+        for _ in run.reports():
+            pass
+    whole, path = list(run.returns), tmp_path / "episodes.csv"
+    assert len(whole) > 4
+    lines = path.read_text().split("\n")
+    fields = lines[3].split(",")
+    fields[3] = "2.5.5"  # the third game's return
+    damaged = path.read_text().replace(old, new, 1) if old else "\n".join([*lines[:3], ",".join(fields), *lines[4:]])
+    path.write_text(damaged)
+    before = checkpoints(tmp_path)
+    with Run(dataclasses.replace(small, total_steps=400), tmp_path, resume=True) as run:
+        assert run.episodes == len(whole)
+        assert list(run.returns) == whole[:kept]
+        assert f"{path} lacks {len(whole) - kept} of the {len(whole)} games so far" in run.notes
+        assert checkpoints(tmp_path) == before
+
+
 def test_folders_that_a_user_keeps_beside_are_left_alone(small, tmp_path):
     train(dataclasses.replace(small, total_steps=60), tmp_path)
     newest = latest_checkpoint(tmp_path)
