@@ -24,17 +24,21 @@ class Encoder:
         width: the same.
 
     Raises:
-        OSError: in `add` and `close`: ffmpeg has failed. The message is its own.
+        OSError: there is no ffmpeg; in `add` and `close`: ffmpeg has failed. The message is its own.
     """
 
     def __init__(self, file: IO[bytes], fps: int, height: int, width: int) -> None:
         import imageio_ffmpeg
 
+        try:
+            program = imageio_ffmpeg.get_ffmpeg_exe()
+        except RuntimeError as error:
+            raise OSError(errno.ENOENT, str(error)) from None
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an"]
         target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", _QUALITY, "-f", "mp4", file.name]
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the film)
         self._process = subprocess.Popen(
-            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target],
+            [program, "-y", "-v", "error", *source, *target],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

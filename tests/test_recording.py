@@ -288,6 +288,21 @@ def test_a_film_whose_encoder_failed_is_named_and_the_next_one_is_made(tmp_path,
     assert len(list(imageio.imiter(path, plugin="FFMPEG"))) == 30
 
 
+def test_without_ffmpeg_a_film_is_named_and_a_run_goes_on(tmp_path, monkeypatch):
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    film = Film(tmp_path / "videos", "mp4")
+    with pytest.warns(RuntimeWarning, match=r"videos: a game was not filmed: .*No ffmpeg exe could be found"):
+        film.start(pictures(1)[0])
+    assert not film.filming
+    film.finish(100, 1.0)
+    with pytest.raises(FileNotFoundError, match=r"No ffmpeg exe could be found"):
+        record(tmp_path / "videos" / "a.mp4", pictures(3))
+    assert list((tmp_path / "videos").iterdir()) == []
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
 def test_a_film_on_a_full_disk_is_no_file(tmp_path, monkeypatch, suffix):
     """The last operation fails, which makes what was written safe."""
