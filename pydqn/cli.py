@@ -37,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     bound_spinning()  # before any command imports torch
     arguments = _parser().parse_args(argv)
-    with _one_line_warnings():
-        try:
-            return int(arguments.run(arguments) or 0)
-        except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _BROKEN_PIPE
-        except _ERRORS as error:
-            return _fail(error)
-        except KeyboardInterrupt:
-            return _INTERRUPTED
+    try:
+        with _one_line_warnings():
+            try:
+                return int(arguments.run(arguments) or 0)
+            except BrokenPipeError:
+                raise
+            except _ERRORS as error:
+                return _fail(error)
+    except BrokenPipeError:  # whoever read our output has seen enough: `pydqn presets nature | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 @contextmanager

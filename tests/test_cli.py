@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -238,6 +239,17 @@ def test_output_that_nobody_reads_to_its_end():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_at_all(unbuffered):
+    """What is buffered meets the closed pipe only when the command is over."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, env = [sys.executable, "-m", "pydqn.cli", "presets"], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_every_setting_is_an_option_with_help(capsys):
