@@ -73,8 +73,11 @@ class BaseRun:
 
     def __init__(self, config: Config, logdir: str | os.PathLike[str] | Claim, *, resume: bool | Path = False) -> None:
         self._claim = logdir if isinstance(logdir, Claim) else Claim(logdir)
+        with ExitStack() as refused:  # while the error is referred to, so are we, and with us the claim
+            refused.callback(self._claim.release)
+            self.config = config = resolved(config)
+            refused.pop_all()
         self.logdir = self._claim.folder
-        self.config = config = resolved(config)
         self.steps = self.frames = 0
         self.episodes = 0  # whole ones
         self.returns = array("d")  # theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import gc
@@ -253,6 +254,17 @@ def test_folders_that_are_there_are_accepted_unless_they_hold_a_run(config, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file"):
         train(config, tmp_path / "file")
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_mistyped_game_does_not_block_its_folder(config, tmp_path, claimed):
+    """Though an interactive session keeps the error, and all that its traceback refers to."""
+    wrong = dataclasses.replace(config, env_id="Pongg")
+    with pytest.raises(ValueError, match="Pongg") as kept:
+        Run(wrong, Claim(tmp_path / "run") if claimed else tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(config, tmp_path / "run").steps == 60
+    assert kept.value.__traceback__ is not None
 
 
 def test_a_run_that_cannot_begin_leaves_folders_as_they_were(tmp_path):
