@@ -300,10 +300,10 @@ class BaseRun:
         standing = Standing(self.steps, self.episodes, self.updates, self._successes, mean, evaluation)
         return ending(self.config, standing)
 
-    def _warn_of_cut(self, steps: int, way_on: str) -> None:
+    def _warn_of_cut(self, steps: int, way_on: str, setting: str = "checkpoint_every_steps") -> None:
         """Warn that a game is cut off which has gone on since the checkpoint before, `steps` decisions ago."""
         warnings.warn(
-            f"checkpoint_every_steps: a game of {self.config.env_id} had gone on for all {steps:,} steps between two "
+            f"{setting}: a game of {self.config.env_id} had gone on for all {steps:,} steps between two "
             f"checkpoints when the second cut it off, so games of that length never end; {way_on}",
             stacklevel=2,
         )

@@ -144,6 +144,7 @@ class Run(BaseRun):
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
         self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
         self._uncut = 0  # the same since all games were opened together
+        self._ended = np.zeros(config.num_envs, np.bool_)  # which environments have ended a game since then
         self._film = (
             Film(self.logdir / VIDEOS, config.video_format, self.lanes.fps) if config.video_every_episodes else None
         )
@@ -169,10 +170,11 @@ class Run(BaseRun):
             # Every one is asked each time: it counts from when it was asked last.
             if any([log(self.steps), log_episode(self.episodes)]):
                 yield self._report()
-            if any([checkpoint(self.steps), checkpoint_episode(self.episodes)]) and not self._stopping:
+            by_steps, by_episodes = checkpoint(self.steps), checkpoint_episode(self.episodes)
+            if (by_steps or by_episodes) and not self._stopping:
                 self._checkpoint()
                 if config.checkpoint_replay and not self._finished():
-                    self._reopen()
+                    self._reopen("checkpoint_every_steps" if by_steps else "checkpoint_every_episodes")
         self._settle()
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
@@ -242,6 +244,7 @@ class Run(BaseRun):
             # Several frames may open a game: the film begins with the last of them.
             (self._film.start if step.first[0] else self._film.add)(self.lanes.picture())
         for episode in step.episodes:
+            self._ended[episode.lane] = True
             self._end(episode)
         if step.episodes:
             self._keep_if_best(self.mean_return())
@@ -304,16 +307,16 @@ class Run(BaseRun):
         with beside_learning():
             return evaluation_lanes(config, config.evaluation_episodes, self._evaluation_seed)
 
-    def _reopen(self) -> None:
+    def _reopen(self, setting: str) -> None:
         """Begin new games in all lanes, those that a run begins which is resumed from the checkpoint just written.
 
         No environment's inside can be saved, but so both are the same run. The games that are cut off here are
-        truncated for the learner, and count for nothing else.
+        truncated for the learner, and count for nothing else. `setting` is what made the checkpoint due.
         """
-        if self._age.max() >= self._uncut:
+        if not self._ended.all():
             way_on = "raise it, or let games go on (checkpoint_replay=False, --no-checkpoint-replay)"
-            self._warn_of_cut(self._uncut, way_on)
-        self._age[:], self._uncut = 0, 0
+            self._warn_of_cut(self._uncut, way_on, setting)
+        self._age[:], self._uncut, self._ended[:] = 0, 0, False
         if self._film is not None:
             self._film.drop()
         open_episodes(self.lanes, self.replay, Seeds.of(self._seeds(self.steps)).lanes)

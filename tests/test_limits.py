@@ -122,7 +122,7 @@ def test_a_published_model_without_a_limit(tmp_path):
 
 
 @pytest.mark.parametrize("numbered", [False, True])
-@pytest.mark.parametrize("every", [100, 20])
+@pytest.mark.parametrize("every", [100, 50, 20])
 def test_a_game_longer_than_the_steps_between_checkpoints_is_named(tmp_path, numbered, every):
     config = settings(50, numbered, total_steps=200, checkpoint_every_steps=every)
     gymnasium.register("Late50False-v0", entry_point=Late, kwargs={"end": 50, "numbered": False})
@@ -134,6 +134,24 @@ def test_a_game_longer_than_the_steps_between_checkpoints_is_named(tmp_path, num
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert len(train(config, tmp_path).returns) >= 2
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_checkpoints_at_the_end_of_each_game_cut_none(tmp_path, num_envs):
+    gymnasium.register("Late50False-v0", entry_point=Late, kwargs={"end": 50, "numbered": False})
+    options = {"num_envs": num_envs, "learning_starts_steps": 20, "batch_size": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = train(settings(50, total_steps=400, checkpoint_every_episodes=1, **options), tmp_path)
+    assert len(result.returns) == 8
+
+
+def test_an_environment_whose_games_are_cut_at_the_end_of_another_ones_is_told(tmp_path):
+    ends = iter([50, 70])
+    gymnasium.register("Late50False-v0", entry_point=lambda render_mode=None: Late(next(ends), False, render_mode))
+    config = settings(50, total_steps=300, num_envs=2, checkpoint_every_episodes=1)
+    with pytest.warns(UserWarning, match="^checkpoint_every_episodes: a game of Late50.* all 50 steps between"):
+        assert len(train(config, tmp_path).returns) == 3
 
 
 @pytest.mark.parametrize(
