@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -310,15 +310,22 @@ def _open(config: Config, index: int, num_envs: int, seed: int, *, render: bool 
         options["render_mode"] = "rgb_array"
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
     spec = spec_of(env_id)
+    which = f"env index {index} of {num_envs} (seed {seed})"
     try:
         env = gymnasium.make(spec, **options)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]})") from None
     except (Exception, SystemExit) as error:
         hint = f"; {WITHOUT_IMAGES}" if "'render_mode'" in str(error) else ""
-        which = f"env index {index} of {num_envs} (seed {seed})"
         raise RuntimeError(f"env_id: {env_id}, {which} could not be made: {named(error)}{hint}") from error
-    return check(env, env_id, index, seed)
+    try:
+        for name in ("observation_space", "action_space"):
+            getattr(env, name)
+        return check(env, env_id, index, seed)
+    except Exception as error:
+        with suppress(Exception):
+            env.close()
+        raise RuntimeError(f"env_id: {env_id}, {which} is no Gymnasium environment: {named(error)}") from error
 
 
 def _require_same_spaces(env_id: str, env: Any, first: Any, index: int) -> None:

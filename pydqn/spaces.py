@@ -36,8 +36,9 @@ class States(NamedTuple):
         return math.prod(self.sizes)
 
     def number(self, observation: Any) -> int:
-        """Return the number of the state that an observation shows."""
-        parts = observation if isinstance(observation, tuple) else (observation,)
+        """Return the number of the state that an observation shows: a number, or several in any sequence."""
+        several = isinstance(observation, (tuple, list)) or getattr(observation, "ndim", 0)
+        parts = observation if several else (observation,)
         total = 0
         for part, size, start in zip(parts, self.sizes, self.starts, strict=True):
             total = total * size + (int(part) - start)

@@ -208,6 +208,9 @@ def test_numbers_of_any_type_are_rewards(odd, reward, value):
         (Discrete(4), np.int64(2), [0, 0, 1, 0]),
         (Discrete(4), np.array(3), [0, 0, 0, 1]),
         (Discrete(3, start=-1), -1, [1, 0, 0]),
+        (PAIR, (2, 0), [0, 0, 0, 0, 1, 0]),
+        (PAIR, [2, 0], [0, 0, 0, 0, 1, 0]),  # Gymnasium takes these for tuples
+        (PAIR, np.array([2, 0]), [0, 0, 0, 0, 1, 0]),
     ],
 )
 def test_observations_that_fit_are_taken(odd, space, observation, frame):
@@ -294,6 +297,30 @@ def test_a_constructor_that_fails_is_named_and_the_others_are_closed(odd):
         f"env_id: {ID}, env index 2 of 3 (seed {seed_of(2)}) could not be made: OSError: all licenses are in use"
     )
     assert sorted(closed) == [0, 1]
+
+
+class Bare(gymnasium.Env):
+    """Whoever registers it without Gymnasium's checker is told by nobody else what it lacks."""
+
+    closed = 0
+
+    def close(self):
+        Bare.closed += 1
+
+
+@pytest.mark.parametrize("name", ["observation_space", "action_space"])
+@pytest.mark.parametrize("make", [lambda config: make_lanes(config, 2, 7), lambda config: StateEnv(config, 7)])
+def test_an_environment_without_a_space_is_named_and_closed(monkeypatch, name, make):
+    spaces = {"observation_space": Discrete(4), "action_space": Discrete(2)}
+    kind = type("Bare", (Bare,), {other: space for other, space in spaces.items() if other != name})
+    gymnasium.register("pydqn-test/Bare-v0", kind, disable_env_checker=True)
+    monkeypatch.setattr(Bare, "closed", 0)
+    try:
+        with pytest.raises(RuntimeError, match=rf"Bare-v0, env index 0 .*: AttributeError: .*'{name}'"):
+            make(preset("pong", env_id="pydqn-test/Bare-v0"))
+    finally:
+        del gymnasium.registry["pydqn-test/Bare-v0"]
+    assert Bare.closed == 1
 
 
 def test_a_table_names_what_its_environment_did(odd):
