@@ -25,7 +25,7 @@ def unbound(config: Config, env_id: str) -> dict[str, Any]:
     """Return the settings of `config` that belong to its own environment and not to `env_id`, with neutral values.
 
     They are fields of `Config` that are `bound_to` their environment, or to Atari games where `env_id` is of another
-    kind. Two ids of one game name one environment.
+    kind; but for `clip_rewards` where it is already what "auto" means there. Two ids of one game name one environment.
 
     Raises:
         ValueError: see `rom_of`.
@@ -37,7 +37,10 @@ def unbound(config: Config, env_id: str) -> dict[str, Any]:
         return {}
     lost = ("environment", "Atari") if rom is None else ("environment",)
     fields = (field for field in dataclasses.fields(Config) if field.metadata["bound_to"] in lost)
-    return {field.name: field.default for field in fields if getattr(config, field.name) != field.default}
+    reset = {field.name: field.default for field in fields if getattr(config, field.name) != field.default}
+    if config.clip_rewards == (rom is not None):  # as `resolved` has it
+        reset.pop("clip_rewards", None)
+    return reset
 
 
 def with_overrides(own: Config, whose: str, overrides: dict[str, Any]) -> tuple[Config, str]:
@@ -66,13 +69,14 @@ def _text(value: Any) -> str:
 def episode_limit(config: Config) -> int | None:
     """Return after how many decisions an episode is truncated; None where neither the config nor Gymnasium limits it.
 
-    (An Atari game is limited in frames: `config.max_episode_frames`.)
+    (An Atari game is limited in frames, too: `config.max_episode_frames`.)
 
     Raises:
         ValueError: no such environment.
     """
     if rom_of(config.env_id) is not None:
-        return config.max_episode_steps or config.max_episode_frames // config.frame_skip
+        frames = max(1, config.max_episode_frames // config.frame_skip)
+        return min(config.max_episode_steps or frames, frames)
     limit: int | None = config.max_episode_steps or spec_of(config.env_id).max_episode_steps
     return limit
 
@@ -94,9 +98,11 @@ def described(config: Config, inputs: str) -> dict[str, str]:
         ValueError: no such environment.
     """
     rom, limit, cut = rom_of(config.env_id), episode_limit(config), config.evaluation_max_episode_steps
-    rewards = "clipped to their sign" if resolved(config).clip_rewards else "as they are"
-    if config.success_steps:
-        rewards = f"1 at the end of an episode of {config.success_steps:,} steps, else 0"
+    rewards = "as they are"  # in a table always
+    if config.agent != "tabular" and config.success_steps:
+        rewards = f"1 at the end of an episode of at least {config.success_steps:,} steps, else 0"
+    elif config.agent != "tabular" and resolved(config).clip_rewards:
+        rewards = "clipped to their sign"
     if rom is not None:
         most = [f"{config.max_episode_steps:,} steps"] if config.max_episode_steps else []
         episodes = "of at most " + " or ".join([*most, f"{config.max_episode_frames:,} frames"])

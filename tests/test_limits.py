@@ -162,6 +162,9 @@ def test_an_environment_whose_games_are_cut_at_the_end_of_another_ones_is_told(t
         ("CliffWalking-v1", {}, None),
         ("ALE/Pong-v5", {}, 27_000),
         ("ALE/Pong-v5", {"max_episode_steps": 9}, 9),
+        ("ALE/Pong-v5", {"max_episode_steps": 30_000}, 27_000),
+        ("ALE/Pong-v5", {"max_episode_steps": 30_000, "frame_skip": 2}, 30_000),
+        ("ALE/Pong-v5", {"max_episode_steps": 9, "max_episode_frames": 3}, 1),
     ],
 )
 def test_limits(env_id, options, limit):

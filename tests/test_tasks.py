@@ -74,7 +74,9 @@ def test_what_is_bound_to_an_environment_does_not_follow_to_another(name, env_id
     changed = [
         field.name
         for field in BOUND
-        if field.metadata["bound_to"] in lost and getattr(own, field.name) != field.default
+        if field.metadata["bound_to"] in lost
+        and getattr(own, field.name) != field.default
+        and (field.name != "clip_rewards" or own.clip_rewards != (env_id == "seaquest"))
     ]
     if changed:
         with pytest.warns(UserWarning, match=f"^preset: {env_id} is another environment than {name}'s") as caught:
@@ -84,7 +86,29 @@ def test_what_is_bound_to_an_environment_does_not_follow_to_another(name, env_id
     else:
         config = silently(name, env_id=env_id)
     neutral = {field.name: field.default for field in BOUND if field.metadata["bound_to"] in lost}
-    assert config == dataclasses.replace(own, **neutral, env_id=env_id)
+    assert resolved(config) == resolved(dataclasses.replace(own, **neutral, env_id=env_id))
+
+
+@pytest.mark.parametrize(
+    ("own", "env_id", "reset"),
+    [
+        ({"env_id": "CartPole-v1"}, "Acrobot-v1", False),
+        ({"env_id": "CartPole-v1"}, "pong", True),
+        ({"env_id": "CartPole-v1", "clip_rewards": True}, "Acrobot-v1", True),
+        ({"env_id": "pong"}, "seaquest", False),
+        ({"env_id": "pong"}, "CartPole-v1", True),
+        ({"env_id": "pong", "clip_rewards": False}, "CartPole-v1", False),
+        ({"env_id": "pong", "clip_rewards": False}, "seaquest", True),
+    ],
+)
+def test_a_choice_that_means_the_same_there_is_not_reset(tmp_path, own, env_id, reset):
+    """A run's config holds what "auto" meant."""
+    (tmp_path / "config.json").write_text(json.dumps(resolved(Config(**own)).to_dict()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = load_run(tmp_path, env_id=env_id)
+    assert any("clip_rewards" in str(warning.message) for warning in caught) is reset
+    assert resolved(config).clip_rewards is (env_id in ("pong", "seaquest"))
 
 
 def test_what_is_given_stays(coins):
@@ -189,6 +213,19 @@ def test_clipping_on_the_command_line(tmp_path, option, written, capsys):
     assert main(["train", "pong", *tiny, *option]) == 0
     assert load_run(tmp_path / "run").clip_rewards is written
     assert ("clipped to their sign" in capsys.readouterr().err.splitlines()[0]) is written
+
+
+@pytest.mark.parametrize(
+    ("options", "rewards"),
+    [
+        ({"success_steps": 190}, "1 at the end of an episode of at least 190 steps, else 0"),
+        ({"clip_rewards": True}, "clipped to their sign"),
+        ({"clip_rewards": True, "agent": "tabular"}, "as they are"),
+        ({"success_steps": 190, "agent": "tabular"}, "as they are"),
+    ],
+)
+def test_what_is_said_of_rewards(options, rewards):
+    assert described(Config(env_id="FrozenLake-v1", num_envs=1, **options), "")["rewards"] == rewards
 
 
 # --- the end ---
