@@ -37,7 +37,7 @@ class States(NamedTuple):
 
     def number(self, observation: Any) -> int:
         """Return the number of the state that an observation shows: a number, or several in any sequence."""
-        several = isinstance(observation, (tuple, list)) or getattr(observation, "ndim", 0)
+        several = isinstance(observation, (tuple, list)) or getattr(observation, "ndim", 0) > 0
         parts = observation if several else (observation,)
         total = 0
         for part, size, start in zip(parts, self.sizes, self.starts, strict=True):
