@@ -251,7 +251,7 @@ class Score(NamedTuple):
 
     env_id: str
     protocol: str
-    settings: dict[str, Any]  # what a protocol fixes, or as the run's own config has it
+    settings: dict[str, Any]  # what a protocol fixes, or as the run's own config has it; how many environments played
     seed: int
     trained_steps: int  # how long the weights had been trained
     returns: list[float]  # true returns of whole games
@@ -305,7 +305,7 @@ def score(
     return Score(
         env_id=config.env_id,
         protocol=config.evaluation_protocol,
-        settings={name: getattr(played, name) for name in told},
+        settings={**{name: getattr(played, name) for name in told}, "num_envs": lanes.num_envs},
         seed=seed,
         trained_steps=int(metadata.get("steps", 0)),
         returns=returns,

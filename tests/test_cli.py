@@ -73,12 +73,13 @@ def test_scores_are_stamped_with_their_protocol(run, capsys):
     assert main(["evaluate", str(run), "--protocol", "nature", "--episodes", "2", "--seed", "5"]) == 0
     assert "protocol nature: evaluation_epsilon 0.05, noop_max_frames 30, sticky_actions 0.0" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--protocol", "machado2018", "--episodes", "1"]) == 0
-    assert "sticky_actions 0.25, max_episode_frames 108000" in capsys.readouterr().out
+    assert "sticky_actions 0.25, max_episode_frames 108000, num_envs 1\n" in capsys.readouterr().out
     first, second = (json.loads(line) for line in scores.read_text().splitlines())
     assert (first["protocol"], second["protocol"]) == ("nature", "machado2018")
     assert first["env_id"] == "ALE/Pong-v5"
     assert first["seed"] == 5
     assert first["trained_steps"] > 0
+    assert (first["settings"]["num_envs"], second["settings"]["num_envs"]) == (2, 1)  # at most one for each episode
     assert len(first["returns"]) == 2
     assert first["mean_return"] == np.mean(first["returns"])
     assert first["human_normalized_percent"] == pytest.approx((first["mean_return"] + 20.7) / 30 * 100)

@@ -193,7 +193,7 @@ def test_the_same_seed_is_the_same_run(tmp_path):
 def test_scores_of_other_tasks_than_atari(tmp_path):
     train(preset("frozenlake", seed=1, total_steps=500), tmp_path)
     result = score(tmp_path, 5)
-    assert result.settings == {"evaluation_epsilon": 0.0, "max_episode_steps": 0}
+    assert result.settings == {"evaluation_epsilon": 0.0, "max_episode_steps": 0, "num_envs": 1}
     assert result.human_normalized_percent is None
     with pytest.raises(ValueError, match="^protocol: nature is for Atari games, the run is of FrozenLake-v1"):
         score(tmp_path, 5, protocol="nature")
