@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydqn.config import SECTIONS, Config
 from pydqn.machine import bound_spinning
@@ -120,17 +120,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if (arguments.preset is None) == (arguments.resume is None):
         raise ValueError("train: expected a PRESET, or --resume RUN")
-    config, logdir, resume = _to_resume(arguments, arguments.resume) if arguments.resume else _to_start(arguments)
+    start = _to_resume(arguments, arguments.resume) if arguments.resume else _to_start(arguments)
+    config = start.config
     run = None
     try:
         with (
             deferred() as signals,
             ProgressBar(config.total_steps) as bar,
-            open_run(config, logdir, resume=resume) as run,
+            open_run(config, start.logdir, resume=start.resume) as run,
         ):
             signals.stop, run.saving = run.stop, bar.saving
-            note = "" if resume else preset_and_note(arguments.preset, _given(arguments))[1]
-            for line in (_listed(run.task()), _listed(run.arithmetic()), note):
+            for line in (_listed(run.task()), _listed(run.arithmetic()), start.note):
                 print(line, end="\n" if line else "", file=sys.stderr)
             _follow(run, bar)
     except KeyboardInterrupt:
@@ -171,22 +171,31 @@ def _listed(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _to_resume(arguments: argparse.Namespace, path: str | Path) -> tuple[Config, Path | Claim, bool | Path]:
+class _Start(NamedTuple):
+    """What `pydqn train` was asked for."""
+
+    config: Config
+    logdir: Path | Claim
+    resume: bool | Path
+    note: str = ""  # which settings were reset
+
+
+def _to_resume(arguments: argparse.Namespace, path: str | Path) -> _Start:
     from pydqn.checkpoint import run_of
     from pydqn.evaluation import load_run
 
     if arguments.resume and arguments.logdir:
         raise ValueError("logdir: a resumed run stays in its folder")
     logdir, checkpoint = run_of(path)
-    return load_run(logdir, **_given(arguments)), logdir, checkpoint or True
+    return _Start(load_run(logdir, **_given(arguments)), logdir, checkpoint or True)
 
 
-def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path | Claim, bool | Path]:
+def _to_start(arguments: argparse.Namespace) -> _Start:
     """Return what to run and where; an unfinished run that is there already may go on instead."""
     from pydqn.checkpoint import latest_checkpoint, read_state
     from pydqn.locks import claim_numbered, holder_of
 
-    config, _ = preset_and_note(arguments.preset, _given(arguments))
+    config, note = preset_and_note(arguments.preset, _given(arguments))
     task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
     logdir = Path(arguments.logdir or Path("runs") / f"{task}-{config.seed}")
     checkpoint, state = latest_checkpoint(logdir), {}
@@ -200,7 +209,7 @@ def _to_start(arguments: argparse.Namespace) -> tuple[Config, Path | Claim, bool
                     return _to_resume(arguments, logdir)
         else:
             print(f"{offer}: {_command('train', '--resume', logdir)}", file=sys.stderr)
-    return config, logdir if arguments.logdir else claim_numbered(logdir), False
+    return _Start(config, logdir if arguments.logdir else claim_numbered(logdir), False, note)
 
 
 def _follow(run: BaseRun, bar: ProgressBar) -> None:
