@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -36,6 +37,7 @@ class Encoder:
             raise OSError(errno.ENOENT, str(error)) from None
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an"]
         target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", _QUALITY, "-f", "mp4", file.name]
+        self._path = file.name
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the film)
         self._process = subprocess.Popen(
             [program, "-y", "-v", "error", *source, *target],
@@ -58,7 +60,7 @@ class Encoder:
         assert self._process.stdin is not None
         with suppress(OSError):  # the exit code tells
             self._process.stdin.close()
-        if self._process.wait():
+        if self._process.wait() or not os.path.getsize(self._path):
             raise self._failure()
         self._errors.close()
 
@@ -77,4 +79,4 @@ class Encoder:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         self._errors.close()
         why = lines[-1] if lines else "it gave no reason"
-        return OSError(errno.EIO, f"ffmpeg ended with exit code {code} ({why})")
+        return OSError(errno.EIO, f"ffmpeg ended with exit code {code} ({why})" if code else "ffmpeg wrote nothing")

@@ -256,6 +256,7 @@ BROKEN = {
     "after a while": ("head -c 100000 > /dev/null; echo first >&2; echo 'disk full' >&2; exit 1", r"1 \(disk full\)"),
     "at the end": ("cat > /dev/null; echo 'no trailer' >&2; exit 2", r"exit code 2 \(no trailer\)"),
     "silently": ("cat > /dev/null; exit 3", r"exit code 3 \(it gave no reason\)"),
+    "empty": ("cat > /dev/null", "wrote nothing"),
     "killed": ("head -c 100000 > /dev/null; kill -9 $$", r"exit code -9 \(it gave no reason\)"),
 }
 
@@ -266,7 +267,7 @@ def test_a_video_whose_encoder_failed_is_no_file(tmp_path, monkeypatch, how):
     ffmpeg(tmp_path, monkeypatch, program)
     path = tmp_path / "films" / "a.mp4"
     path.parent.mkdir()
-    with pytest.raises(OSError, match=rf"ffmpeg ended with {'exit code ' if 'exit' not in why else ''}{why}.*a\.mp4"):
+    with pytest.raises(OSError, match=rf"ffmpeg .*{why}.*a\.mp4"):
         record(path, pictures(30, (100, 100)))
     assert list(path.parent.iterdir()) == []
 
