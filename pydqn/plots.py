@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pydqn.config import Config
 from pydqn.files import atomic_write
 from pydqn.logs import EPISODES, PROGRESS, read_csv
 
 _SUFFIXES = (".png", ".svg", ".pdf")
+_APART = ("seed", "torch_threads", "emulator_threads")  # what the runs of a group may differ in
 _POINTS = 400  # on which the seeds of a group are compared
 _MOST_DOTS = 4_000  # more single games than that only slow the drawing down
 _FEW_SEEDS = 5  # below that many the spread is from the lowest to the highest, else one standard deviation
@@ -140,11 +142,14 @@ def spread(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) ->
 
 
 def _setting(run: Path) -> str:
-    """Return what the runs of a group have in common; a run without a readable config is alone."""
+    """Return what the runs of a group have in common; a run without a readable config is alone.
+
+    The number of threads is no setting of the algorithm. Fields that an older run does not have had their defaults.
+    """
     try:
-        config = json.loads((run / "config.json").read_text())
-        return json.dumps({name: value for name, value in config.items() if name != "seed"}, sort_keys=True)
-    except (OSError, ValueError, AttributeError):
+        config = {**Config().to_dict(), **json.loads((run / "config.json").read_text())}
+        return json.dumps({name: value for name, value in config.items() if name not in _APART}, sort_keys=True)
+    except (OSError, ValueError, TypeError):
         return os.fspath(run)
 
 
@@ -205,7 +210,8 @@ def draw_runs(groups: list[Group], panels: list[str], smooth_episodes: int) -> A
         axes.set_visible(False)
     handles, labels = next((found for axes in places if (found := axes.get_legend_handles_labels())[0]), ([], []))
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        columns = min(4, len(labels), 2 * min(2, len(panels)))  # as many as fit below the panels of a row
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
