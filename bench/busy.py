@@ -79,9 +79,10 @@ def updates_per_second(preset_name, bounded, threads, seconds):
     from pydqn.benchmarks import warm_run
     from pydqn.presets import preset
 
-    run = ExitStack().enter_context(warm_run(preset(preset_name, torch_threads=threads)))
+    opened = warm_run(preset(preset_name, torch_threads=threads))
+    run = opened.__enter__()
 
-    def rate():
+    def rate(opened=opened):  # which stays open for as long as this function is there
         run.step()
         updates, started = run.learner.updates, time.perf_counter()
         while time.perf_counter() - started < seconds:
