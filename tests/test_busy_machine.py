@@ -66,6 +66,7 @@ import numpy as np, torch, pydqn
 torch.set_num_threads(2)
 from pydqn import _core
 _core.keep_freed_memory = None  # would be noticed if it were called
+from types import SimpleNamespace
 from pydqn.evaluation import load_policy, load_run
 from pydqn.networks import make_network
 config = load_run({str(tmp_path / "run")!r})
@@ -74,9 +75,8 @@ replay = pydqn.FrameReplay(100, (84, 84))
 pydqn.TransitionReplay(100, (4,), dtype="float32")
 pydqn.DeviceReplay(100, (84, 84), device="cpu")
 network = make_network("small", 4, (84, 84), 6)
-class Lanes:
-    num_envs, frame_shape, dtype, num_actions = 1, (84, 84), np.dtype(np.uint8), 6
-load_policy({str(tmp_path / "run")!r}, config, Lanes())
+lanes = SimpleNamespace(num_envs=1, frame_shape=(84, 84), dtype=np.dtype(np.uint8), num_actions=6, input_range=(0, 255))
+load_policy({str(tmp_path / "run")!r}, config, lanes)
 pydqn.Learner(network, config, torch.device("cpu"), replay.empty_batch(8))
 pydqn.preprocess.resize_area(np.zeros((1, 210, 160), np.uint8))
 changed = {{k for k in os.environ | before if os.environ.get(k) != before.get(k)}} - {{"KMP_INIT_AT_FORK"}}

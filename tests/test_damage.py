@@ -27,6 +27,7 @@ def small():
 # --- the disk ---
 
 
+@pytest.mark.filterwarnings("always:not everything could be saved")
 def test_a_full_disk_is_told_with_the_way_on(tmp_path, monkeypatch, capsys):
     options = ["--total-steps", "300", "--checkpoint-every-steps", "100", "--device", "cpu", "--torch-threads", "1"]
     fsync, full = os.fsync, []
@@ -41,7 +42,8 @@ def test_a_full_disk_is_told_with_the_way_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Run, "step", lambda self: (step(self), full.extend([1] * (self.steps == 150)))[0])
     assert main(["train", "cartpole", *options, "--logdir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "No space left on device: " in error
+    assert "pydqn: error: [Errno 28] No space left on device: " in error
+    assert "pydqn: warning: not everything could be saved: " in error
     assert f"run: {latest_checkpoint(tmp_path)} is whole (pydqn train --resume {tmp_path})" in error
     assert not list(tmp_path.rglob("*.part"))
     full.clear()

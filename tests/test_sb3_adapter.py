@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -20,7 +18,6 @@ from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
 
-from pydqn.adapters import sb3
 from pydqn.adapters.sb3 import PrioritizedDQN, ReplayBuffer
 
 pytestmark = [
@@ -395,30 +392,3 @@ def test_cartpole_is_learned(kind):
     model = model_of(kind, seed=1, **CARTPOLE).learn(25_000)
     mean, _ = evaluate_policy(model, model.get_env(), 10, warn=False)
     assert mean > 150
-
-
-class OldSamples(NamedTuple):
-    """What releases without n-step returns have."""
-
-    observations: torch.Tensor
-    actions: torch.Tensor
-    next_observations: torch.Tensor
-    dones: torch.Tensor
-    rewards: torch.Tensor
-
-
-class OldPrioritizedDQN(PrioritizedDQN):
-    """As if made of their DQN of before n-step returns."""
-
-    def _setup_model(self):
-        del self.n_steps
-        super()._setup_model()
-
-
-def test_releases_without_n_step_returns(monkeypatch):
-    monkeypatch.setattr(sb3, "ReplayBufferSamples", OldSamples)
-    model = model_of(OldPrioritizedDQN).learn(200)
-    assert model._n_updates > 0
-    assert len(model.replay_buffer.sample(4)) == 5
-    with pytest.raises(ValueError, match="^n_steps: expected 1, as this release of Stable-Baselines3 has no n-step"):
-        numbered(3, 5)
