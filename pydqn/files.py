@@ -17,6 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _LARGEST_INDEX = 16 << 20
 _NO_MATCH = "its checksum does not match, so it is not what was written"
 
@@ -97,7 +102,10 @@ def append_line(path: Path, line: str) -> None:
     """
     data = f"{line}\n".encode()
     with named_errors(path), open(path, "a+b", buffering=0) as file:
-        if file.tell():
+        if fcntl is not None:
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # or half of another's line would look like one that a crash has left
+        if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 data = b"\n" + data
