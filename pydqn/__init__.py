@@ -1,4 +1,4 @@
-"""pydqn: the fastest, leanest and most trustworthy DQN that you can pip install."""
+"""pydqn: a DQN that you can pip install: fast on what you have, lean in memory, and exact."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Let OpenMP's threads sleep soon when they wait for each other, unless the user has said how they wait.
 
     By default they spin for milliseconds at every barrier. Beside another busy process the thread that they wait for
-    may not even be running, so they take the core that it needs: updates become 27 times as slow. Only what is set
+    may not even be running, so they take the core that it needs: updates become several times as slow. Only what is set
     before torch is imported counts, and child processes inherit it.
 
     Returns:
