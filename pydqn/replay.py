@@ -160,7 +160,7 @@ class FrameReplay(Stored):
         """Exponent of the priorities, from 0 to 1.
 
         Setting it changes the exponent of those that are held, too, in one pass over the memory; but not away from 0,
-        which has made them all 1: transitions keep that until their priority is updated. A pass takes some 47 ms for a
+        which has made them all 1: transitions keep that until their priority is updated. A pass takes tens of ms for a
         million transitions (measured on Zen 3), and every other method waits for it: change alpha every few thousand
         updates, not at each.
         """
