@@ -136,7 +136,7 @@ def test_games_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
     config = dataclasses.replace(tiny, **settings)
     train(config, tmp_path / "whole")
     run = Run(config, tmp_path / "killed")
-    run._reopen = lambda: 1 / 0
+    run._reopen = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(run.reports())
     kill(run)
