@@ -8,8 +8,8 @@ import torch
 from timing import in_turns
 
 from pydqn import FrameReplay, Learner, preset
-from pydqn.networks import make_network
-from pydqn.policies import resolve_device
+from pydqn.learning.networks import make_network
+from pydqn.learning.policy import resolve_device
 
 
 @pytest.fixture(params=["auto", "float32"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pydqn.networks import lowered, make_network
-from pydqn.optimizers import Kernels, OnePass, Settings
+from pydqn.learning.networks import lowered, make_network
+from pydqn.learning.optimizers import Kernels, OnePass, Settings
 
 
 def make(kind, name, low):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pydqn import preset
-from pydqn.atari import AtariLanes
-from pydqn.recording import Recorder
+from pydqn.envs.atari import AtariLanes
+from pydqn.plotting.recording import Recorder
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pydqn import preset
-from pydqn.envs import StateEnv
-from pydqn.tabular import ModelledTask, SteppedTask, Trials
+from pydqn.envs.gym import StateEnv
+from pydqn.training.tabular import ModelledTask, SteppedTask, Trials
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("modelled", 1_000), ("stepped", 100)])

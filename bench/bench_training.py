@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from pydqn import preset
-from pydqn.training import Run
+from pydqn.training.loop import Run
 
 
 def bench_pong_160_steps(benchmark, tmp_path):

@@ -21,7 +21,7 @@ import stages_learning
 import stages_memory
 from timing import ROWS, check_stages, head
 
-from pydqn.logs import environment
+from pydqn.runs.logs import environment
 
 STAGES = {
     "start": stages_learning.start,

@@ -25,13 +25,13 @@ from stages_learning import NATURE
 from timing import check_stages, in_turns, rates_in_turns
 
 from pydqn import FrameReplay, Learner, preset, train
-from pydqn.device_replay import DeviceReplay
-from pydqn.envs import make_lanes
-from pydqn.files import write_json
-from pydqn.logs import environment
-from pydqn.networks import make_network
-from pydqn.policies import Actor, resolve_device
-from pydqn.training import Run
+from pydqn.replay.device import DeviceReplay
+from pydqn.envs.gym import make_lanes
+from pydqn._util.files import write_json
+from pydqn.runs.logs import environment
+from pydqn.learning.networks import make_network
+from pydqn.learning.policy import Actor, resolve_device
+from pydqn.training.loop import Run
 
 ROWS = []
 FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint8)

@@ -18,9 +18,9 @@ from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
 from pydqn import Learner, preset
-from pydqn.networks import make_network
-from pydqn.policies import resolve_device, resolve_precision
-from pydqn.training import Run
+from pydqn.learning.networks import make_network
+from pydqn.learning.policy import resolve_device, resolve_precision
+from pydqn.training.loop import Run
 
 # Nature's network and plain Q-learning, as the peers have them.
 NATURE = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.kernels import kernel
+from pydqn._util.jit import kernel
 
 SIZE = 84  # rows and columns of what every kernel returns
 _CROP_TOP, _CROP_ROWS = 34, 160  # the playing field that `crop_nearest` keeps

@@ -8,7 +8,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from pydqn.config import Config
-from pydqn.tasks import with_overrides
+from pydqn.envs.tasks import with_overrides
 
 
 class Preset(NamedTuple):

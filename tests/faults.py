@@ -24,7 +24,7 @@ import torch
 from oracles import fill
 
 from pydqn import FrameReplay, preset
-from pydqn.checkpoint import (
+from pydqn.runs.checkpoint import (
     checkpoints,
     latest_checkpoint,
     load_checkpoint,
@@ -32,11 +32,11 @@ from pydqn.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from pydqn.logs import Report
-from pydqn.stored import verify_saved
-from pydqn.streams import Streams
-from pydqn.training import Run
-from pydqn.transitions import TransitionReplay
+from pydqn.runs.logs import Report
+from pydqn.replay.saving import verify_saved
+from pydqn.adapters._torchrl.streams import Streams
+from pydqn.training.loop import Run
+from pydqn.replay.transitions import TransitionReplay
 
 KINDS = {"kill": 1, "kill halfway": 2, "full disk": 3, "read only": 4}
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}

@@ -9,7 +9,7 @@ from ale_py import roms
 from test_envs import open_lanes, step
 
 from pydqn import preset
-from pydqn.atari import AtariLanes
+from pydqn.envs.atari import AtariLanes
 from pydqn.preprocess import crop_nearest, resize_area
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_resume import kill
 
-from pydqn import checkpoint, preset, resume, train
-from pydqn.best import BestWeights
-from pydqn.checkpoint import load_weights
-from pydqn.results import Diverged
-from pydqn.training import Run, open_run
+from pydqn import preset, resume, train
+from pydqn.runs import checkpoint
+from pydqn.runs.best_weights import BestWeights
+from pydqn.runs.checkpoint import load_weights
+from pydqn.runs.result import Diverged
+from pydqn.training.loop import Run, open_run
 
 BEST = "weights/best.safetensors"
 EVERY = 100  # steps

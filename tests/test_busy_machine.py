@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import pydqn
-from pydqn.machine import Pace, bound_spinning, default_torch_threads
-from pydqn.policies import torch_threads
-from pydqn.training import Run
+from pydqn._util.machine import Pace, bound_spinning, default_torch_threads
+from pydqn.learning.policy import torch_threads
+from pydqn.training.loop import Run
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
 PRINT_SPINNING = "; import os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
@@ -40,7 +40,7 @@ def test_spinning_is_bounded_unless_the_user_has_said_how_threads_wait():
 
 
 def test_spinning_is_bounded_before_torch_is_imported():
-    assert python("from pydqn.cli import main; main(['presets'])" + PRINT_SPINNING) == "1000 False"
+    assert python("from pydqn.cli.main import main; main(['presets'])" + PRINT_SPINNING) == "1000 False"
     for name in ("train", "resume", "evaluate"):
         assert python(f"import pydqn; pydqn.{name}" + PRINT_SPINNING) == "1000 True"
     # libgomp, which PyTorch brings, then shows what it was told.
@@ -67,8 +67,8 @@ torch.set_num_threads(2)
 from pydqn import _core
 _core.keep_freed_memory = None  # would be noticed if it were called
 from types import SimpleNamespace
-from pydqn.evaluation import load_policy, load_run
-from pydqn.networks import make_network
+from pydqn.evaluation.evaluate import load_policy, load_run
+from pydqn.learning.networks import make_network
 config = load_run({str(tmp_path / "run")!r})
 assert config.torch_threads == 1
 replay = pydqn.FrameReplay(100, (84, 84))
@@ -112,7 +112,7 @@ def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
     assert default(True, 64, MKL_NUM_THREADS="16") == 0
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pydqn.policies.usable_cores", lambda: 3)
+    monkeypatch.setattr("pydqn.learning.policy.usable_cores", lambda: 3)
     config = replace(tiny, torch_threads=0)
     before = torch.get_num_threads()
     try:
@@ -130,7 +130,7 @@ def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
 def test_emulators_get_as_many_threads_as_there_are_cores(tiny, monkeypatch):
     import ale_py
 
-    from pydqn import atari
+    from pydqn.envs import atari
 
     asked = []
     make = ale_py.AtariVectorEnv
@@ -189,7 +189,8 @@ def test_one_long_pause_is_no_slow_machine():
 
 def test_the_command_line_says_that_updates_are_slow(tmp_path):
     program = f"""
-from pydqn import cli, machine
+from pydqn.cli import main as cli
+from pydqn._util import machine
 told = iter(["updates take 99 ms"])
 machine.Pace.add = lambda self, seconds: next(told, None)
 cli.main(["train", "cartpole", "--total-steps", "200", "--logdir", {str(tmp_path / "run")!r}])

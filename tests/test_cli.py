@@ -16,13 +16,14 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from pydqn import Config, evaluation
-from pydqn.checkpoint import latest_checkpoint, read_state
-from pydqn.cli import main
-from pydqn.evaluation import load_run
-from pydqn.logs import read_csv
+from pydqn import Config
+from pydqn.evaluation import evaluate as evaluation
+from pydqn.runs.checkpoint import latest_checkpoint, read_state
+from pydqn.cli.main import main
+from pydqn.evaluation.evaluate import load_run
+from pydqn.runs.logs import read_csv
 from pydqn.presets import PRESETS
-from pydqn.training import Run
+from pydqn.training.loop import Run
 
 TINY = [
     *("--num-envs", "2", "--total-steps", "250", "--max-episode-frames", "400", "--replay-capacity-frames", "1000"),
@@ -236,7 +237,7 @@ def test_presets(capsys):
 
 
 def test_output_that_nobody_reads_to_its_end():
-    command = f"{sys.executable} -u -m pydqn.cli presets nature | head -2"
+    command = f"{sys.executable} -u -m pydqn presets nature | head -2"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 2
@@ -247,7 +248,7 @@ def test_output_that_nobody_reads_at_all(unbuffered):
     """What is buffered meets the closed pipe only when the command is over."""
     reader, writer = os.pipe()
     os.close(reader)
-    command, env = [sys.executable, "-m", "pydqn.cli", "presets"], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command, env = [sys.executable, "-m", "pydqn", "presets"], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=env, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
@@ -349,7 +350,7 @@ def test_a_damaged_run_is_one_clear_line(run, tmp_path, capsys):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_leave_everything_saved_and_exit_code_75(tmp_path, sent):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "pydqn.cli", "train", "pong", *TINY, "--total-steps", "1000000"]
+    command = [sys.executable, "-m", "pydqn", "train", "pong", *TINY, "--total-steps", "1000000"]
     process = subprocess.Popen(
         [*command, "--logdir", str(folder)],
         stdout=subprocess.PIPE,

@@ -12,11 +12,11 @@ from test_failures import SMALL
 from test_resume import kill
 
 from pydqn import preset, resume, train
-from pydqn.checkpoint import checkpoints, latest_checkpoint, load_weights, read_state, save_weights
-from pydqn.cli import main
-from pydqn.files import Damaged
-from pydqn.logs import read_csv
-from pydqn.training import Run
+from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_weights, read_state, save_weights
+from pydqn.cli.main import main
+from pydqn._util.files import Damaged
+from pydqn.runs.logs import read_csv
+from pydqn.training.loop import Run
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from test_learner import assert_equal_learners
 from test_learner import make as make_learner
 
 from pydqn import FrameReplay, preset, train
-from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_weights
-from pydqn.device_replay import DeviceReplay, Uploads
-from pydqn.networks import Table, make_network
-from pydqn.policies import Actor
-from pydqn.transfers import Inbox, Outbox
+from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_weights
+from pydqn.replay.device import DeviceReplay, Uploads
+from pydqn.learning.networks import Table, make_network
+from pydqn.learning.policy import Actor
+from pydqn._util.cuda import Inbox, Outbox
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def test_pinned_memory_is_on_the_host(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", noted)
     monkeypatch.setattr(torch.cuda, "Event", Events)
-    monkeypatch.setattr("pydqn.device_replay.on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("pydqn.replay.device.on", lambda device: contextlib.nullcontext())
     cuda = torch.device("cuda", 0)
     with default_device("meta"):
         Inbox([np.zeros(3, np.float32)], cuda)

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from pydqn import preset
-from pydqn.checkpoint import latest_checkpoint, load_checkpoint
+from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.presets import PRESETS
-from pydqn.training import open_run
+from pydqn.training.loop import open_run
 
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
 SMALL = {

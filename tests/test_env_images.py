@@ -8,9 +8,9 @@ import pytest
 from odd_envs import ID, Odd, config_of, lines_of
 
 from pydqn import train
-from pydqn.cli import main
-from pydqn.evaluation import evaluate, watch
-from pydqn.training import Run
+from pydqn.cli.main import main
+from pydqn.evaluation.evaluate import evaluate, watch
+from pydqn.training.loop import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")
 

@@ -15,16 +15,16 @@ from test_resume import EXACT, kill
 from test_training import digest
 
 from pydqn import resume, train
-from pydqn.checked import CloseWarning
-from pydqn.cli import main
-from pydqn.envs import StateEnv, make_lanes
-from pydqn.evaluation import evaluate, score, watch
-from pydqn.logs import read_csv
-from pydqn.training import open_run
-from pydqn.values import values_of
+from pydqn.envs.checked import CloseWarning
+from pydqn.cli.main import main
+from pydqn.envs.gym import StateEnv, make_lanes
+from pydqn.evaluation.evaluate import evaluate, score, watch
+from pydqn.runs.logs import read_csv
+from pydqn.training.loop import open_run
+from pydqn.plotting.values import values_of
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore:updates take", "always::pydqn.checked.CloseWarning"
+    "ignore::UserWarning", "ignore:updates take", "always::pydqn.envs.checked.CloseWarning"
 )
 TABLE = {"agent": "tabular", "num_envs": 1, "evaluation_every_steps": 20, "evaluation_episodes": 2}
 
@@ -51,7 +51,7 @@ def test_an_evaluation_makes_no_more_than_the_run_has(counted, tmp_path, num_env
 
 def test_atari_evaluates_as_before(tiny):
     """Of its emulators any number can exist, and the more, the faster."""
-    from pydqn.evaluation import evaluation_lanes
+    from pydqn.evaluation.evaluate import evaluation_lanes
 
     lanes = evaluation_lanes(dataclasses.replace(tiny, num_envs=1), 5, 0)
     assert lanes.num_envs == 5

@@ -12,8 +12,8 @@ from gymnasium.spaces import Box, Discrete, Tuple
 from odd_envs import ID, Odd, config_of
 
 from pydqn import preset, train
-from pydqn.cli import main
-from pydqn.envs import StateEnv, make_lanes
+from pydqn.cli.main import main
+from pydqn.envs.gym import StateEnv, make_lanes
 
 # Gymnasium's own checker warns of some of these, too, which is fine.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")

@@ -10,8 +10,8 @@ from ale_py import roms
 from gymnasium.wrappers import AtariPreprocessing
 
 from pydqn import preset
-from pydqn.atari import AtariLanes
-from pydqn.envs import StateEnv, make_lanes, outline
+from pydqn.envs.atari import AtariLanes
+from pydqn.envs.gym import StateEnv, make_lanes, outline
 from pydqn.preprocess import resize_area
 
 

@@ -9,9 +9,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from pydqn.networks import lowered, make_network
-from pydqn.pixels import to_channels_last
-from pydqn.policies import Policy
+from pydqn.learning.networks import lowered, make_network
+from pydqn.learning.pixels import to_channels_last
+from pydqn.learning.policy import Policy
 
 NETWORKS = ["nature", "nature_7x7", "small"]
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch.jit is on its way out
@@ -88,7 +88,7 @@ def test_outside_a_recording_pixels_take_the_fast_way(monkeypatch, dtype):
     """The test above must not be passed by never taking it."""
     taken = []
     name = "_to_float32" if dtype == torch.float32 else "_to_bfloat16"
-    monkeypatch.setattr(f"pydqn.pixels.{name}", lambda run, stride, out, size: taken.append(out.fill(0)))
+    monkeypatch.setattr(f"pydqn.learning.pixels.{name}", lambda run, stride, out, size: taken.append(out.fill(0)))
     images = pixels(2)
     assert torch.equal(to_channels_last(images, dtype), torch.zeros(2, 4, 84, 84, dtype=dtype))
     assert len(taken) == 1

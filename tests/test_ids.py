@@ -11,8 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from pydqn import Config, preset
-from pydqn.envs import make_lanes
-from pydqn.ids import rom_of, spec_of
+from pydqn.envs.gym import make_lanes
+from pydqn.envs.ids import rom_of, spec_of
 
 
 class Blocks(gymnasium.Env):
@@ -84,7 +84,7 @@ def test_importing_ale_leaves_what_was_registered():
     program = (
         "import sys, gymnasium\n"
         "gymnasium.register('Pong-v0', entry_point='somewhere:Pong')\n"
-        "from pydqn.ids import rom_of\n"
+        "from pydqn.envs.ids import rom_of\n"
         "assert rom_of('Pong-v0') is None and 'ale_py' not in sys.modules\n"
         "assert rom_of('Pong-v4') == 'pong' and rom_of('ALE/Pong-v5') == 'pong'\n"
         "assert gymnasium.spec('Pong-v0').entry_point == 'somewhere:Pong'\n"

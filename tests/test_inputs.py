@@ -13,12 +13,12 @@ import torch
 from gymnasium import spaces
 
 from pydqn import Config, Learner, evaluate, resume, train
-from pydqn.envs import StateEnv, make_lanes
-from pydqn.evaluation import network_for
-from pydqn.networks import lowered, make_network
-from pydqn.policies import Actor, Policy
-from pydqn.replay import FrameReplay
-from pydqn.spaces import frames_of
+from pydqn.envs.gym import StateEnv, make_lanes
+from pydqn.evaluation.evaluate import network_for
+from pydqn.learning.networks import lowered, make_network
+from pydqn.learning.policy import Actor, Policy
+from pydqn.replay.frames import FrameReplay
+from pydqn.envs.spaces import frames_of
 
 SIDE = 36
 SIDES = (SIDE, SIDE)

@@ -15,8 +15,8 @@ import numba
 import pytest
 from numba.core import caching
 
-from pydqn import kernels
-from pydqn.kernels import kernel
+from pydqn._util import jit as kernels
+from pydqn._util.jit import kernel
 
 PACKAGE = Path(kernels.__file__).parent
 OWN_FOLDER = f"pydqn-kernels-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
@@ -31,7 +31,7 @@ def test_a_run_where_neither_the_package_nor_the_home_can_be_written(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     env |= {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "TMPDIR": str(temporary), "PYTHONPATH": str(site)}
     options = ["--total-steps", "60", "--evaluation-every-steps", "0"]
-    command = [sys.executable, "-m", "pydqn.cli", "train", "frozenlake", *options]
+    command = [sys.executable, "-m", "pydqn", "train", "frozenlake", *options]
     seen = []
     for name in ("first", "second"):
         logdir = ["--logdir", str(tmp_path / name)]

@@ -11,9 +11,9 @@ from ale_py import roms
 from test_replay import assert_same, play
 
 from pydqn import FrameReplay, preset
-from pydqn.envs import make_lanes
-from pydqn.evaluation import memory_settings, open_episodes
-from pydqn.ids import FOR_TWO, rom_of
+from pydqn.envs.gym import make_lanes
+from pydqn.evaluation.evaluate import memory_settings, open_episodes
+from pydqn.envs.ids import FOR_TWO, rom_of
 
 ENDS = ["", "", "", "terminated", "", "truncated", "life", "", "both", "cut", ""]
 

@@ -11,8 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from pydqn import Config, evaluate, train
-from pydqn.evaluation import Game, score, watch
-from pydqn.tasks import episode_limit
+from pydqn.evaluation.evaluate import Game, score, watch
+from pydqn.envs.tasks import episode_limit
 
 LATE = 12_000  # steps after which the only reward comes
 

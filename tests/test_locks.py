@@ -18,20 +18,21 @@ import time
 
 import pytest
 
-from pydqn import locks, preset, resume, train
-from pydqn.checkpoint import latest_checkpoint
-from pydqn.cli import main
-from pydqn.files import append_line
-from pydqn.locks import LOCK, Claim, Taken, claim_numbered, holder_of
-from pydqn.training import Run
+from pydqn import preset, resume, train
+from pydqn.runs import locks
+from pydqn.runs.checkpoint import latest_checkpoint
+from pydqn.cli.main import main
+from pydqn._util.files import append_line
+from pydqn.runs.locks import LOCK, Claim, Taken, claim_numbered, holder_of
+from pydqn.training.loop import Run
 
 SHORT = {"total_steps": 60, "stop_successes": 0, "device": "cpu", "torch_threads": 1, "hidden_units": (8,)}
 
 # Ten processes that type the same command at the same moment.
 TEN = """
 import os, sys, time
-from pydqn.cli import main
-import pydqn.training  # or they would start apart
+from pydqn.cli.main import main
+import pydqn.training.loop  # or they would start apart
 start = time.time() + 0.3
 children = []
 for number in range(10):
@@ -50,7 +51,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 ENDLESS = """
 import os, sys, time
 from pydqn import preset
-from pydqn.training import Run
+from pydqn.training.loop import Run
 settings = dict(total_steps=10**9, stop_successes=0, total_episodes=0, device="cpu", torch_threads=1, hidden_units=(8,))
 run = Run(preset("cartpole", **settings, log_every_steps=50), sys.argv[1])
 reports = run.reports()

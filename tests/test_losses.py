@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracles import double_q_update
 
-from pydqn.losses import LOSSES, huber, huber_slope, mse, td_error
+from pydqn.learning.losses import LOSSES, huber, huber_slope, mse, td_error
 
 
 def random_batch(seed, size=40, actions=5):

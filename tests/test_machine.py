@@ -9,8 +9,9 @@ import types
 import pytest
 import torch
 
-from pydqn import machine, policies
-from pydqn.logs import environment
+from pydqn._util import machine
+from pydqn.learning import policy as policies
+from pydqn.runs.logs import environment
 
 
 def write(root, files):

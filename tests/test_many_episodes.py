@@ -14,9 +14,9 @@ from odd_envs import config_of
 from test_resume import kill
 
 from pydqn import resume, train
-from pydqn.checkpoint import latest_checkpoint, read_state, save_checkpoint
-from pydqn.logs import read_csv, read_returns
-from pydqn.training import Run
+from pydqn.runs.checkpoint import latest_checkpoint, read_state, save_checkpoint
+from pydqn.runs.logs import read_csv, read_returns
+from pydqn.training.loop import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:updates take")
 MANY = 6_000_000

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pydqn.networks import Table, lowered, make_network
+from pydqn.learning.networks import Table, lowered, make_network
 
 
 def pixels(size=3, seed=0):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pydqn.optimizers import Kernels, OnePass, RMSProp, Settings, make_optimizer
+from pydqn.learning.optimizers import Kernels, OnePass, RMSProp, Settings, make_optimizer
 
 METHODS = [
     Settings("adam", 1e-8),

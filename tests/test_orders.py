@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydqn.orders import block_names, environments
+from pydqn.adapters._torchrl.orders import block_names, environments
 
 ASKS = "num_envs: expected to be given, as the first batch of [0-9]+ rows does not tell"
 

@@ -17,12 +17,12 @@ from test_learner import CPU, Replayed, assert_equal_learners, needs_cuda
 from torch import nn
 
 from pydqn import Config, FrameReplay, Learner
-from pydqn import learner as learner_room
-from pydqn.checkpoint import load_weights, save_weights
-from pydqn.device_replay import DeviceReplay
-from pydqn.losses import huber
-from pydqn.networks import make_network
-from pydqn.optimizers import Kernels
+from pydqn.learning import learner as learner_room
+from pydqn.runs.checkpoint import load_weights, save_weights
+from pydqn.replay.device import DeviceReplay
+from pydqn.learning.losses import huber
+from pydqn.learning.networks import make_network
+from pydqn.learning.optimizers import Kernels
 
 SIZE, ACTIONS, ATOMS, LOW, HIGH = 16, 3, 11, -3.0, 3.0
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydqn.pixels import as_words, look_up, to_channels_last
+from pydqn.learning.pixels import as_words, look_up, to_channels_last
 
 
 def definition(images, dtype):

@@ -11,9 +11,9 @@ from test_learner import CPU, make, needs_cuda
 from torch import nn
 
 from pydqn import FrameReplay
-from pydqn.device_replay import DeviceReplay
-from pydqn.networks import make_network
-from pydqn.policies import Actor, Policy, resolve_device, resolve_precision
+from pydqn.replay.device import DeviceReplay
+from pydqn.learning.networks import make_network
+from pydqn.learning.policy import Actor, Policy, resolve_device, resolve_precision
 
 
 def test_every_lane_tosses_its_own_coin():
@@ -36,10 +36,10 @@ def test_devices_that_are_not_there(name):
 def test_precision():
     assert resolve_precision("float32", CPU) == torch.float32
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
-    with mock.patch("pydqn.policies._bfloat16_pays", return_value=True):
+    with mock.patch("pydqn.learning.policy._bfloat16_pays", return_value=True):
         assert resolve_precision("auto", CPU) == torch.bfloat16
         assert resolve_precision("auto", torch.device("cuda")) == torch.float32
-    with mock.patch("pydqn.policies._bfloat16_pays", return_value=False):
+    with mock.patch("pydqn.learning.policy._bfloat16_pays", return_value=False):
         assert resolve_precision("auto", CPU) == torch.float32
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
 

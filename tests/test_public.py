@@ -32,15 +32,17 @@ def test_public_names():
 
 def test_the_command_line_names_what_there_is():
     """It repeats the names of rooms that it imports only when they are needed."""
-    from pydqn import evaluation, options, plots
+    from pydqn.evaluation import evaluate as evaluation
+    from pydqn.cli import options
+    from pydqn.plotting import curves as plots
 
     assert tuple(plots.PANELS) == options._PANELS
     assert evaluation.WEIGHTS == options._WEIGHTS
 
 
 def test_functions_are_not_shadowed_by_rooms():
-    import pydqn.evaluation
-    import pydqn.training
+    import pydqn.evaluation.evaluate
+    import pydqn.training.loop
 
     assert inspect.isfunction(pydqn.train)
     assert inspect.isfunction(pydqn.evaluate)

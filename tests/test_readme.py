@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pydqn import Config, cli, preset
-from pydqn.evaluation import load_run
+from pydqn import Config, preset
+from pydqn.cli import main as cli
+from pydqn.evaluation.evaluate import load_run
 from pydqn.presets import PRESETS
-from pydqn.tasks import resolved
+from pydqn.envs.tasks import resolved
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pydqn.films import Film
-from pydqn.recording import Caption, Recorder, beside
+from pydqn.training.episode_videos import Film
+from pydqn.plotting.recording import Caption, Recorder, beside
 
 
 def pictures(count, shape=(21, 16), colours=12, seed=0):
@@ -330,7 +330,7 @@ def test_a_broken_off_video_leaves_no_ffmpeg(tmp_path):
 def test_an_interrupt_is_not_for_the_encoder(tmp_path, suffix):
     """Ctrl-C reaches all processes of a terminal; a film that goes on is whole all the same."""
     program = (
-        "import os, signal, sys, numpy as np\nfrom pydqn.recording import Recorder\n"
+        "import os, signal, sys, numpy as np\nfrom pydqn.plotting.recording import Recorder\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
         "with Recorder(sys.argv[1]) as film:\n"
         "    for number in range(20):\n"

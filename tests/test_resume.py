@@ -17,11 +17,11 @@ from test_learner import make
 from test_training import CARTPOLE, digest
 
 from pydqn import resume, train
-from pydqn.checkpoint import latest_checkpoint, load_checkpoint, load_weights, read_state, save_weights
-from pydqn.envs import make_lanes
-from pydqn.evaluation import evaluate, load_policy, load_run
-from pydqn.logs import EPISODES, Report, read_csv
-from pydqn.training import Run
+from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, load_weights, read_state, save_weights
+from pydqn.envs.gym import make_lanes
+from pydqn.evaluation.evaluate import evaluate, load_policy, load_run
+from pydqn.runs.logs import EPISODES, Report, read_csv
+from pydqn.training.loop import Run
 
 # Columns of progress.csv that say how fast, not what.
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
@@ -148,7 +148,7 @@ def test_games_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
 def test_the_precision_that_was_found_is_kept(tiny, tmp_path, monkeypatch, found):
     """ "auto" times the processor, which may be busy when the run goes on: another answer would be another run."""
     for pays in (found == "bfloat16", found != "bfloat16"):
-        monkeypatch.setattr("pydqn.policies._bfloat16_pays", lambda pays=pays: pays)
+        monkeypatch.setattr("pydqn.learning.policy._bfloat16_pays", lambda pays=pays: pays)
         with Run(
             dataclasses.replace(tiny, total_steps=60), tmp_path, resume=(tmp_path / "config.json").exists()
         ) as run:
@@ -267,7 +267,7 @@ def test_a_killed_process_is_resumed(tmp_path):
         *("--replay-capacity-frames", "1000", "--max-episode-steps", "40", "--video-every-episodes", "0"),
         *("--log-every-episodes", "2", "--log-every-steps", "50"),
     ]
-    command = [sys.executable, "-m", "pydqn.cli", "train"]
+    command = [sys.executable, "-m", "pydqn", "train"]
     process = subprocess.Popen(
         [*command, "breakout", *options, "--logdir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from pydqn import preset, resume, train
-from pydqn.checkpoint import latest_checkpoint, load_weights, read_state
-from pydqn.cli import main
+from pydqn.runs.checkpoint import latest_checkpoint, load_weights, read_state
+from pydqn.cli.main import main
 from pydqn.config import TRANSITIONS, Config
-from pydqn.evaluation import load_run
-from pydqn.files import write_json
-from pydqn.logs import read_csv
-from pydqn.policies import resolve_device
-from pydqn.resuming import changes, transition_settings
-from pydqn.training import Run
+from pydqn.evaluation.evaluate import load_run
+from pydqn._util.files import write_json
+from pydqn.runs.logs import read_csv
+from pydqn.learning.policy import resolve_device
+from pydqn.runs.resuming import changes, transition_settings
+from pydqn.training.loop import Run
 
 WITHOUT = "--no-checkpoint-replay (in Python checkpoint_replay=False) goes on with an empty replay buffer"
 SMALL = {

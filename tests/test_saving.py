@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import fill
 
-import pydqn.pieces
+import pydqn.replay.chunks
 from pydqn import FrameReplay
-from pydqn.files import Damaged, write_index
-from pydqn.stored import verify_saved
+from pydqn._util.files import Damaged, write_index
+from pydqn.replay.saving import verify_saved
 
 SHAPE = {"frame_shape": (5,), "num_envs": 2, "stack": 2, "n_step": 2, "dtype": "float32"}
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr("pydqn.stored._BYTES_PER_PIECE", 8 * 2 * (5 * 4 + 9))  # eight ticks
+    monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_PIECE", 8 * 2 * (5 * 4 + 9))  # eight ticks
 
 
 def saved(tmp_path, ticks=30, **settings):
@@ -90,9 +90,9 @@ def test_saved_again_and_again(tmp_path_factory, rounds):
 def test_what_has_been_saved_is_linked_not_written(tmp_path, monkeypatch):
     replay, path = saved(tmp_path, 20)  # two pieces of eight, and half a one
     before, written = names(path), []
-    write = pydqn.pieces.write_stamped
+    write = pydqn.replay.chunks.write_stamped
     monkeypatch.setattr(
-        pydqn.pieces, "write_stamped", lambda file, data: (written.append(file.name), write(file, data))[1]
+        pydqn.replay.chunks, "write_stamped", lambda file, data: (written.append(file.name), write(file, data))[1]
     )
     more(replay, 5)  # the third is full now, and a fourth begins
     replay.save(tmp_path / "next")
@@ -192,7 +192,7 @@ def test_a_failed_save_keeps_what_was_saved_before(tmp_path, monkeypatch):
     replay, path = saved(tmp_path)
     before = names(path)
     more(replay, 12)
-    monkeypatch.setattr("pydqn.pieces.write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr("pydqn.replay.chunks.write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         replay.save(path)
     assert names(path) == before
@@ -206,13 +206,13 @@ def test_an_interrupt_after_the_index_keeps_the_new_memory(tmp_path, monkeypatch
     """The index is in its place, but the folder's names are still being flushed."""
     replay, path = saved(tmp_path)
     more(replay, 12)
-    write = pydqn.pieces.write_index
+    write = pydqn.replay.chunks.write_index
 
     def interrupted(*arguments):
         write(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pydqn.pieces, "write_index", interrupted)
+    monkeypatch.setattr(pydqn.replay.chunks, "write_index", interrupted)
     with pytest.raises(KeyboardInterrupt):
         replay.save(path)
     verify_saved(path)
@@ -322,7 +322,7 @@ def test_what_is_no_index_is_refused(tmp_path):
 def test_pieces_longer_than_ours_are_refused(tmp_path, monkeypatch):
     """Loading holds one at a time."""
     with monkeypatch.context() as larger:
-        larger.setattr("pydqn.stored._BYTES_PER_PIECE", 1 << 20)
+        larger.setattr("pydqn.replay.saving._BYTES_PER_PIECE", 1 << 20)
         _, path = saved(tmp_path)
     with pytest.raises(Damaged, match="its pieces are not the rows from 10 to 30"):
         FrameReplay.load(path)
@@ -334,9 +334,9 @@ def test_a_piece_that_swells_is_refused(tmp_path):
 
     _, path = saved(tmp_path)
     swelling = zstandard.ZstdCompressor().compress(bytes(4 << 20))
-    stamp = pydqn.pieces.Stamp.of(swelling)
+    stamp = pydqn.replay.chunks.Stamp.of(swelling)
     (start, stop, _), *pieces = json.loads((path / "index.json").read_text())["content"]["pieces"]
-    name = pydqn.pieces.Piece(start, stop, stamp).name
+    name = pydqn.replay.chunks.Piece(start, stop, stamp).name
     (path / name).write_bytes(swelling)
     forge(path, pieces=[[start, stop, stamp], *pieces])
     with pytest.raises(Damaged, match=f"{name}: "):

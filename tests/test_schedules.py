@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pydqn import preset
-from pydqn.schedules import epsilon, exponential, learning_rate, linear, piecewise, priority_beta
+from pydqn.learning.schedules import epsilon, exponential, learning_rate, linear, piecewise, priority_beta
 
 
 def test_linear():

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydqn import TransitionReplay
-from pydqn.checkpoint import save_weights
-from pydqn.files import Damaged
-from pydqn.orders import openings
-from pydqn.streams import Streams
+from pydqn.runs.checkpoint import save_weights
+from pydqn._util.files import Damaged
+from pydqn.adapters._torchrl.orders import openings
+from pydqn.adapters._torchrl.streams import Streams
 
 SHAPE, STACK = (3, 4, 5), 3
 

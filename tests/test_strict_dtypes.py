@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as arrays
 
 from pydqn import Config, DeviceReplay, FrameReplay, Learner, TransitionReplay, preprocess
 from pydqn.adapters.cleanrl import PrioritizedReplayBuffer, ReplayBuffer
-from pydqn.networks import make_network
-from pydqn.policies import Actor, Policy
+from pydqn.learning.networks import make_network
+from pydqn.learning.policy import Actor, Policy
 
 DTYPES = ["bool", "uint8", "int8", "uint16", "int16", "int32", "uint32", "int64", "uint64"]
 DTYPES += ["float16", "float32", "float64"]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pydqn import preset, train
-from pydqn.lanes import Episode
-from pydqn.logs import read_csv
+from pydqn.envs.base import Episode
+from pydqn.runs.logs import read_csv
 from pydqn.presets import PRESETS
-from pydqn.tasks import resolved
-from pydqn.training import Run
+from pydqn.envs.tasks import resolved
+from pydqn.training.loop import Run
 
 QUICK = {"device": "cpu", "torch_threads": 1, "precision": "float32"}
 # What each write-up states, as far as it is a field.

@@ -8,12 +8,12 @@ import pytest
 from test_resume import kill
 
 from pydqn import evaluate, preset
-from pydqn.checkpoint import checkpoints, load_weights
-from pydqn.envs import Model, StateEnv
-from pydqn.evaluation import score
-from pydqn.logs import read_csv
-from pydqn.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
-from pydqn.training import open_run, resume, train
+from pydqn.runs.checkpoint import checkpoints, load_weights
+from pydqn.envs.gym import Model, StateEnv
+from pydqn.evaluation.evaluate import score
+from pydqn.runs.logs import read_csv
+from pydqn.training.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
+from pydqn.training.loop import open_run, resume, train
 
 NEVER = Trials(0, 0, 0, 0.0)
 

@@ -13,12 +13,12 @@ import pytest
 from gymnasium import spaces
 
 from pydqn import Config, evaluate, preset, resume, train
-from pydqn.cli import main
-from pydqn.envs import make_lanes
-from pydqn.evaluation import load_run, watch
+from pydqn.cli.main import main
+from pydqn.envs.gym import make_lanes
+from pydqn.evaluation.evaluate import load_run, watch
 from pydqn.presets import PRESETS
-from pydqn.stopping import Standing, ending
-from pydqn.tasks import described, resolved
+from pydqn.runs.stopping import Standing, ending
+from pydqn.envs.tasks import described, resolved
 
 QUICK = {
     "device": "cpu",

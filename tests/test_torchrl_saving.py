@@ -16,9 +16,9 @@ with warnings.catch_warnings():
 
     from pydqn.adapters.torchrl import ReplayBuffer
 
-from pydqn.checkpoint import load_weights, save_weights
-from pydqn.files import Damaged, read_index, write_index
-from pydqn.streams import Streams
+from pydqn.runs.checkpoint import load_weights, save_weights
+from pydqn._util.files import Damaged, read_index, write_index
+from pydqn.adapters._torchrl.streams import Streams
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 MADE = {"prioritized": True, "n_step": 2, "seed": 3}
@@ -124,7 +124,7 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise MemoryError("no")
 
-    monkeypatch.setattr("pydqn.streams.TransitionReplay", refuse)
+    monkeypatch.setattr("pydqn.adapters._torchrl.streams.TransitionReplay", refuse)
     with pytest.raises(MemoryError, match=str(tmp_path)):
         Streams.load(tmp_path, 100, **MADE)
 

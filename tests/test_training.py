@@ -14,14 +14,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pydqn import Learner, preset, resume, train, training
-from pydqn.checkpoint import load_weights
+from pydqn import Learner, preset, resume, train
+from pydqn.training import loop as training
+from pydqn.runs.checkpoint import load_weights
 from pydqn.config import Config
-from pydqn.evaluation import Moment, evaluate, evaluate_policy, load_run, open_episodes
-from pydqn.lanes import Episode
-from pydqn.logs import GROUPS, Report, read_csv
-from pydqn.policies import resolve_precision
-from pydqn.training import Run
+from pydqn.evaluation.evaluate import Moment, evaluate, evaluate_policy, load_run, open_episodes
+from pydqn.envs.base import Episode
+from pydqn.runs.logs import GROUPS, Report, read_csv
+from pydqn.learning.policy import resolve_precision
+from pydqn.training.loop import Run
 
 CARTPOLE = {
     "env_id": "CartPole-v1",
@@ -277,8 +278,8 @@ def test_every_lane_plays_its_share_of_an_evaluation(tiny, monkeypatch):
             ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (tick % 5 == 0)
             yield Moment(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), np.zeros(2), ended)
 
-    monkeypatch.setattr("pydqn.evaluation.steps_of", steps_of)
-    monkeypatch.setattr("pydqn.evaluation._MOST_LANES", 2)
+    monkeypatch.setattr("pydqn.evaluation.evaluate.steps_of", steps_of)
+    monkeypatch.setattr("pydqn.evaluation.evaluate._MOST_LANES", 2)
     assert evaluate_policy(tiny, None, 4, 0) == [1.0, 1.0, 5.0, 5.0]
     assert evaluate_policy(tiny, None, 5, 0) == [1.0, 1.0, 1.0, 5.0, 5.0]
 

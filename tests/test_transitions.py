@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydqn import TransitionReplay
-from pydqn.transitions import Stacks
+from pydqn.replay.transitions import Stacks
 
 IMAGE = np.zeros((1, 4, 8, 8), np.uint8)
 RESETS = ("zero", "first", "history", "go on", "one zero")

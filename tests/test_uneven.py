@@ -104,7 +104,7 @@ def test_saved_copied_and_pickled_it_goes_on_the_same(tmp_path_factory, shape, s
 @pytest.mark.parametrize("reload", [False, True])
 def test_lanes_that_meet_again_are_saved_as_they_are(tmp_path, monkeypatch, reload):
     """Rows of a file are counted from the lanes' common end, which moves: no piece of before may be linked then."""
-    monkeypatch.setattr("pydqn.stored._BYTES_PER_PIECE", 4 * 2 * (1 + 9))  # four ticks
+    monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_PIECE", 4 * 2 * (1 + 9))  # four ticks
     replay = FrameReplay(100, (1,), num_envs=2, stack=1)
     off = np.zeros(1, bool)
 

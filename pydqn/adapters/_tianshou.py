@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.checks import converted
+from pydqn._util.checks import converted
 
 try:
     from tianshou import data as theirs

@@ -10,8 +10,8 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pydqn.checks import converted, flags
-from pydqn.transitions import TransitionReplay
+from pydqn._util.checks import converted, flags
+from pydqn.replay.transitions import TransitionReplay
 
 
 class ReplayBufferSamples(NamedTuple):

@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, RecordEpisodeStatistics, TimeLimit
 from numpy.typing import NDArray
 
-from pydqn.checks import integer
+from pydqn._util.checks import integer
 from pydqn.preprocess import KERNELS, SIZE, Frames
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from torch.nn import functional as F
 
-from pydqn.checks import converted, flags, integer
-from pydqn.replay import Batch
-from pydqn.transitions import TransitionReplay
+from pydqn._util.checks import converted, flags, integer
+from pydqn.replay.frames import Batch
+from pydqn.replay.transitions import TransitionReplay
 
 try:
     from stable_baselines3 import DQN
@@ -60,7 +60,7 @@ class ReplayBuffer(TheirBuffer):
         handle_timeout_termination: whether `infos[i]["TimeLimit.truncated"]` makes a `done` no termination.
         n_steps: steps in a return (SB3 wants it here, in `replay_buffer_kwargs`, together with `gamma`).
         gamma: discount per step of n-step returns, that of the model; needed with `n_steps` above 1.
-        stack: frames in an observation; None to tell by its shape (`pydqn.transitions.Stacks.of`).
+        stack: frames in an observation; None to tell by its shape (`pydqn.replay.transitions.Stacks.of`).
         settings: all others of `pydqn.TransitionReplay`: prioritized, alpha, beta, padding, seed (drawn from NumPy's
             global generator otherwise, which SB3 seeds).
 

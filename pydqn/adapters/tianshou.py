@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydqn.adapters._tianshou import SEEN, Lane, Refusals, add_others, exactly, fill, odd_columns, take
-from pydqn.checks import integer
-from pydqn.transitions import TransitionReplay
+from pydqn._util.checks import integer
+from pydqn.replay.transitions import TransitionReplay
 
 try:
     import h5py

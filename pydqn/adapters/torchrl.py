@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pydqn import entries
-from pydqn.checks import integer
-from pydqn.entries import Key, fit, flags, key, numbers, observations, only_observation, rows, saved_notes
-from pydqn.orders import block_names, environments, openings
-from pydqn.replay import Batch, FrameReplay
-from pydqn.streams import Streams
-from pydqn.transitions import TransitionReplay
+from pydqn.adapters._torchrl import entries
+from pydqn._util.checks import integer
+from pydqn.adapters._torchrl.entries import Key, fit, flags, key, numbers, observations, only_observation, rows, saved_notes
+from pydqn.adapters._torchrl.orders import block_names, environments, openings
+from pydqn.replay.frames import Batch, FrameReplay
+from pydqn.adapters._torchrl.streams import Streams
+from pydqn.replay.transitions import TransitionReplay
 
 try:
     from tensordict import TensorDict

@@ -1,0 +1,1 @@
+"""Private parts of `pydqn.adapters.torchrl`; none of them imports TorchRL."""

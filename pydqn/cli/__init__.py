@@ -1,0 +1,1 @@
+"""The `pydqn` command."""

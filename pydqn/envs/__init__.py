@@ -1,0 +1,1 @@
+"""Environments that step together, and what an env_id names."""

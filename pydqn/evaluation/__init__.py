@@ -1,0 +1,1 @@
+"""Playing with trained weights: policies, episodes, scores."""

@@ -1,0 +1,1 @@
+"""Networks, losses, optimizers, and the learner that puts them together."""

@@ -1,0 +1,267 @@
+"""Q-networks: a torso that turns observations into features, and a head that turns features into action values.
+
+Every network takes the observations as the replay memory holds them (pixels as uint8) and scales inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pydqn.envs.base import AS_THEY_ARE, BYTES
+from pydqn.learning.pixels import to_channels_last
+
+
+class _Conv(NamedTuple):
+    channels: int
+    kernel: int
+    stride: int
+
+
+# Mnih et al. 2015, extended data table 1.
+_NATURE = (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1))
+_TORSOS = {
+    "nature": _NATURE,
+    # Without biases; a convolution over all that is left stands for a hidden layer, and dueling splits its output.
+    "nature_7x7": (*_NATURE, _Conv(512, 7, 1)),
+    # The same shape with half the channels: about a third of the arithmetic.
+    "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
+}
+_BARE = "nature_7x7"  # no biases, Xavier's initial weights, split streams
+
+
+class PixelTorso(nn.Module):
+    """Convolutions over a stack of frames: (B, stack, H, W) to (B, features).
+
+    Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, as
+    x / 255 for bytes. The scaling is folded into the first layer's weights, which spares a pass over the input and
+    feeds the convolution integers, which even bfloat16 holds exactly. Frames that are floating point already go
+    through the first convolution in their own dtype.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stack: int,
+        frame_shape: tuple[int, int],
+        pixel_mean: float = 0.0,
+        pixel_std: float = 1.0,
+        input_range: tuple[float, float] = BYTES,
+    ) -> None:
+        super().__init__()
+        layers = []
+        channels = stack
+        height, width = frame_shape
+        for conv in _TORSOS[name]:
+            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, bias=name != _BARE))
+            channels = conv.channels
+            height, width = ((side - conv.kernel) // conv.stride + 1 for side in (height, width))
+            if min(height, width) < 1:
+                raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
+        self.convs = nn.ModuleList(layers)
+        self.features = channels * height * width
+        self.splits = name == _BARE
+        self.pixel_mean = pixel_mean
+        self.pixel_std = pixel_std
+        self.input_range = input_range
+
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Convert (B, stack, H, W) pixels to the arithmetic's dtype and memory layout, values unchanged.
+
+        Frames that are floating point already stay float32: lower precision would drop digits.
+
+        `forward` does it where it has not been done; a learner does it once for all the networks that see a batch.
+        """
+        if obs.is_floating_point():
+            return obs if obs.dtype in (torch.float32, self._dtype()) else obs.float()
+        return to_channels_last(obs, self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        """Return the dtype behind the first layer."""
+        weight = self.convs[-1].weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return the features of `obs`, in the dtype of the layers behind the first one."""
+        first = self.convs[0]
+        assert isinstance(first, nn.Conv2d)
+        lower = self._dtype()
+        low, high = self.input_range
+        weight = first.weight * (1 / ((high - low) * self.pixel_std))
+        mean = self.pixel_mean + low / (high - low)
+        bias = first.bias
+        if mean:
+            shift = mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
+            bias = -shift if bias is None else bias - shift
+        x = self.prepare(obs)
+        x = F.relu_(F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), first.stride))
+        if lower != torch.float32:  # only `prepare` has converted pixels to it
+            x = x.to(lower)
+        for conv in self.convs[1:]:
+            x = F.relu_(conv(x))
+        return x.flatten(1)
+
+
+class VectorTorso(nn.Module):
+    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features); the hidden layers do the rest.
+
+    Maps `input_range` to 0..1, as `PixelTorso` does.
+    """
+
+    def __init__(
+        self, stack: int, frame_shape: tuple[int, ...], input_range: tuple[float, float] = AS_THEY_ARE
+    ) -> None:
+        super().__init__()
+        self.features = stack * math.prod(frame_shape)
+        self.splits = False
+        self.input_range = input_range
+
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Convert `obs` to float32, values unchanged."""
+        return obs.to(torch.float32)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return `obs` as one float32 row per sample."""
+        x, (low, high) = self.prepare(obs).flatten(1), self.input_range
+        return x if self.input_range == AS_THEY_ARE else (x - low) * (1 / (high - low))
+
+
+def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in units:
+        layers += [nn.Linear(features, width), nn.ReLU(inplace=True)]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, out))
+
+
+class QNetwork(nn.Module):
+    """A torso, hidden layers, and linear action values.
+
+    With `dueling`, two streams of hidden layers give a value and advantages: Q = V + A - mean A
+    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581). Each stream sees all features, or where the torso
+    `splits`, the first half of them goes to the value and the second to the advantages.
+    """
+
+    def __init__(
+        self, torso: PixelTorso | VectorTorso, num_actions: int, hidden_units: tuple[int, ...], dueling: bool
+    ) -> None:
+        super().__init__()
+        self.torso = torso
+        self._split = dueling and torso.splits
+        features = torso.features // 2 if self._split else torso.features
+        self.advantage = _hidden(features, hidden_units, num_actions)
+        self.value = _hidden(features, hidden_units, 1) if dueling else None
+
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Convert observations to what the torso computes with; `forward` takes them either way."""
+        return self.torso.prepare(obs)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return (B, num_actions) float32 action values of (B, stack, *frame_shape) observations."""
+        features = self.torso(obs)
+        of_value, of_advantage = features.chunk(2, dim=1) if self._split else (features, features)
+        values: Tensor = self.advantage(of_advantage).float()
+        if self.value is not None:
+            values = self.value(of_value).float() + values - values.mean(dim=1, keepdim=True)
+        return values
+
+
+def make_network(
+    name: str,
+    stack: int,
+    frame_shape: tuple[int, ...],
+    num_actions: int,
+    *,
+    hidden_units: tuple[int, ...] = (512,),
+    dueling: bool = False,
+    pixel_mean: float = 0.0,
+    pixel_std: float = 1.0,
+    input_range: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> QNetwork:
+    """Build a network with weights drawn from `seed` alone.
+
+    They are PyTorch's default, but for "nature_7x7": Xavier's (Glorot and Bengio 2010) and biases of zero.
+
+    Args:
+        name: "nature", "nature_7x7" or "small" for image frames (H, W), "mlp" for anything.
+        stack: frames per observation.
+        frame_shape: shape of one frame.
+        num_actions: A.
+        hidden_units: widths of the fully connected hidden layers (of each stream when dueling).
+        dueling: see `QNetwork`.
+        pixel_mean: see `PixelTorso`.
+        pixel_std: see `PixelTorso`.
+        input_range: which values of frames are mapped to 0 and 1; None for (0, 255) in image frames, and for no
+            mapping, (0, 1), in "mlp".
+        seed: of the initial weights; PyTorch's global generator is left as it was.
+
+    Raises:
+        ValueError: the frames do not fit the network.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU's generator, too
+        torso: PixelTorso | VectorTorso
+        if name == "mlp":
+            torso = VectorTorso(stack, frame_shape, input_range or AS_THEY_ARE)
+        elif name not in _TORSOS:
+            raise ValueError(f"network: expected one of {', '.join(_TORSOS)}, mlp, got {name!r}")
+        elif len(frame_shape) != 2:
+            raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
+        else:
+            size = frame_shape[0], frame_shape[1]
+            torso = PixelTorso(name, stack, size, pixel_mean, pixel_std, input_range or BYTES)
+        network = QNetwork(torso, num_actions, hidden_units, dueling)
+        if name == _BARE:
+            for layer in network.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    nn.init.xavier_uniform_(layer.weight)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        return network
+
+
+def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a network whose layers keep their parameters in `dtype`.
+
+    Autocast would convert them each time that they are used; whoever changes the parameters of `network` has to change
+    these, too. What autocast leaves alone is shared with `network`, and so is the first convolution over pixels, whose
+    weights are scaled before they are rounded. A `QNetwork` over pixels then computes in `dtype` as it is; other
+    modules are to be run under autocast.
+    """
+    other: nn.Module = copy.deepcopy(network, {id(part): part for part in tensors_of(network)})
+    firsts = [module.convs[0] for module in other.modules() if isinstance(module, PixelTorso)]
+    made: dict[int, nn.Parameter] = {}  # layers may share a parameter
+    for module in other.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in firsts:
+            for name, parameter in module.named_parameters(recurse=False):
+                low = made.setdefault(id(parameter), nn.Parameter(parameter.detach().to(dtype)))
+                setattr(module, name, low.requires_grad_(parameter.requires_grad))
+    return other
+
+
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """Return everything of a network that a copy of it must have."""
+    return [*network.parameters(), *network.buffers()]
+
+
+class Table(nn.Module):
+    """Action values of numbered states, all zero: a table behind the interface of a network.
+
+    Takes one-hot observations, (B, stack, num_states), of which only the newest counts, and gives (B, num_actions)
+    float32 values.
+    """
+
+    def __init__(self, num_states: int, num_actions: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_states, num_actions, dtype=torch.float64, device="cpu"))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return the rows of the states that `obs` marks."""
+        return self.values[obs[:, -1].argmax(dim=1)].float()

@@ -1,0 +1,113 @@
+"""Pixels on their way from the replay memory into a convolution."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydqn._util.jit import kernel
+
+_STACK = 4  # images that the kernel interleaves; a number that the compiler knows becomes vector instructions
+
+
+def look_up(frames: Tensor, rows: Tensor) -> Tensor:
+    """Return (B, stack, *frame_shape) observations: those (B, stack) rows of (R, *frame_shape) frames."""
+    words = as_words(frames).index_select(0, rows.flatten())
+    return words.view(frames.dtype).view(*rows.shape, *frames.shape[1:])
+
+
+def as_words(frames: Tensor) -> Tensor:
+    """Return (R, *frame_shape) frames as (R, n) of the widest integers that their rows are whole numbers of.
+
+    A view of the same memory. There are fewer of them than pixels: PyTorch's kernels for tensors of more than 2^31
+    elements are slow. And there are kernels for them, which some dtypes lack (uint16, uint32).
+    """
+    flat = frames.flatten(1)
+    nbytes = flat.shape[1] * flat.element_size()
+    kinds = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+    begins = flat.storage_offset() * flat.element_size()
+    return flat.view(next(dtype for size, dtype in kinds if nbytes % size == 0 and begins % size == 0))
+
+
+def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert uint8 images to floating point and interleave them, values unchanged.
+
+    One pass of one core for the usual stack of four on a CPU, which a conversion and a transposition by PyTorch take
+    more than twice as long for. Anything else goes through PyTorch, and so does everything while the operations are
+    recorded, for `torch.export`, `torch.jit.trace`, ONNX and the like.
+
+    Args:
+        images: (B, C, H, W) uint8; each sample's images contiguous.
+        dtype: float32 or bfloat16; both hold all values of uint8 exactly.
+
+    Returns:
+        (B, C, H, W) of that dtype, channels-last.
+    """
+    batch, channels, height, width = images.shape
+    if _recorded() or images.device.type != "cpu" or images.dtype != torch.uint8 or channels != _STACK or not batch:
+        # In two calls: in one, it takes twice as long.
+        return images.to(dtype).contiguous(memory_format=torch.channels_last)
+    size, stride = height * width, images.stride(0)
+    if images.stride()[1:] != (size, width, 1):
+        images, stride = images.contiguous(), channels * size
+    # Samples may lie apart (as in the replay's batches), but a run of memory is what compiles to vector instructions.
+    run = torch.as_strided(images, ((batch - 1) * stride + channels * size,), (1,)).numpy()
+    pixels = torch.empty((batch, height, width, channels), dtype=dtype, device="cpu")
+    if dtype == torch.bfloat16:
+        _to_bfloat16(run, stride, pixels.view(torch.int16).numpy().view(np.uint16).reshape(batch, -1), size)
+    else:
+        _to_float32(run, stride, pixels.numpy().reshape(batch, -1), size)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def _recorded() -> bool:
+    """Return whether PyTorch writes down operations instead of, or beside, carrying them out."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+@kernel(nogil=True)
+def _widen(images, out):
+    for i in range(out.size):
+        out[i] = images[i]
+
+
+@kernel(nogil=True)
+def _interleave(images, out):
+    size = images.size // _STACK
+    a, b, c, d = images[:size], images[size : 2 * size], images[2 * size : 3 * size], images[3 * size :]
+    for i in range(size):
+        out[_STACK * i] = a[i]
+        out[_STACK * i + 1] = b[i]
+        out[_STACK * i + 2] = c[i]
+        out[_STACK * i + 3] = d[i]
+
+
+@kernel(nogil=True)
+def _interleave_upper(images, out):
+    """The upper half of a float32 is a bfloat16, and all of a whole number below 256 is in it."""
+    size = images.size // _STACK
+    a, b, c, d = images[:size], images[size : 2 * size], images[2 * size : 3 * size], images[3 * size :]
+    half = np.uint32(16)
+    for i in range(size):
+        out[_STACK * i] = a[i] >> half
+        out[_STACK * i + 1] = b[i] >> half
+        out[_STACK * i + 2] = c[i] >> half
+        out[_STACK * i + 3] = d[i] >> half
+
+
+@kernel(nogil=True)
+def _to_float32(run, stride, out, size):
+    for sample in range(out.shape[0]):
+        start = sample * stride
+        _interleave(run[start : start + _STACK * size], out[sample])
+
+
+@kernel(nogil=True)
+def _to_bfloat16(run, stride, out, size):
+    wide = np.empty(_STACK * size, np.float32)
+    for sample in range(out.shape[0]):
+        start = sample * stride
+        _widen(run[start : start + _STACK * size], wide)
+        _interleave_upper(wide.view(np.uint32), out[sample])

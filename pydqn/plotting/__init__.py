@@ -1,0 +1,1 @@
+"""Pictures: learning curves, value functions, videos and pages of episodes."""

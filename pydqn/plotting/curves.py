@@ -1,0 +1,351 @@
+"""Figures: learning curves from the logs of runs, and value functions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.config import Config
+from pydqn._util.files import atomic_write
+from pydqn.runs.logs import EPISODES, PROGRESS, read_csv
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+_APART = ("seed", "torch_threads", "emulator_threads")  # what the runs of a group may differ in
+_POINTS = 400  # on which the seeds of a group are compared
+_MOST_DOTS = 4_000  # more single games than that only slow the drawing down
+_FEW_SEEDS = 5  # below that many the spread is from the lowest to the highest, else one standard deviation
+
+Columns = dict[str, NDArray[np.float64]]
+
+
+class Group(NamedTuple):
+    """Runs of one setting: they differ in their seeds only."""
+
+    label: str
+    progress: list[Columns]
+    episodes: list[Columns]
+
+
+class Curve(NamedTuple):
+    """The mean of several curves over the part of the axis that all of them cover, and their spread."""
+
+    x: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+class Surface(NamedTuple):
+    """A value over two numbers."""
+
+    title: str
+    x_label: str
+    y_label: str
+    z_label: str
+    x: NDArray[Any]  # (nx,)
+    y: NDArray[Any]  # (ny,)
+    z: NDArray[Any]  # (ny, nx)
+
+
+class Grid(NamedTuple):
+    """A value for each cell of a map, and where the greedy action leads."""
+
+    title: str
+    values: NDArray[Any]  # (rows, columns); NaN where nothing is chosen
+    arrows: NDArray[Any]  # (rows, columns, 2): right and up; zeros for no arrow
+    letters: list[str]  # what is in each cell, a string per row
+
+
+def plot_runs(
+    runs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    panels: Sequence[str] | None = None,
+    smooth_episodes: int = 10,
+    each: bool = False,
+) -> None:
+    """Draw the learning curves of one or more runs.
+
+    Runs that differ in their seeds only are one curve: the mean over the seeds, with its spread.
+
+    Args:
+        runs: folders of runs.
+        output: picture to write: .png, .svg or .pdf.
+        panels: names of `PANELS`; None for all of them.
+        smooth_episodes: games over which returns and lengths per game are averaged.
+        each: draw every run as a curve of its own.
+
+    Raises:
+        ValueError: a folder holds no run, or a name is unknown.
+    """
+    _require_suffix(output)
+    chosen = list(PANELS) if panels is None else list(panels)
+    for name in chosen:
+        if name not in PANELS:
+            raise ValueError(f"panels: expected some of {', '.join(PANELS)}, got {name!r}")
+    if smooth_episodes < 1:
+        raise ValueError(f"smooth_episodes: expected at least 1, got {smooth_episodes}")
+    _write(draw_runs(group_runs(runs, each=each), chosen, smooth_episodes), output)
+
+
+def plot_values(pictures: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
+    """Draw value functions side by side.
+
+    Raises:
+        ValueError: the name of the picture has an unknown ending.
+    """
+    _require_suffix(output)
+    _write(draw_values(pictures), output)
+
+
+# --- numbers ---
+
+
+def group_runs(runs: Sequence[str | os.PathLike[str]], *, each: bool = False) -> list[Group]:
+    """Read the logs of runs, those of one setting together (or `each` alone), in the order in which they were given."""
+    groups: dict[str, list[Path]] = {}
+    for run in map(Path, runs):
+        if not (run / PROGRESS).is_file():
+            raise ValueError(f"run: {os.fspath(run)!r} is not the folder of a run (it has no {PROGRESS})")
+        groups.setdefault(os.fspath(run) if each else _setting(run), []).append(run)
+    return [
+        Group(_label(paths), [_table(run, PROGRESS) for run in paths], [_table(run, EPISODES) for run in paths])
+        for paths in groups.values()
+    ]
+
+
+def rolling_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Return at each place the mean of the last `window` values (of all there are, at the beginning)."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    means: NDArray[np.float64] = (total[end] - total[start]) / (end - start)
+    return means
+
+
+def spread(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> Curve:
+    """Interpolate curves, (x, y) with x rising, on the part of the axis that all of them cover."""
+    start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    common = np.linspace(start, max(start, end), _POINTS)
+    rows = np.stack([np.interp(common, x, y) for x, y in curves])
+    mean = rows.mean(axis=0)
+    if len(rows) < _FEW_SEEDS:
+        return Curve(common, mean, rows.min(axis=0), rows.max(axis=0))
+    deviation = rows.std(axis=0, ddof=1)
+    return Curve(common, mean, mean - deviation, mean + deviation)
+
+
+def _setting(run: Path) -> str:
+    """Return what the runs of a group have in common; a run without a readable config is alone.
+
+    The number of threads is no setting of the algorithm. Fields that an older run does not have had their defaults.
+    """
+    try:
+        config = {**Config().to_dict(), **json.loads((run / "config.json").read_text())}
+        return json.dumps({name: value for name, value in config.items() if name not in _APART}, sort_keys=True)
+    except (OSError, ValueError, TypeError):
+        return os.fspath(run)
+
+
+def _label(runs: list[Path]) -> str:
+    folder = runs[0].resolve()
+    # Folders that are named by their seeds alone say what they are in the folder above.
+    above = f"{folder.parent.name}/" if folder.name.startswith("seed") else ""
+    if len(runs) == 1:
+        return above + folder.name
+    shared = os.path.commonprefix([run.resolve().name for run in runs])  # noqa: RUF071 (letters are what is meant)
+    return f"{above.rstrip('/') or shared.rstrip('-_.0123456789') or folder.name} ({len(runs)} seeds)"
+
+
+def _table(run: Path, name: str) -> Columns:
+    """Read a CSV; a last line that is being written is left out."""
+    path = run / name
+    if not path.is_file():
+        return {}
+    columns = {column: np.array(values) for column, values in read_csv(path).items()}
+    if name == PROGRESS and not all(len(columns.get(column, ())) for column in ("frames", "seconds", "mean_return")):
+        raise ValueError(f"run: {os.fspath(run)!r} has no rows to draw yet")
+    return columns
+
+
+def _pairs(
+    tables: list[Columns], x: str, y: str, scale: float = 1.0
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Return the points of each table at which both columns have a value."""
+    pairs = []
+    for table in tables:
+        if x in table and y in table:
+            there = np.isfinite(table[x]) & np.isfinite(table[y])
+            if there.any():
+                pairs.append((table[x][there] / scale, table[y][there]))
+    return pairs
+
+
+# --- drawing ---
+
+
+def draw_runs(groups: list[Group], panels: list[str], smooth_episodes: int) -> Any:
+    """Return the figure of some panels."""
+    from matplotlib.figure import Figure
+
+    columns = len(panels) if len(panels) < 4 else (len(panels) + 1) // 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(4.5 * columns, 5.5), 3.6 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, name in zip(places, panels, strict=False):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for number, group in enumerate(groups):
+            PANELS[name](axes, group, f"C{number % 10}", smooth_episodes)
+        if not axes.has_data():
+            axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="gray")
+        axes.set_xlim(left=0)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    handles, labels = next((found for axes in places if (found := axes.get_legend_handles_labels())[0]), ([], []))
+    if handles:
+        columns = min(4, len(labels), 2 * min(2, len(panels)))  # as many as fit below the panels of a row
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _draw(axes: Any, group: Group, color: str, curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> None:
+    """Draw a lone run as a line, seeds as thin lines below the line of their mean."""
+    if len(curves) == 1:
+        axes.plot(*curves[0], color=color, linewidth=1.6, label=group.label)
+    elif curves:
+        for x, y in curves:
+            axes.plot(x, y, color=color, linewidth=0.7, alpha=0.45)
+        curve = spread(curves)
+        what = "lowest to highest" if len(curves) < _FEW_SEEDS else "one standard deviation"
+        axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(curve.x, curve.mean, color=color, linewidth=2.2, label=f"{group.label}: mean, {what}")
+
+
+def _return_frames(axes: Any, group: Group, color: str, smooth: int) -> None:
+    _draw(axes, group, color, _pairs(group.progress, "frames", "mean_return", 1e6))
+    axes.set(xlabel="frames (millions)", ylabel="mean return of the latest games")
+
+
+def _return_minutes(axes: Any, group: Group, color: str, smooth: int) -> None:
+    _draw(axes, group, color, _pairs(group.progress, "seconds", "mean_return", 60))
+    axes.set(xlabel="wall-clock (minutes)", ylabel="mean return of the latest games")
+
+
+def _return_episodes(axes: Any, group: Group, color: str, smooth: int) -> None:
+    _each_episode(axes, group, color, "return", smooth)
+    axes.set(xlabel="games", ylabel=f"return, mean of {smooth} games")
+
+
+def _length_episodes(axes: Any, group: Group, color: str, smooth: int) -> None:
+    _each_episode(axes, group, color, "length_steps", smooth)
+    axes.set(xlabel="games", ylabel=f"length (steps), mean of {smooth} games")
+
+
+def _each_episode(axes: Any, group: Group, color: str, column: str, smooth: int) -> None:
+    pairs = _pairs(group.episodes, "episode", column)
+    for x, y in pairs:
+        every = -(-len(x) // _MOST_DOTS)
+        axes.plot(x[::every], y[::every], ".", color=color, markersize=2, alpha=0.2, zorder=1)
+    _draw(axes, group, color, [_thinned(x, rolling_mean(y, smooth)) for x, y in pairs])
+
+
+def _episodes_steps(axes: Any, group: Group, color: str, smooth: int) -> None:
+    curves = [_thinned(steps, episode) for steps, episode in _pairs(group.episodes, "steps", "episode", 1e3)]
+    _draw(axes, group, color, curves)
+    axes.set(xlabel="steps (thousands)", ylabel="games finished")
+
+
+def _q_steps(axes: Any, group: Group, color: str, smooth: int) -> None:
+    for x, y in _pairs(group.progress, "steps", "max_q", 1e3):
+        axes.plot(x, y, color=color, linewidth=0.8, linestyle=":")
+    _draw(axes, group, color, _pairs(group.progress, "steps", "mean_q", 1e3))
+    axes.set(xlabel="steps (thousands)", ylabel="action value, mean (dotted: largest)")
+
+
+def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    every = -(-len(x) // _MOST_DOTS)
+    return x[::every], y[::every]
+
+
+PANELS: dict[str, Callable[[Any, Group, str, int], None]] = {
+    "return-frames": _return_frames,
+    "return-minutes": _return_minutes,
+    "return-episodes": _return_episodes,
+    "length-episodes": _length_episodes,
+    "episodes-steps": _episodes_steps,
+    "q-steps": _q_steps,
+}
+
+
+def draw_values(pictures: Sequence[Surface | Grid]) -> Any:
+    """Return the figure of value functions."""
+    from matplotlib.figure import Figure
+
+    sizes = [_size(picture) for picture in pictures]
+    width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    for number, picture in enumerate(pictures, 1):
+        if isinstance(picture, Grid):
+            _draw_grid(figure.add_subplot(1, len(pictures), number), picture)
+        else:
+            axes: Any = figure.add_subplot(1, len(pictures), number, projection="3d")
+            x, y = np.meshgrid(picture.x, picture.y)
+            drawn = axes.plot_surface(x, y, picture.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
+            axes.set(title=picture.title)
+            axes.set_xlabel(picture.x_label, labelpad=8)
+            axes.set_ylabel(picture.y_label, labelpad=8)
+            axes.locator_params(nbins=5)
+            axes.view_init(elev=32, azim=-125)
+            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=picture.z_label)
+    return figure
+
+
+def _size(picture: Surface | Grid) -> tuple[float, float]:
+    """Return the inches of one picture."""
+    if isinstance(picture, Surface):
+        return 6.2, 5.0
+    rows, columns = picture.values.shape
+    cell = 1.0 if columns < 10 else 0.85
+    return cell * columns + 1.7, cell * rows + 0.9
+
+
+def _draw_grid(axes: Any, grid: Grid) -> None:
+    image = axes.imshow(np.ma.masked_invalid(grid.values), cmap="viridis")
+    axes.set_facecolor("lightgray")  # shows where there is no value
+    axes.set(title=f"{grid.title}: value and greedy action", xlabel="column", ylabel="row")
+    axes.set(xticks=range(grid.values.shape[1]), yticks=range(grid.values.shape[0]))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(grid.values):
+        ink = "black"
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            axes.text(column, row + 0.32, f"{value:.3g}", color=ink, fontsize=9, ha="center", va="center")
+        axes.text(column - 0.42, row - 0.3, grid.letters[row][column], color=ink, fontsize=8, va="center")
+        right, up = grid.arrows[row, column] * 0.22
+        if right or up:
+            axes.annotate(
+                "",
+                (column + right, row - 0.08 - up),
+                (column - right, row - 0.08 + up),
+                arrowprops={"arrowstyle": "-|>", "color": ink, "linewidth": 1.8, "mutation_scale": 14},
+            )
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="value (discounted return)")
+
+
+def _require_suffix(output: str | os.PathLike[str]) -> None:
+    if Path(output).suffix not in _SUFFIXES:
+        raise ValueError(f"output: expected a name that ends in {', '.join(_SUFFIXES)}, got {os.fspath(output)!r}")
+
+
+def _write(figure: Any, output: str | os.PathLike[str]) -> None:
+    with atomic_write(output) as file:
+        figure.savefig(file, dpi=150, format=Path(output).suffix[1:])

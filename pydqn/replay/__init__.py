@@ -1,0 +1,1 @@
+"""Replay buffers: frames on the host or a device, whole transitions, saving."""

@@ -1,0 +1,201 @@
+"""A growing store of rows on the disk: pieces that never change, what does change, and an index, written last.
+
+A store is a folder. Rows are numbered from 0 on and never change once they are there; the oldest may be forgotten. So
+each piece, a fixed range of rows, is written once: saving again, here or elsewhere on the same disk, links the pieces
+that have been saved before and writes those that are new. All are compressed by Zstandard: it is faster than the disk.
+
+No name of a file is ever taken from a file: each follows from what the index says of the piece.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydqn._util.files import Damaged, Stamp, check_stamped, read_index, read_stamped, sync_folder, write_index, write_stamped
+
+_INDEX = "index.json"
+_OURS = re.compile(r"\.?\d{12,}-\d{12,}-[0-9a-f]+-[0-9a-f]{8}\.zst(\.part)?")
+_LEVEL = 1
+
+
+class Piece(NamedTuple):
+    """Rows from `start` to before `stop`, or what changes (from 0 to 0)."""
+
+    start: int
+    stop: int
+    stamp: Stamp
+
+    @property
+    def name(self) -> str:
+        """Name of the file: no two contents share one, so that writing never touches what an older index names."""
+        return f"{self.start:012d}-{self.stop:012d}-{self.stamp.nbytes:x}-{self.stamp.checksum:08x}.zst"
+
+
+class Saver:
+    """Writes a store again and again. Knows what it has written before, and where.
+
+    Args:
+        length: rows of a piece.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.known: dict[int, tuple[Path, Piece]] = {}  # by number; what was loaded from there, too
+
+    def save(
+        self,
+        folder: Path,
+        kind: str,
+        header: dict[str, Any],
+        rows: tuple[int, int],
+        read: Callable[[int, int], bytes],
+        changing: bytes | None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Write the store, whole or not at all: until the index takes its place, that of before counts.
+
+        Args:
+            folder: made if it is not there.
+            kind: of the index.
+            header: goes into the index.
+            rows: the first that is held, and the one after the last.
+            read: returns rows from one to before another.
+            changing: what is written anew each time.
+            progress: called with the share of the rows that is done.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        before = {path.name for path in folder.iterdir()}
+        try:
+            pieces = self._pieces(folder, *rows, read, progress)
+            others = [] if changing is None else [_write(folder, 0, 0, changing)]
+            sync_folder(folder)
+            plain = [[piece.start, piece.stop, piece.stamp] for piece in pieces]
+            content = {**header, "pieces": plain, "changing": others[0].stamp if others else None}
+            write_index(folder / _INDEX, kind, content)
+        except BaseException:
+            # Whichever index is in its place by now, what that names must stay.
+            with suppress(Damaged):
+                before |= {piece.name for piece in Store(folder, kind).all_pieces()}
+            _sweep(folder, before)
+            raise
+        self.known = {piece.start // self.length: (folder / piece.name, piece) for piece in pieces}
+        _sweep(folder, {piece.name for piece in [*pieces, *others]})
+
+    def _pieces(
+        self,
+        folder: Path,
+        first: int,
+        end: int,
+        read: Callable[[int, int], bytes],
+        progress: Callable[[float], None] | None,
+    ) -> list[Piece]:
+        pieces = []
+        for number in range(first // self.length, -(-end // self.length)):
+            start, stop = max(first, number * self.length), min(end, (number + 1) * self.length)
+            pieces.append(self._linked(folder, number, stop) or _write(folder, start, stop, read(start, stop)))
+            if progress is not None:
+                progress((stop - first) / (end - first))
+        return pieces
+
+    def _linked(self, folder: Path, number: int, stop: int) -> Piece | None:
+        """Return a piece that holds the rows up to `stop`, linked into the folder, if it was saved and can be."""
+        path, piece = self.known.get(number, (None, None))
+        if path is None or piece is None or piece.stop != stop:  # (what is held never begins earlier than before)
+            return None
+        try:
+            if path.stat().st_size != piece.stamp.nbytes:
+                return None
+            with suppress(FileExistsError):
+                os.link(path, folder / piece.name)
+        except OSError:  # gone, or a file system without links: it is written anew
+            return None
+        return piece
+
+
+class Store:
+    """Reads what a `Saver` wrote.
+
+    Raises:
+        Damaged: a file is not what was written.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.header = read_index(folder / _INDEX, kind)
+        try:
+            plain, changing = self.header.pop("pieces"), self.header.pop("changing")
+            self.pieces = [_parse(value) for value in plain]
+            self._changing = None if changing is None else Piece(0, 0, Stamp.parse(changing))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Damaged(f"{folder / _INDEX}: does not name its pieces ({error})") from None
+
+    def check(self, first: int, end: int, length: int) -> None:
+        """Raise `Damaged` unless the pieces are these rows, each of at most `length` of them."""
+        reached = self.pieces[0].start if self.pieces else 0
+        good = reached <= first
+        for piece in self.pieces:
+            good = good and piece.start == reached < piece.stop <= piece.start + length
+            reached = piece.stop
+        if not (good and reached == end):
+            raise Damaged(f"{self.folder / _INDEX}: its pieces are not the rows from {first} to {end}")
+
+    def read(self, piece: Piece, nbytes: int) -> bytes:
+        """Return a piece, which must hold so many bytes."""
+        path = self.folder / piece.name
+        # Before a byte is read: no compressed file is much larger than what it holds, and none much smaller.
+        if not nbytes >> 16 <= piece.stamp.nbytes <= nbytes + (nbytes >> 7) + 1024:
+            raise Damaged(f"{path}: {piece.stamp.nbytes} bytes cannot hold {nbytes}")
+        import zstandard
+
+        data = read_stamped(path, piece.stamp)
+        try:
+            if zstandard.get_frame_parameters(data).content_size != nbytes:
+                raise Damaged(f"{path}: does not hold {nbytes} bytes")
+            return zstandard.ZstdDecompressor().decompress(data, max_output_size=nbytes)
+        except zstandard.ZstdError as error:
+            raise Damaged(f"{path}: cannot be decompressed ({error})") from None
+
+    def changing(self, nbytes: int) -> bytes:
+        """Return what is written anew each time."""
+        if self._changing is None:
+            raise Damaged(f"{self.folder / _INDEX}: names no part that changes")
+        return self.read(self._changing, nbytes)
+
+    def all_pieces(self) -> list[Piece]:
+        """Return those that hold rows, and what changes."""
+        return self.pieces if self._changing is None else [*self.pieces, self._changing]
+
+    def verify(self) -> None:
+        """Raise `Damaged` unless all files are there and have the right checksums."""
+        for piece in self.all_pieces():
+            check_stamped(self.folder / piece.name, piece.stamp)
+
+
+def _write(folder: Path, start: int, stop: int, data: bytes) -> Piece:
+    import zstandard
+
+    compressed = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+    piece = Piece(start, stop, Stamp.of(compressed))
+    write_stamped(folder / piece.name, compressed)
+    return piece
+
+
+def _sweep(folder: Path, keep: set[str]) -> None:
+    """Remove what a `Saver` once wrote there, but for some names."""
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in keep:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _parse(value: object) -> Piece:
+    if not isinstance(value, list) or len(value) != 3 or not all(type(part) is int for part in value[:2]):
+        raise ValueError(f"expected start, stop and stamp, got {value!r}")
+    if not 0 <= value[0] < value[1]:
+        raise ValueError(f"expected rows from one to a later one, got {value!r}")
+    return Piece(value[0], value[1], Stamp.parse(value[2]))

@@ -1,0 +1,290 @@
+"""What a run leaves behind and shows while it goes: CSV always, TensorBoard, one progress bar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import platform
+import sys
+import warnings
+from array import array
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn._util.files import atomic_write, named_errors
+from pydqn._util.machine import instruction_sets, processor, usable_cores
+
+PROGRESS = "progress.csv"
+_LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
+EPISODES = "episodes.csv"
+# TensorBoard shows each group as one row of charts.
+GROUPS = {
+    "games": ("mean_return", "last_return", "mean_length_steps", "last_length_steps", "episodes", "evaluation_return"),
+    "learning": ("loss", "mean_q", "max_q", "grad_norm", "epsilon"),
+    "process": ("cpu_percent", "memory_mb", "memory_percent"),
+    "speed": ("frames_per_second", "updates_per_second", "frames", "updates", "seconds"),
+}
+_EPISODE_COLUMNS = ["episode", "steps", "lane", "return", "length_steps"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a run at one moment. Fields that have no value yet are NaN."""
+
+    seconds: float  # since the first step
+    steps: int  # agent decisions, over all lanes
+    frames: int  # emulator frames: steps times frame-skip
+    updates: int
+    episodes: int
+    epsilon: float
+    mean_return: float  # of the last `mean_episodes` whole games
+    last_return: float
+    mean_length_steps: float
+    last_length_steps: float
+    loss: float
+    mean_q: float
+    max_q: float
+    grad_norm: float
+    frames_per_second: float  # since the report before
+    updates_per_second: float
+    evaluation_return: float  # mean of the latest evaluation
+    cpu_percent: float  # of this process, since the report before; 100 is one core
+    memory_mb: float  # of this process, resident
+    memory_percent: float  # of the machine's
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """All fields by name."""
+        return asdict(self)
+
+
+class RunLog:
+    """Writes a run's `progress.csv`, `episodes.csv` and TensorBoard events.
+
+    Args:
+        logdir: folder of the run.
+        steps: of the checkpoint from which a run goes on: later rows, which it will write again, are dropped.
+        episodes: the same in whole games.
+    """
+
+    def __init__(self, logdir: Path, steps: int = 0, episodes: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        progress = list(Report.__annotations__)
+        self._progress_file, self._progress = _open(logdir / PROGRESS, progress, "steps", steps)
+        self._episodes_file, self._episodes = _open(logdir / EPISODES, _EPISODE_COLUMNS, "episode", episodes)
+        with named_errors(logdir):
+            self._board = SummaryWriter(str(logdir), purge_step=steps + 1 if steps else None)
+
+    def report(self, report: Report, samples: dict[str, NDArray[Any]]) -> None:
+        """Add one row, visible to readers at once, and histograms of `samples`."""
+        self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
+        self._flush()
+        with self._board_errors():
+            for group, names in GROUPS.items():
+                for name in names:
+                    value = getattr(report, name)
+                    if not math.isnan(value):
+                        self._board.add_scalar(f"{group}/{name}", value, report.steps)
+            for name, values in samples.items():
+                if values.size and np.abs(values).max() < _LARGEST_SHOWN:  # (false for NaN)
+                    self._board.add_histogram(f"learning/{name}", values, report.steps)
+
+    def episode(self, episode: int, steps: int, lane: int, total: float, length: int, epsilon: float) -> None:
+        """Add one whole game, which ended when the run had made `steps` decisions."""
+        row = (episode, steps, lane, _exact(total), length)
+        self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
+        with self._board_errors():
+            for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
+                self._board.add_scalar(f"each game/{name}", value, steps)
+
+    def sync(self) -> None:
+        """See to it that all rows are on the disk: what a checkpoint has counted is not written again."""
+        self._flush()
+        for file in (self._progress_file, self._episodes_file):
+            with named_errors(Path(file.name)):
+                os.fsync(file.fileno())
+        with self._board_errors():
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        with ExitStack() as files:  # each of them, whatever becomes of the others
+            files.enter_context(self._board_errors())
+            files.callback(self._board.close)
+            for file in (self._episodes_file, self._progress_file):
+                files.enter_context(named_errors(Path(file.name)))
+                files.callback(file.close)
+
+    def _board_errors(self) -> AbstractContextManager[None]:
+        """TensorBoard writes in a thread of its own: what goes wrong there comes up at some later call."""
+        return named_errors(Path(self._board.log_dir))
+
+    def _flush(self) -> None:
+        for file in (self._progress_file, self._episodes_file):
+            with named_errors(Path(file.name)):
+                file.flush()
+
+
+def read_returns(logdir: Path, episodes: int) -> array[float]:
+    """Return the returns of a run's first episodes, up to where episodes.csv ends or is damaged."""
+    returns = array("d")
+    with suppress(KeyError, ValueError):  # a damaged header or field: whoever asked sees that some are missing
+        for row in _rows(logdir / EPISODES, "episode", episodes):
+            returns.append(float(row["return"] or "nan"))
+    return returns
+
+
+def _rows(path: Path, column: str, most: int) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV up to where `column` passes `most`; damage ends them."""
+    if not most or not path.is_file():
+        return
+    with path.open(newline="") as file, suppress(csv.Error, KeyError, ValueError):  # as a crash leaves it, or an editor
+        for row in csv.DictReader(file):
+            if None in row.values() or int(row[column]) > most:
+                break
+            yield row
+
+
+def _open(path: Path, columns: list[str], column: str, most: int) -> tuple[IO[str], csv.DictWriter[str]]:
+    """Begin a CSV in the place of the file that is there, with its rows up to where `column` passes `most`."""
+    with atomic_write(path) as beside:
+        text = io.TextIOWrapper(beside, newline="")
+        writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(_rows(path, column, most))
+        text.flush()
+        text.detach()  # or it would close the file
+    file = path.open("a", newline="")
+    return file, csv.DictWriter(file, columns)
+
+
+class Process:
+    """What this process takes of the machine."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # opens the first interval
+
+    def read(self) -> dict[str, float]:
+        """Return cpu_percent since the last call, memory_mb and memory_percent."""
+        with self._process.oneshot():
+            return {
+                "cpu_percent": self._process.cpu_percent(),
+                "memory_mb": self._process.memory_info().rss / 2**20,
+                "memory_percent": self._process.memory_percent(),
+            }
+
+
+def environment() -> dict[str, str]:
+    """Return what a result depends on beside its config: versions, the processor and what it can do."""
+    packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
+    return {
+        **{name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": f"{usable_cores()} usable of {os.cpu_count()}",
+        "instruction_sets": " ".join(instruction_sets()),
+    }
+
+
+def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
+    """Read a run's CSV as one list of numbers per column (empty fields are NaN).
+
+    Raises:
+        ValueError: the file is not such a CSV.
+    """
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if rows and None in rows[-1].values():
+            del rows[-1]  # a line that is being written, or that a crash cut short
+        return {name: [float(row[name] or "nan") for row in rows] for name in reader.fieldnames or ()}
+    except (TypeError, ValueError, csv.Error):
+        raise ValueError(f"{path}: not a CSV of numbers") from None
+
+
+class ProgressBar:
+    """One line: steps, time left, frames/s, updates/s, epsilon, mean return, loss."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._bar: Any = None  # until there is something to show
+        self._text = ""
+
+    def show(self, report: Report) -> None:
+        """Redraw the line."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self._total,
+                unit="step",
+                unit_scale=True,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
+            )
+        parts = [
+            f"{report.frames_per_second:,.0f} frames/s",
+            f"{report.updates_per_second:,.0f} updates/s",
+            f"eps {report.epsilon:.2f}",
+            f"return {report.mean_return:.1f}",
+            f"loss {report.loss:.4f}",
+        ]
+        self._text = " ".join(parts).replace("nan", "-")
+        self._bar.set_postfix_str(self._text, refresh=False)
+        self._bar.n = min(report.steps, self._total)
+        self._bar.refresh()
+
+    def saving(self, share: float) -> None:
+        """Say how much of the replay memory has been saved; at 1, what was there before."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text if share >= 1 else f"saving the replay memory: {share:.0%}")
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        from tqdm import tqdm
+
+        tqdm.write(text)
+
+    def _warn(self, *warning: Any, **options: Any) -> None:
+        """Show a warning above the line instead of within it."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            self._show_warning(*warning, **options)
+
+    def __enter__(self) -> ProgressBar:
+        self._show_warning, warnings.showwarning = warnings.showwarning, self._warn
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the line as it stands."""
+        warnings.showwarning = self._show_warning
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _exact(value: float) -> str:
+    """Return text that reads as the very number: returns are not kept elsewhere."""
+    text = _text(value)
+    return text if math.isnan(value) or float(text) == value else repr(float(value))
+
+
+def _text(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.6g}"

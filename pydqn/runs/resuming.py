@@ -1,0 +1,77 @@
+"""On what terms a run goes on from a checkpoint, and what to do where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydqn.runs.checkpoint import checkpoints, load_checkpoint
+from pydqn.config import TRANSITIONS, Config
+from pydqn._util.files import Damaged
+from pydqn.envs.ids import rom_of
+from pydqn.replay.saving import verify_saved
+
+WITHOUT_REPLAY = "--no-checkpoint-replay (in Python checkpoint_replay=False) goes on with an empty replay buffer"
+
+
+def transition_settings(config: Config) -> dict[str, Any]:
+    """Return the fields on which the transitions in a replay buffer depend, as JSON can hold them."""
+    plain = config.to_dict()
+    return {name: plain[name] for name in TRANSITIONS}
+
+
+def changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return which of these fields have another value than before, by name: the old value and the new one.
+
+    Args:
+        before: what `transition_settings` gave. Fields that it does not have came later, and had their defaults.
+        config: with the new values.
+    """
+    old = {**transition_settings(Config()), **before}
+    now = transition_settings(config)
+    return {name: (old[name], value) for name, value in now.items() if not _same(name, old[name], value)}
+
+
+def _same(name: str, old: Any, new: Any) -> bool:
+    if old == new or name != "env_id":
+        return bool(old == new)
+    with suppress(ValueError):  # two ids of one game name one environment
+        return rom_of(old) is not None and rom_of(old) == rom_of(new)
+    return False
+
+
+def require_unchanged(state: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
+    """Raise a ValueError if the transitions that a checkpoint holds are not those that a run would go on with."""
+    if "transitions" not in state:  # as checkpoints were before; the run's config may be another since
+        raise ValueError(f"checkpoint: it does not say with which settings its transitions were made; {WITHOUT_REPLAY}")
+    for name, (old, new) in changed.items():
+        raise ValueError(
+            f"{name}: the checkpoint's replay buffer holds transitions of {name} {old!r}, got {new!r}; {WITHOUT_REPLAY}"
+        )
+
+
+@contextmanager
+def named_way_on() -> Iterator[None]:
+    """Let a refusal to load a replay buffer say how to go on without it."""
+    try:
+        yield
+    except Damaged:
+        raise  # an older checkpoint may be whole
+    except ValueError as error:
+        raise ValueError(f"{error}; {WITHOUT_REPLAY}") from None
+
+
+def instead_of(damaged: Path) -> str:
+    """Say what to do about a damaged checkpoint."""
+    for path in reversed(checkpoints(damaged.parents[1])):
+        if path.name < damaged.name:
+            try:
+                checkpoint = load_checkpoint(path)
+                if checkpoint.replay is not None:
+                    verify_saved(checkpoint.replay)
+            except Damaged:
+                continue
+            return f"resume {path} instead, which is whole"
+    return f"no older checkpoint is whole (if only its replay buffer is damaged, {WITHOUT_REPLAY})"

@@ -1,0 +1,114 @@
+"""How fast this machine runs a preset: each stage alone, and the whole loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pydqn.config import Config
+from pydqn.training.loop import Run
+
+_LEAST_CALLS = 5
+
+
+class Measurement(NamedTuple):
+    """The speed of one stage."""
+
+    stage: str
+    microseconds: float  # median, per call
+    per_second: float
+    unit: str  # of what is counted per second
+
+
+def measure(config: Config, seconds: float = 3.0) -> Iterator[Measurement]:
+    """Yield the stages of `config` one after another, each measured for about `seconds` on an otherwise idle machine.
+
+    The memory holds what a run has stored when it begins to learn; a run that has gone on for long touches more.
+
+    Raises:
+        ValueError: the configuration cannot run on this machine, or has no network.
+    """
+    if config.agent != "dqn":
+        raise ValueError(f"agent: expected dqn, got {config.agent!r}, which has no stages to measure")
+    with warm_run(config) as run:
+        yield from _stages(run, seconds)
+
+
+@contextmanager
+def warm_run(config: Config) -> Iterator[Run]:
+    """Open a run of `config` that never ends, saves nothing while it goes and has made its first updates."""
+    config = dataclasses.replace(
+        config,
+        total_steps=2**53,
+        total_episodes=0,
+        learning_starts_steps=max(2 * config.batch_size, 64 * config.num_envs),
+        log_every_steps=max(2 * config.batch_size, 64 * config.num_envs) + math.ceil(8 * config.steps_per_update),
+        log_every_episodes=0,
+        checkpoint_every_steps=0,
+        checkpoint_every_episodes=0,
+        evaluation_every_steps=0,
+        video_every_episodes=0,
+        stop_return=float("inf"),
+        stop_successes=0,
+    )
+    with tempfile.TemporaryDirectory() as folder, Run(config, Path(folder) / "run") as run:
+        next(run.reports())  # until some updates have been made: compilers and caches are warm then
+        yield run
+
+
+def _stages(run: Run, seconds: float) -> Iterator[Measurement]:
+    config, learner, replay = run.config, run.learner, run.replay
+    lanes, size = config.num_envs, config.batch_size
+    wait = torch.cuda.synchronize if learner.device.type == "cuda" else _nothing
+    slot = replay.next_slot()
+    none = np.zeros(lanes, np.bool_)
+    zeros = np.zeros(lanes, np.int64)
+    generator = np.random.default_rng(config.seed)
+
+    def environments() -> None:
+        run.lanes.send(generator.integers(run.lanes.num_actions, size=lanes))
+        run.lanes.recv(slot)
+
+    yield _time("environments, with preprocessing", environments, seconds, lanes, "steps")
+    yield _time("append", lambda: replay.append(slot, zeros, zeros, none, none, none), seconds / 3, lanes, "frames")
+    out = replay.empty_batch(size)
+    yield _time(f"sample {size}", lambda: replay.sample(size, out), seconds / 3, size, "transitions")
+    yield _time("act", lambda: run.act(0.0), seconds / 3, lanes, "actions")
+
+    def update() -> None:
+        learner.update(out)
+        wait()
+
+    yield _time(f"update of {size}", update, seconds, 1, "updates")
+    learner.updates = run.updates_due()  # those above were none of the loop's
+    frames, started = run.frames, time.perf_counter()
+    loop = _time("whole loop", run.step, 2 * seconds, lanes, "steps")
+    wait()
+    yield loop
+    rate = (run.frames - frames) / (time.perf_counter() - started)
+    yield Measurement("whole loop", loop.microseconds, rate, "emulator frames")
+
+
+def _nothing() -> None:
+    """Wait for nothing: a CPU is done when the call returns."""
+
+
+def _time(stage: str, call: Callable[[], object], seconds: float, count: int, unit: str) -> Measurement:
+    """Call again and again; the rate is that of all calls together, since some (a game's reset) are rare and long."""
+    call()
+    spent: list[float] = []
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(spent) < _LEAST_CALLS:
+        before = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - before)
+    return Measurement(stage, float(np.median(spent)) * 1e6, count * len(spent) / sum(spent), unit)

@@ -1,0 +1,70 @@
+"""Films of whole games while a run goes on."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.plotting.recording import Recorder
+
+
+class Film:
+    """Films one game after another into a folder, each in a file named by the run's frames and the game's return.
+
+    A film that cannot be written is dropped with a warning: a run does not end for that.
+    """
+
+    def __init__(self, folder: Path, suffix: str, fps: int = 30) -> None:
+        self._folder = folder
+        self._fps = fps
+        self._suffix = suffix
+        self._path = folder / f"unfinished.{suffix}"
+        self._recorder: Recorder | None = None
+
+    def start(self, picture: NDArray[np.uint8]) -> None:
+        """Begin with a game's first picture; a film that was not finished is dropped."""
+        self.drop()
+        with self._reporting():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._recorder = Recorder(self._path, self._fps).__enter__()
+        self.add(picture)
+
+    def add(self, picture: NDArray[np.uint8]) -> None:
+        """Append a picture of the game that is being filmed."""
+        if self._recorder is not None:
+            with self._reporting():
+                self._recorder.add(picture)
+
+    @property
+    def filming(self) -> bool:
+        """Whether a game is being filmed."""
+        return self._recorder is not None
+
+    def finish(self, frames: int, total: float) -> None:
+        """End the film of a game that came to the return `total` when the run had seen `frames` frames."""
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            with self._reporting():
+                recorder.__exit__(None, None, None)
+                os.replace(self._path, self._folder / f"frame-{frames:012d}-return-{total:g}.{self._suffix}")
+
+    def drop(self) -> None:
+        """Forget a film that is not finished."""
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            with suppress(OSError):
+                recorder.__exit__(RuntimeError, RuntimeError("not finished"), None)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.drop()
+            warnings.warn(f"videos: a game was not filmed: {error}", RuntimeWarning, stacklevel=2)
