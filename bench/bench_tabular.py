@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pydqn import preset
-from pydqn.envs.gym import StateEnv
+from pydqn.envs.discrete import StateEnv
 from pydqn.training.tabular import ModelledTask, SteppedTask, Trials
 
 

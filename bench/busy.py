@@ -64,7 +64,7 @@ def main():
     spinning = median(rates["GOMP_SPINCOUNT unset", 0])
     print(f"quiet, default by GOMP_SPINCOUNT unset: {median(rates['default', 0]) / spinning:.2f}")
     if arguments.output:
-        from pydqn.runs.logs import environment
+        from pydqn.runs.provenance import environment
 
         about = {"date": datetime.date.today().isoformat(), "preset": arguments.preset, **environment()}
         Path(arguments.output).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
@@ -76,8 +76,8 @@ def updates_per_second(preset_name, bounded, threads, seconds):
         from pydqn._util.machine import bound_spinning
 
         bound_spinning()  # before torch is imported
-    from pydqn.training.benchmark import warm_run
     from pydqn.presets import preset
+    from pydqn.training.benchmark import warm_run
 
     opened = warm_run(preset(preset_name, torch_threads=threads))
     run = opened.__enter__()

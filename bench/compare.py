@@ -21,7 +21,7 @@ import stages_learning
 import stages_memory
 from timing import ROWS, check_stages, head
 
-from pydqn.runs.logs import environment
+from pydqn.runs.provenance import environment
 
 STAGES = {
     "start": stages_learning.start,

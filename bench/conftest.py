@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydqn.runs.logs import environment
+from pydqn.runs.provenance import environment
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

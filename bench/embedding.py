@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from pydqn.runs.logs import environment
+from pydqn.runs.provenance import environment
 
 LIBRARIES = {
     "sb3": ("stable-baselines3", ("own", "optimized", "pydqn")),

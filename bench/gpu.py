@@ -25,12 +25,12 @@ from stages_learning import NATURE
 from timing import check_stages, in_turns, rates_in_turns
 
 from pydqn import FrameReplay, Learner, preset, train
-from pydqn.replay.device import DeviceReplay
-from pydqn.envs.gym import make_lanes
 from pydqn._util.files import write_json
-from pydqn.runs.logs import environment
+from pydqn.envs.make import make_lanes
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, resolve_device
+from pydqn.replay.device import DeviceReplay
+from pydqn.runs.provenance import environment
 from pydqn.training.loop import Run
 
 ROWS = []

@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 
 from pydqn import FrameReplay, preset
-from pydqn.envs.gym import make_lanes
 from pydqn._util.files import write_json
-from pydqn.runs.logs import environment
+from pydqn.envs.make import make_lanes
+from pydqn.runs.provenance import environment
 
 LANES, ROUND = 8, 2_500  # steps that are really played
 

@@ -21,9 +21,9 @@ import torch
 from peers import BATCH, Pydqn
 
 from pydqn import preset
-from pydqn.training.benchmark import measure
 from pydqn._util.files import write_json
-from pydqn.runs.logs import environment
+from pydqn.runs.provenance import environment
+from pydqn.training.benchmark import measure
 
 LANES = (1, 2, 4, 8, 16, 32, 64, 128)
 BATCHES = (32, 64, 128, 256, 512)

@@ -12,7 +12,7 @@ from ale_py import AtariVectorEnv, roms
 from timing import Elsewhere, in_turns, missing, rates_in_turns, row, us
 
 from pydqn import FrameReplay, _core, preset
-from pydqn.envs.gym import make_lanes
+from pydqn.envs.make import make_lanes
 
 LANES, STEPS = 32, 40
 ACTIONS = np.random.default_rng(0).integers(4, size=(64, LANES))

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydqn import preprocess as preprocess
     from pydqn.config import Config as Config
-    from pydqn.replay.device import DeviceReplay as DeviceReplay
     from pydqn.evaluation.evaluate import evaluate as evaluate
     from pydqn.learning.learner import Learner as Learner
     from pydqn.presets import preset as preset
+    from pydqn.replay.device import DeviceReplay as DeviceReplay
     from pydqn.replay.frames import Batch as Batch
     from pydqn.replay.frames import FrameReplay as FrameReplay
+    from pydqn.replay.transitions import TransitionReplay as TransitionReplay
     from pydqn.runs.result import Result as Result
     from pydqn.training.loop import resume as resume
     from pydqn.training.loop import train as train
-    from pydqn.replay.transitions import TransitionReplay as TransitionReplay
 
 __version__ = "0.1.0"
 

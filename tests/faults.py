@@ -24,19 +24,13 @@ import torch
 from oracles import fill
 
 from pydqn import FrameReplay, preset
-from pydqn.runs.checkpoint import (
-    checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
-from pydqn.runs.logs import Report
-from pydqn.replay.saving import verify_saved
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.adapters._torchrl.streams import Streams
-from pydqn.training.loop import Run
+from pydqn.replay.saving import verify_saved
 from pydqn.replay.transitions import TransitionReplay
+from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from pydqn.runs.logs import Report
+from pydqn.training.loop import Run
 
 KINDS = {"kill": 1, "kill halfway": 2, "full disk": 3, "read only": 4}
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}

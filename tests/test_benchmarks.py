@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pydqn import preset
-from pydqn.training.benchmark import measure
 from pydqn.cli.main import main
+from pydqn.training.benchmark import measure
 
 STAGES = ["environments, with preprocessing", "append", "sample 4", "act", "update of 4", "whole loop", "whole loop"]
 SMALL = {"batch_size": 4, "num_envs": 2, "replay_capacity_frames": 2_000, "torch_threads": 1, "device": "cpu"}

@@ -9,9 +9,9 @@ import torch
 from test_resume import kill
 
 from pydqn import preset, resume, train
+from pydqn._util.weights import load_weights
 from pydqn.runs import checkpoint
 from pydqn.runs.best_weights import BestWeights
-from pydqn.runs.checkpoint import load_weights
 from pydqn.runs.result import Diverged
 from pydqn.training.loop import Run, open_run
 

@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
-from pydqn.runs.checkpoint import load_weights, save_weights
 from pydqn._util.files import atomic_write
+from pydqn._util.weights import load_weights, save_weights
 
 
 def test_weights_and_metadata_come_back(tmp_path):

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from pydqn import Config
-from pydqn.evaluation import evaluate as evaluation
-from pydqn.runs.checkpoint import latest_checkpoint, read_state
 from pydqn.cli.main import main
-from pydqn.evaluation.evaluate import load_run
-from pydqn.runs.logs import read_csv
+from pydqn.evaluation import evaluate as evaluation
 from pydqn.presets import PRESETS
+from pydqn.runs.checkpoint import latest_checkpoint, read_state
+from pydqn.runs.layout import load_run
+from pydqn.runs.logs import read_csv
 from pydqn.training.loop import Run
 
 TINY = [

@@ -12,9 +12,10 @@ from test_failures import SMALL
 from test_resume import kill
 
 from pydqn import preset, resume, train
-from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_weights, read_state, save_weights
-from pydqn.cli.main import main
 from pydqn._util.files import Damaged
+from pydqn._util.weights import load_weights, save_weights
+from pydqn.cli.main import main
+from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, read_state
 from pydqn.runs.logs import read_csv
 from pydqn.training.loop import Run
 

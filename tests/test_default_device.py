@@ -11,11 +11,12 @@ from test_learner import assert_equal_learners
 from test_learner import make as make_learner
 
 from pydqn import FrameReplay, preset, train
-from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, load_weights, save_weights
-from pydqn.replay.device import DeviceReplay, Uploads
+from pydqn._util.cuda import Inbox, Outbox
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.learning.networks import Table, make_network
 from pydqn.learning.policy import Actor
-from pydqn._util.cuda import Inbox, Outbox
+from pydqn.replay.device import DeviceReplay, Uploads
+from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from test_replay import assert_same as assert_twin
 from test_replay import play, streams
 
 from pydqn import FrameReplay
-from pydqn.replay.device import DeviceReplay, Uploads, resolve_storage
 from pydqn.learning.pixels import look_up
+from pydqn.replay.device import DeviceReplay, Uploads, resolve_storage
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 

@@ -10,8 +10,8 @@ import torch
 from test_device_replay import Late, Streams, seen
 
 from pydqn import FrameReplay
-from pydqn.replay.device import DeviceReplay, Uploads
 from pydqn.learning.pixels import look_up
+from pydqn.replay.device import DeviceReplay, Uploads
 
 SHAPE = (48, 48)
 

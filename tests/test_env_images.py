@@ -9,7 +9,8 @@ from odd_envs import ID, Odd, config_of, lines_of
 
 from pydqn import train
 from pydqn.cli.main import main
-from pydqn.evaluation.evaluate import evaluate, watch
+from pydqn.evaluation.evaluate import evaluate
+from pydqn.evaluation.play import watch
 from pydqn.training.loop import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")

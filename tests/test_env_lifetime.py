@@ -15,13 +15,15 @@ from test_resume import EXACT, kill
 from test_training import digest
 
 from pydqn import resume, train
-from pydqn.envs.checked import CloseWarning
 from pydqn.cli.main import main
-from pydqn.envs.gym import StateEnv, make_lanes
-from pydqn.evaluation.evaluate import evaluate, score, watch
+from pydqn.envs.checked import CloseWarning
+from pydqn.envs.discrete import StateEnv
+from pydqn.envs.make import make_lanes
+from pydqn.evaluation.evaluate import evaluate, score
+from pydqn.evaluation.play import watch
+from pydqn.plotting.values import values_of
 from pydqn.runs.logs import read_csv
 from pydqn.training.loop import open_run
-from pydqn.plotting.values import values_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore:updates take", "always::pydqn.envs.checked.CloseWarning"

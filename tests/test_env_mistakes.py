@@ -13,7 +13,8 @@ from odd_envs import ID, Odd, config_of
 
 from pydqn import preset, train
 from pydqn.cli.main import main
-from pydqn.envs.gym import StateEnv, make_lanes
+from pydqn.envs.discrete import StateEnv
+from pydqn.envs.make import make_lanes
 
 # Gymnasium's own checker warns of some of these, too, which is fine.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")

@@ -11,7 +11,9 @@ from gymnasium.wrappers import AtariPreprocessing
 
 from pydqn import preset
 from pydqn.envs.atari import AtariLanes
-from pydqn.envs.gym import StateEnv, make_lanes, outline
+from pydqn.envs.discrete import StateEnv
+from pydqn.envs.make import make_lanes
+from pydqn.plotting.values import outline
 from pydqn.preprocess import resize_area
 
 

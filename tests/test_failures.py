@@ -16,16 +16,16 @@ import torch
 from test_training import CARTPOLE
 
 from pydqn import preset, resume, train
-from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_state
 from pydqn.cli.main import main
 from pydqn.config import Config
-from pydqn.envs.gym import make_lanes
+from pydqn.envs.make import make_lanes
+from pydqn.learning.policy import Policy
+from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_state
 from pydqn.runs.locks import Claim
 from pydqn.runs.logs import read_csv
-from pydqn.learning.policy import Policy
 from pydqn.runs.result import Diverged
-from pydqn.training.signals import deferred
 from pydqn.training.loop import Run, open_run
+from pydqn.training.signals import deferred
 
 SMALL = {**CARTPOLE, "total_steps": 300, "checkpoint_every_steps": 50, "learning_starts_steps": 20, "num_envs": 2}
 
@@ -318,7 +318,9 @@ def test_a_full_disk_does_not_hide_what_failed_first(failing, small, tmp_path, m
 
 def test_a_full_disk_is_an_error_where_nothing_failed_before(small, tmp_path, monkeypatch):
     run = Run(small, tmp_path)
-    monkeypatch.setattr("pydqn.training.base.save_weights", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(
+        "pydqn.training.base.save_weights", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
     with pytest.raises(OSError, match="full"), run:
         run.stop()
 

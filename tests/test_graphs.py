@@ -14,10 +14,10 @@ from test_own_loss import SIZE, of_distributions
 from test_own_loss import make as make_own
 from torch import nn
 
+from pydqn._util.cuda import CannotRecordError, Graph, unchanged, warm_up
 from pydqn.learning import learner as learner_module
 from pydqn.learning.optimizers import Kernels
 from pydqn.learning.policy import Actor, Policy
-from pydqn._util.cuda import CannotRecordError, Graph, unchanged, warm_up
 
 
 class Cuda:

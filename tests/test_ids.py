@@ -11,8 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from pydqn import Config, preset
-from pydqn.envs.gym import make_lanes
 from pydqn.envs.ids import rom_of, spec_of
+from pydqn.envs.make import make_lanes
 
 
 class Blocks(gymnasium.Env):

@@ -13,12 +13,13 @@ import torch
 from gymnasium import spaces
 
 from pydqn import Config, Learner, evaluate, resume, train
-from pydqn.envs.gym import StateEnv, make_lanes
-from pydqn.evaluation.evaluate import network_for
+from pydqn.envs.discrete import StateEnv
+from pydqn.envs.make import make_lanes
+from pydqn.envs.spaces import frames_of
+from pydqn.evaluation.build import network_for
 from pydqn.learning.networks import lowered, make_network
 from pydqn.learning.policy import Actor, Policy
 from pydqn.replay.frames import FrameReplay
-from pydqn.envs.spaces import frames_of
 
 SIDE = 36
 SIDES = (SIDE, SIDE)

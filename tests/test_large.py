@@ -11,9 +11,10 @@ from ale_py import roms
 from test_replay import assert_same, play
 
 from pydqn import FrameReplay, preset
-from pydqn.envs.gym import make_lanes
-from pydqn.evaluation.evaluate import memory_settings, open_episodes
 from pydqn.envs.ids import FOR_TWO, rom_of
+from pydqn.envs.make import make_lanes
+from pydqn.evaluation.build import memory_settings
+from pydqn.evaluation.play import open_episodes
 
 ENDS = ["", "", "", "terminated", "", "truncated", "life", "", "both", "cut", ""]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pydqn import FrameReplay, Learner, preset
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.learning import learner as learner_room
-from pydqn.runs.checkpoint import load_weights, save_weights
-from pydqn.replay.device import DeviceReplay
 from pydqn.learning.networks import make_network
 from pydqn.learning.optimizers import Kernels
 from pydqn.learning.policy import Policy
+from pydqn.replay.device import DeviceReplay
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,8 +11,9 @@ import pytest
 from gymnasium import spaces
 
 from pydqn import Config, evaluate, train
-from pydqn.evaluation.evaluate import Game, score, watch
 from pydqn.envs.tasks import episode_limit
+from pydqn.evaluation.evaluate import score
+from pydqn.evaluation.play import Game, watch
 
 LATE = 12_000  # steps after which the only reward comes
 

@@ -19,10 +19,10 @@ import time
 import pytest
 
 from pydqn import preset, resume, train
+from pydqn._util.files import append_line
+from pydqn.cli.main import main
 from pydqn.runs import locks
 from pydqn.runs.checkpoint import latest_checkpoint
-from pydqn.cli.main import main
-from pydqn._util.files import append_line
 from pydqn.runs.locks import LOCK, Claim, Taken, claim_numbered, holder_of
 from pydqn.training.loop import Run
 

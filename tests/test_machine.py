@@ -11,7 +11,7 @@ import torch
 
 from pydqn._util import machine
 from pydqn.learning import policy as policies
-from pydqn.runs.logs import environment
+from pydqn.runs.provenance import environment
 
 
 def write(root, files):

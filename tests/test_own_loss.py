@@ -17,12 +17,12 @@ from test_learner import CPU, Replayed, assert_equal_learners, needs_cuda
 from torch import nn
 
 from pydqn import Config, FrameReplay, Learner
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.learning import learner as learner_room
-from pydqn.runs.checkpoint import load_weights, save_weights
-from pydqn.replay.device import DeviceReplay
 from pydqn.learning.losses import huber
 from pydqn.learning.networks import make_network
 from pydqn.learning.optimizers import Kernels
+from pydqn.replay.device import DeviceReplay
 
 SIZE, ACTIONS, ATOMS, LOW, HIGH = 16, 3, 11, -3.0, 3.0
 

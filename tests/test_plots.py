@@ -10,19 +10,8 @@ import numpy as np
 import pytest
 
 from pydqn import preset, train
-from pydqn.plotting.curves import (
-    PANELS,
-    Grid,
-    Surface,
-    draw_runs,
-    draw_values,
-    group_runs,
-    plot_runs,
-    plot_values,
-    rolling_mean,
-    spread,
-)
-from pydqn.plotting.values import values_of
+from pydqn.plotting.curves import PANELS, draw_runs, group_runs, plot_runs, rolling_mean, spread
+from pydqn.plotting.values import Grid, Surface, draw_values, plot_values, values_of
 
 PONG = sorted((Path(__file__).parents[1] / "results" / "pong").glob("seed-*"))
 SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
@@ -201,8 +190,8 @@ def test_the_cost_to_go_of_mountain_car(tmp_path):
     assert surface.z.shape == (len(surface.y), len(surface.x))
     assert surface.x[[0, -1]] == pytest.approx([-1.2, 0.6])
     # One point of it, asked of the network itself.
-    from pydqn.envs.gym import make_lanes
-    from pydqn.evaluation.evaluate import load_policy
+    from pydqn.envs.make import make_lanes
+    from pydqn.evaluation.build import load_policy
 
     policy, _ = load_policy(tmp_path, config, make_lanes(config, 1, 0))
     point = np.array([[[surface.x[7], surface.y[30]]]], np.float32)

@@ -11,9 +11,9 @@ from test_learner import CPU, make, needs_cuda
 from torch import nn
 
 from pydqn import FrameReplay
-from pydqn.replay.device import DeviceReplay
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, Policy, resolve_device, resolve_precision
+from pydqn.replay.device import DeviceReplay
 
 
 def test_every_lane_tosses_its_own_coin():

@@ -32,8 +32,8 @@ def test_public_names():
 
 def test_the_command_line_names_what_there_is():
     """It repeats the names of rooms that it imports only when they are needed."""
-    from pydqn.evaluation import evaluate as evaluation
     from pydqn.cli import options
+    from pydqn.evaluation import evaluate as evaluation
     from pydqn.plotting import curves as plots
 
     assert tuple(plots.PANELS) == options._PANELS

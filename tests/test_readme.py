@@ -14,9 +14,9 @@ import pytest
 
 from pydqn import Config, preset
 from pydqn.cli import main as cli
-from pydqn.evaluation.evaluate import load_run
-from pydqn.presets import PRESETS
 from pydqn.envs.tasks import resolved
+from pydqn.presets import PRESETS
+from pydqn.runs.layout import load_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pydqn.plotting.action_values import beside
+from pydqn.plotting.images import Caption
+from pydqn.plotting.recording import Recorder
 from pydqn.training.episode_videos import Film
-from pydqn.plotting.recording import Caption, Recorder, beside
 
 
 def pictures(count, shape=(21, 16), colours=12, seed=0):

@@ -17,9 +17,12 @@ from test_learner import make
 from test_training import CARTPOLE, digest
 
 from pydqn import resume, train
-from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, load_weights, read_state, save_weights
-from pydqn.envs.gym import make_lanes
-from pydqn.evaluation.evaluate import evaluate, load_policy, load_run
+from pydqn._util.weights import load_weights, save_weights
+from pydqn.envs.make import make_lanes
+from pydqn.evaluation.build import load_policy
+from pydqn.evaluation.evaluate import evaluate
+from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, read_state
+from pydqn.runs.layout import load_run
 from pydqn.runs.logs import EPISODES, Report, read_csv
 from pydqn.training.loop import Run
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from pydqn import preset, resume, train
-from pydqn.runs.checkpoint import latest_checkpoint, load_weights, read_state
+from pydqn._util.files import write_json
+from pydqn._util.weights import load_weights
 from pydqn.cli.main import main
 from pydqn.config import TRANSITIONS, Config
-from pydqn.evaluation.evaluate import load_run
-from pydqn._util.files import write_json
-from pydqn.runs.logs import read_csv
 from pydqn.learning.policy import resolve_device
+from pydqn.runs.checkpoint import latest_checkpoint, read_state
+from pydqn.runs.layout import load_run
+from pydqn.runs.logs import read_csv
 from pydqn.runs.resuming import changes, transition_settings
 from pydqn.training.loop import Run
 

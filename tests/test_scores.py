@@ -7,7 +7,8 @@ import pytest
 from ale_py import roms
 
 from pydqn import Config, preset
-from pydqn.evaluation.scores import PROTOCOLS, PUBLISHED, SOURCE, human_normalized
+from pydqn.evaluation.protocols import PROTOCOLS
+from pydqn.evaluation.scores import PUBLISHED, SOURCE, human_normalized
 
 # Per game: DQN in percent of the human, the last column of Nature's table; then random, human and DQN from the second
 # publication of the same scores, with more digits: van Hasselt et al. 2016, arXiv 1509.06461, table 3.

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydqn import TransitionReplay
-from pydqn.runs.checkpoint import save_weights
 from pydqn._util.files import Damaged
+from pydqn._util.weights import save_weights
 from pydqn.adapters._torchrl.orders import openings
 from pydqn.adapters._torchrl.streams import Streams
 

@@ -13,9 +13,9 @@ import torch
 
 from pydqn import preset, train
 from pydqn.envs.base import Episode
-from pydqn.runs.logs import read_csv
-from pydqn.presets import PRESETS
 from pydqn.envs.tasks import resolved
+from pydqn.presets import PRESETS
+from pydqn.runs.logs import read_csv
 from pydqn.training.loop import Run
 
 QUICK = {"device": "cpu", "torch_threads": 1, "precision": "float32"}

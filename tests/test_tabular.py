@@ -8,12 +8,13 @@ import pytest
 from test_resume import kill
 
 from pydqn import evaluate, preset
-from pydqn.runs.checkpoint import checkpoints, load_weights
-from pydqn.envs.gym import Model, StateEnv
+from pydqn._util.weights import load_weights
+from pydqn.envs.discrete import Model, StateEnv
 from pydqn.evaluation.evaluate import score
+from pydqn.runs.checkpoint import checkpoints
 from pydqn.runs.logs import read_csv
-from pydqn.training.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
 from pydqn.training.loop import open_run, resume, train
+from pydqn.training.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
 
 NEVER = Trials(0, 0, 0, 0.0)
 

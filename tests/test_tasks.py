@@ -14,11 +14,12 @@ from gymnasium import spaces
 
 from pydqn import Config, evaluate, preset, resume, train
 from pydqn.cli.main import main
-from pydqn.envs.gym import make_lanes
-from pydqn.evaluation.evaluate import load_run, watch
-from pydqn.presets import PRESETS
-from pydqn.runs.stopping import Standing, ending
+from pydqn.envs.make import make_lanes
 from pydqn.envs.tasks import described, resolved
+from pydqn.evaluation.play import watch
+from pydqn.presets import PRESETS
+from pydqn.runs.layout import load_run
+from pydqn.runs.stopping import Standing, ending
 
 QUICK = {
     "device": "cpu",

@@ -16,8 +16,8 @@ with warnings.catch_warnings():
 
     from pydqn.adapters.torchrl import ReplayBuffer
 
-from pydqn.runs.checkpoint import load_weights, save_weights
 from pydqn._util.files import Damaged, read_index, write_index
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.adapters._torchrl.streams import Streams
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]

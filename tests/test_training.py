@@ -15,13 +15,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pydqn import Learner, preset, resume, train
-from pydqn.training import loop as training
-from pydqn.runs.checkpoint import load_weights
+from pydqn._util.weights import load_weights
 from pydqn.config import Config
-from pydqn.evaluation.evaluate import Moment, evaluate, evaluate_policy, load_run, open_episodes
 from pydqn.envs.base import Episode
-from pydqn.runs.logs import GROUPS, Report, read_csv
+from pydqn.evaluation.evaluate import evaluate, evaluate_policy
+from pydqn.evaluation.play import Moment, open_episodes
 from pydqn.learning.policy import resolve_precision
+from pydqn.runs.layout import load_run
+from pydqn.runs.logs import GROUPS, Report, read_csv
+from pydqn.training import loop as training
 from pydqn.training.loop import Run
 
 CARTPOLE = {

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pydqn.adapters._tianshou import SEEN, Lane, Refusals, add_others, exactly, fill, odd_columns, take
 from pydqn._util.checks import integer
+from pydqn.adapters._tianshou import SEEN, Lane, Refusals, add_others, exactly, fill, odd_columns, take
 from pydqn.replay.transitions import TransitionReplay
 
 try:

@@ -28,12 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from pydqn.adapters._torchrl import entries
 from pydqn._util.checks import integer
-from pydqn.adapters._torchrl.entries import Key, fit, flags, key, numbers, observations, only_observation, rows, saved_notes
+from pydqn.adapters._torchrl import entries
+from pydqn.adapters._torchrl.entries import (
+    Key,
+    fit,
+    flags,
+    key,
+    numbers,
+    observations,
+    only_observation,
+    rows,
+    saved_notes,
+)
 from pydqn.adapters._torchrl.orders import block_names, environments, openings
-from pydqn.replay.frames import Batch, FrameReplay
 from pydqn.adapters._torchrl.streams import Streams
+from pydqn.replay.frames import Batch, FrameReplay
 from pydqn.replay.transitions import TransitionReplay
 
 try:

@@ -16,15 +16,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydqn.config import SECTIONS, Config
 from pydqn._util.machine import bound_spinning
 from pydqn.cli.options import make_parser
+from pydqn.config import SECTIONS, Config
 from pydqn.presets import PRESETS, preset, preset_and_note
 
 if TYPE_CHECKING:
-    from pydqn.evaluation.evaluate import Game
+    from pydqn.cli.progress import ProgressBar
+    from pydqn.evaluation.play import Game
     from pydqn.runs.locks import Claim
-    from pydqn.runs.logs import ProgressBar, Report
+    from pydqn.runs.logs import Report
     from pydqn.training.base import BaseRun
 
 _AGAIN = 75  # EX_TEMPFAIL of sysexits.h: everything is saved, run me again
@@ -113,10 +114,10 @@ def _presets(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from pydqn.cli.progress import ProgressBar
     from pydqn.runs.checkpoint import latest_checkpoint
-    from pydqn.runs.logs import ProgressBar
-    from pydqn.training.signals import deferred
     from pydqn.training.loop import open_run
+    from pydqn.training.signals import deferred
 
     if (arguments.preset is None) == (arguments.resume is None):
         raise ValueError("train: expected a PRESET, or --resume RUN")
@@ -182,7 +183,7 @@ class _Start(NamedTuple):
 
 def _to_resume(arguments: argparse.Namespace, path: str | Path) -> _Start:
     from pydqn.runs.checkpoint import run_of
-    from pydqn.evaluation.evaluate import load_run
+    from pydqn.runs.layout import load_run
 
     if arguments.resume and arguments.logdir:
         raise ValueError("logdir: a resumed run stays in its folder")
@@ -247,8 +248,10 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _play(arguments: argparse.Namespace) -> None:
-    from pydqn.evaluation.evaluate import Game, watch
-    from pydqn.plotting.recording import Caption, Recorder, beside
+    from pydqn.evaluation.play import Game, watch
+    from pydqn.plotting.action_values import beside
+    from pydqn.plotting.images import Caption
+    from pydqn.plotting.recording import Recorder
 
     if arguments.fps is not None and arguments.fps < 1:
         raise ValueError(f"fps: expected at least 1, got {arguments.fps}")
@@ -314,8 +317,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import json
     import statistics
 
-    from pydqn.evaluation.evaluate import SCORES, score
     from pydqn._util.files import append_line
+    from pydqn.evaluation.evaluate import score
+    from pydqn.runs.layout import SCORES
 
     result = score(
         arguments.folder,
@@ -341,8 +345,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _plot(arguments: argparse.Namespace) -> None:
     if arguments.values:
-        from pydqn.plotting.curves import plot_values
-        from pydqn.plotting.values import values_of
+        from pydqn.plotting.values import plot_values, values_of
 
         if len(arguments.runs) != 1:
             raise ValueError(f"values: expected one RUN, got {len(arguments.runs)}")
@@ -357,9 +360,9 @@ def _plot(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     import datetime
 
-    from pydqn.training.benchmark import measure
     from pydqn._util.files import write_json
-    from pydqn.runs.logs import environment
+    from pydqn.runs.provenance import environment
+    from pydqn.training.benchmark import measure
 
     if not arguments.seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {arguments.seconds}")

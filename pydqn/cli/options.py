@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from pydqn import __version__
 from pydqn.config import SECTIONS, Config
+from pydqn.evaluation.protocols import PROTOCOLS
 from pydqn.presets import PRESETS
-from pydqn.evaluation.scores import PROTOCOLS
 
 _PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
 _WEIGHTS = ("best", "last", "checkpoint")

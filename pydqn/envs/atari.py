@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pydqn._util.machine import usable_cores
 from pydqn.config import Config
 from pydqn.envs.base import BYTES, Returns, Step
-from pydqn._util.machine import usable_cores
 from pydqn.preprocess import KERNELS, SIZE
 
 _NO_CAP = 2**31 - 1  # ALE counts in 32 bits

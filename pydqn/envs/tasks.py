@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from pydqn.config import Config
-from pydqn.envs.ids import rom_of, spec_of
 from pydqn.envs.base import AS_THEY_ARE, Lanes
+from pydqn.envs.ids import rom_of, spec_of
 
 
 def resolved(config: Config) -> Config:

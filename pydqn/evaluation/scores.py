@@ -1,8 +1,8 @@
-"""Published scores, and the protocols under which scores are compared. Data, but for one formula."""
+"""Published scores of Atari games, and how they are normalized. Data, but for one formula."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Published(NamedTuple):
@@ -14,7 +14,6 @@ class Published(NamedTuple):
 
 
 SOURCE = "Mnih et al. 2015, extended data table 2"
-
 # Later papers measure 57 games against another human (Alien: 7127.7). The two scales must not be mixed.
 PUBLISHED: dict[str, Published] = {
     "alien": Published(227.8, 6875, 3069),
@@ -83,39 +82,3 @@ def human_normalized(rom: str, score: float) -> float | None:
     if published is None:
         return None
     return (score - published.random) / (published.human - published.random) * 100
-
-
-class Protocol(NamedTuple):
-    """A way to evaluate."""
-
-    summary: str
-    source: str
-    episodes: int
-    settings: dict[str, Any]  # fields of Config that it fixes
-
-
-# What a trained network has settled already (its actions, frame skip and pictures) is in no protocol's settings.
-PROTOCOLS: dict[str, Protocol] = {
-    "own": Protocol("the run's own settings", "the run's config", 30, {}),
-    "nature": Protocol(
-        "30 games of at most 5 minutes after up to 30 no-ops, with 5% random actions",
-        "Mnih et al. 2015, Nature 518",
-        30,
-        {"evaluation_epsilon": 0.05, "noop_max_frames": 30, "sticky_actions": 0.0, "max_episode_frames": 18_000},
-    ),
-    # The paper has no evaluation apart from training: it averages the last 100 training games, played at epsilon 0.01.
-    # The limit of 30 minutes is Dopamine's; in the first author's published code a game ends after 5.
-    "machado2018": Protocol(
-        "sticky actions and whole games of at most 30 minutes, at the epsilon with which their DQN ends its training "
-        "(the paper itself reports the training's last games)",
-        "Machado et al. 2018, JAIR 61; the time limit as in Dopamine (Castro et al. 2018)",
-        30,
-        {
-            "evaluation_epsilon": 0.01,
-            "noop_max_frames": 0,
-            "sticky_actions": 0.25,
-            "life_loss": False,
-            "max_episode_frames": 108_000,
-        },
-    ),
-}

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pydqn._util.cuda import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
 from pydqn.config import Config
 from pydqn.learning.losses import LOSSES, td_error
 from pydqn.learning.networks import tensors_of
@@ -21,7 +22,6 @@ from pydqn.learning.optimizers import Settings, State, make_optimizer
 from pydqn.learning.pixels import look_up
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.replay.frames import Batch
-from pydqn._util.cuda import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
 
 
 class Metrics(NamedTuple):

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn.config import Config
+from pydqn._util.cuda import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
+from pydqn.config import Config
 from pydqn.learning.networks import PixelTorso, Table, VectorTorso, lowered
 from pydqn.learning.pixels import look_up
-from pydqn._util.cuda import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Figures: learning curves from the logs of runs, and value functions."""
+"""Learning curves from the logs of runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
-from pydqn._util.files import atomic_write
+from pydqn.plotting.figure import require_suffix, write_figure
 from pydqn.runs.logs import EPISODES, PROGRESS, read_csv
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _APART = ("seed", "torch_threads", "emulator_threads")  # what the runs of a group may differ in
 _POINTS = 400  # on which the seeds of a group are compared
 _MOST_DOTS = 4_000  # more single games than that only slow the drawing down
 _FEW_SEEDS = 5  # below that many the spread is from the lowest to the highest, else one standard deviation
-
 Columns = dict[str, NDArray[np.float64]]
 
 
@@ -39,27 +37,6 @@ class Curve(NamedTuple):
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-
-
-class Surface(NamedTuple):
-    """A value over two numbers."""
-
-    title: str
-    x_label: str
-    y_label: str
-    z_label: str
-    x: NDArray[Any]  # (nx,)
-    y: NDArray[Any]  # (ny,)
-    z: NDArray[Any]  # (ny, nx)
-
-
-class Grid(NamedTuple):
-    """A value for each cell of a map, and where the greedy action leads."""
-
-    title: str
-    values: NDArray[Any]  # (rows, columns); NaN where nothing is chosen
-    arrows: NDArray[Any]  # (rows, columns, 2): right and up; zeros for no arrow
-    letters: list[str]  # what is in each cell, a string per row
 
 
 def plot_runs(
@@ -84,27 +61,14 @@ def plot_runs(
     Raises:
         ValueError: a folder holds no run, or a name is unknown.
     """
-    _require_suffix(output)
+    require_suffix(output)
     chosen = list(PANELS) if panels is None else list(panels)
     for name in chosen:
         if name not in PANELS:
             raise ValueError(f"panels: expected some of {', '.join(PANELS)}, got {name!r}")
     if smooth_episodes < 1:
         raise ValueError(f"smooth_episodes: expected at least 1, got {smooth_episodes}")
-    _write(draw_runs(group_runs(runs, each=each), chosen, smooth_episodes), output)
-
-
-def plot_values(pictures: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
-    """Draw value functions side by side.
-
-    Raises:
-        ValueError: the name of the picture has an unknown ending.
-    """
-    _require_suffix(output)
-    _write(draw_values(pictures), output)
-
-
-# --- numbers ---
+    write_figure(draw_runs(group_runs(runs, each=each), chosen, smooth_episodes), output)
 
 
 def group_runs(runs: Sequence[str | os.PathLike[str]], *, each: bool = False) -> list[Group]:
@@ -185,9 +149,6 @@ def _pairs(
             if there.any():
                 pairs.append((table[x][there] / scale, table[y][there]))
     return pairs
-
-
-# --- drawing ---
 
 
 def draw_runs(groups: list[Group], panels: list[str], smooth_episodes: int) -> Any:
@@ -282,70 +243,3 @@ PANELS: dict[str, Callable[[Any, Group, str, int], None]] = {
     "episodes-steps": _episodes_steps,
     "q-steps": _q_steps,
 }
-
-
-def draw_values(pictures: Sequence[Surface | Grid]) -> Any:
-    """Return the figure of value functions."""
-    from matplotlib.figure import Figure
-
-    sizes = [_size(picture) for picture in pictures]
-    width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    for number, picture in enumerate(pictures, 1):
-        if isinstance(picture, Grid):
-            _draw_grid(figure.add_subplot(1, len(pictures), number), picture)
-        else:
-            axes: Any = figure.add_subplot(1, len(pictures), number, projection="3d")
-            x, y = np.meshgrid(picture.x, picture.y)
-            drawn = axes.plot_surface(x, y, picture.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
-            axes.set(title=picture.title)
-            axes.set_xlabel(picture.x_label, labelpad=8)
-            axes.set_ylabel(picture.y_label, labelpad=8)
-            axes.locator_params(nbins=5)
-            axes.view_init(elev=32, azim=-125)
-            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=picture.z_label)
-    return figure
-
-
-def _size(picture: Surface | Grid) -> tuple[float, float]:
-    """Return the inches of one picture."""
-    if isinstance(picture, Surface):
-        return 6.2, 5.0
-    rows, columns = picture.values.shape
-    cell = 1.0 if columns < 10 else 0.85
-    return cell * columns + 1.7, cell * rows + 0.9
-
-
-def _draw_grid(axes: Any, grid: Grid) -> None:
-    image = axes.imshow(np.ma.masked_invalid(grid.values), cmap="viridis")
-    axes.set_facecolor("lightgray")  # shows where there is no value
-    axes.set(title=f"{grid.title}: value and greedy action", xlabel="column", ylabel="row")
-    axes.set(xticks=range(grid.values.shape[1]), yticks=range(grid.values.shape[0]))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for (row, column), value in np.ndenumerate(grid.values):
-        ink = "black"
-        if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-            axes.text(column, row + 0.32, f"{value:.3g}", color=ink, fontsize=9, ha="center", va="center")
-        axes.text(column - 0.42, row - 0.3, grid.letters[row][column], color=ink, fontsize=8, va="center")
-        right, up = grid.arrows[row, column] * 0.22
-        if right or up:
-            axes.annotate(
-                "",
-                (column + right, row - 0.08 - up),
-                (column - right, row - 0.08 + up),
-                arrowprops={"arrowstyle": "-|>", "color": ink, "linewidth": 1.8, "mutation_scale": 14},
-            )
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="value (discounted return)")
-
-
-def _require_suffix(output: str | os.PathLike[str]) -> None:
-    if Path(output).suffix not in _SUFFIXES:
-        raise ValueError(f"output: expected a name that ends in {', '.join(_SUFFIXES)}, got {os.fspath(output)!r}")
-
-
-def _write(figure: Any, output: str | os.PathLike[str]) -> None:
-    with atomic_write(output) as file:
-        figure.savefig(file, dpi=150, format=Path(output).suffix[1:])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
-from pydqn.envs.gym import Outline, make_lanes, outline
-from pydqn.evaluation.evaluate import load_policy, load_run
-from pydqn.plotting.curves import Grid, Surface
+from pydqn.envs.make import make_lanes
+from pydqn.envs.single import open_env
+from pydqn.envs.spaces import States
+from pydqn.evaluation.build import load_policy
 from pydqn.learning.policy import Policy
+from pydqn.plotting.figure import require_suffix, write_figure
+from pydqn.runs.layout import load_run
 
 _POINTS = 60  # on each axis of a surface
 _NO_CHOICE = "HGC"  # cells of a map on which nothing is chosen: hole, goal, cliff
@@ -83,3 +87,126 @@ def _grid(config: Config, policy: Policy, task: Outline) -> Grid:
 def _action_values(config: Config, policy: Policy, frames: NDArray[Any]) -> NDArray[np.float32]:
     """Return (n, A) action values of n frames, each of which has stood still for a whole stack."""
     return policy.values(np.repeat(frames[:, None], config.stack, axis=1))
+
+
+class Outline(NamedTuple):
+    """What a picture of a small task's value function needs to know of the task."""
+
+    bounds: tuple[NDArray[Any], NDArray[Any]] | None  # lowest and highest Box observation
+    sizes: tuple[int, ...]  # of Discrete observations, or of the parts of a tuple of them
+    letters: list[str]  # the rows of a map of states, where there is one
+    directions: tuple[tuple[int, int], ...]  # (right, up) of each action on that map
+
+
+def outline(config: Config) -> Outline:
+    """Return the outline of a Gymnasium task."""
+    from gymnasium import spaces
+
+    from pydqn.envs.checked import close
+
+    env, checked = open_env(config, 0, 1, 0)
+    try:
+        space, bare = env.observation_space, env.unwrapped
+        if isinstance(space, spaces.Box):
+            return Outline((space.low, space.high), (), [], ())
+        states = States.of(space)
+        sizes = () if states is None else states.sizes
+        left, down, right, up = (-1, 0), (0, -1), (1, 0), (0, 1)
+        kind = type(bare).__name__
+        if kind == "FrozenLakeEnv":
+            return Outline(None, sizes, [b"".join(row).decode() for row in bare.desc], (left, down, right, up))
+        if kind == "CliffWalkingEnv":
+            rows, columns = bare.shape
+            letters = ["F" * columns] * (rows - 1) + ["S" + "C" * (columns - 2) + "G"]
+            return Outline(None, sizes, letters, (up, right, down, left))
+        return Outline(None, sizes, [], ())
+    finally:
+        close(env, checked)
+
+
+class Surface(NamedTuple):
+    """A value over two numbers."""
+
+    title: str
+    x_label: str
+    y_label: str
+    z_label: str
+    x: NDArray[Any]  # (nx,)
+    y: NDArray[Any]  # (ny,)
+    z: NDArray[Any]  # (ny, nx)
+
+
+class Grid(NamedTuple):
+    """A value for each cell of a map, and where the greedy action leads."""
+
+    title: str
+    values: NDArray[Any]  # (rows, columns); NaN where nothing is chosen
+    arrows: NDArray[Any]  # (rows, columns, 2): right and up; zeros for no arrow
+    letters: list[str]  # what is in each cell, a string per row
+
+
+def plot_values(pictures: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
+    """Draw value functions side by side.
+
+    Raises:
+        ValueError: the name of the picture has an unknown ending.
+    """
+    require_suffix(output)
+    write_figure(draw_values(pictures), output)
+
+
+def draw_values(pictures: Sequence[Surface | Grid]) -> Any:
+    """Return the figure of value functions."""
+    from matplotlib.figure import Figure
+
+    sizes = [_size(picture) for picture in pictures]
+    width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    for number, picture in enumerate(pictures, 1):
+        if isinstance(picture, Grid):
+            _draw_grid(figure.add_subplot(1, len(pictures), number), picture)
+        else:
+            axes: Any = figure.add_subplot(1, len(pictures), number, projection="3d")
+            x, y = np.meshgrid(picture.x, picture.y)
+            drawn = axes.plot_surface(x, y, picture.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
+            axes.set(title=picture.title)
+            axes.set_xlabel(picture.x_label, labelpad=8)
+            axes.set_ylabel(picture.y_label, labelpad=8)
+            axes.locator_params(nbins=5)
+            axes.view_init(elev=32, azim=-125)
+            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=picture.z_label)
+    return figure
+
+
+def _size(picture: Surface | Grid) -> tuple[float, float]:
+    """Return the inches of one picture."""
+    if isinstance(picture, Surface):
+        return 6.2, 5.0
+    rows, columns = picture.values.shape
+    cell = 1.0 if columns < 10 else 0.85
+    return cell * columns + 1.7, cell * rows + 0.9
+
+
+def _draw_grid(axes: Any, grid: Grid) -> None:
+    image = axes.imshow(np.ma.masked_invalid(grid.values), cmap="viridis")
+    axes.set_facecolor("lightgray")  # shows where there is no value
+    axes.set(title=f"{grid.title}: value and greedy action", xlabel="column", ylabel="row")
+    axes.set(xticks=range(grid.values.shape[1]), yticks=range(grid.values.shape[0]))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for (row, column), value in np.ndenumerate(grid.values):
+        ink = "black"
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            axes.text(column, row + 0.32, f"{value:.3g}", color=ink, fontsize=9, ha="center", va="center")
+        axes.text(column - 0.42, row - 0.3, grid.letters[row][column], color=ink, fontsize=8, va="center")
+        right, up = grid.arrows[row, column] * 0.22
+        if right or up:
+            axes.annotate(
+                "",
+                (column + right, row - 0.08 - up),
+                (column - right, row - 0.08 + up),
+                arrowprops={"arrowstyle": "-|>", "color": ink, "linewidth": 1.8, "mutation_scale": 14},
+            )
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="value (discounted return)")

@@ -12,6 +12,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from pydqn.plotting.images import Caption, Writer, enlarged
+
 _QUALITY = "25"  # constant rate factor: 0 is without loss, 51 the worst
 
 
@@ -80,3 +82,22 @@ class Encoder:
         self._errors.close()
         why = lines[-1] if lines else "it gave no reason"
         return OSError(errno.EIO, f"ffmpeg ended with exit code {code} ({why})" if code else "ffmpeg wrote nothing")
+
+
+class VideoWriter(Writer):
+    """H.264 by ffmpeg, whose pictures have even sizes."""
+
+    def __init__(self, file: IO[bytes], fps: int, scale: int, height: int, width: int) -> None:
+        self._scale = scale
+        self._padding = ((0, height * scale % 2), (0, width * scale % 2), (0, 0))
+        large = [side * scale + side * scale % 2 for side in (height, width)]
+        self._encoder = Encoder(file, fps, *large)
+
+    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
+        self._encoder.add(np.pad(enlarged(picture, self._scale), self._padding, mode="edge"))
+
+    def close(self) -> None:
+        self._encoder.close()
+
+    def abandon(self) -> None:
+        self._encoder.abandon()

@@ -16,7 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydqn._util.files import Damaged, Stamp, check_stamped, read_index, read_stamped, sync_folder, write_index, write_stamped
+from pydqn._util.files import (
+    Damaged,
+    Stamp,
+    check_stamped,
+    read_index,
+    read_stamped,
+    sync_folder,
+    write_index,
+    write_stamped,
+)
 
 _INDEX = "index.json"
 _OURS = re.compile(r"\.?\d{12,}-\d{12,}-[0-9a-f]+-[0-9a-f]{8}\.zst(\.part)?")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydqn.runs.checkpoint import load_weights, save_weights
+from pydqn._util.weights import load_weights, save_weights
 from pydqn._util.files import Damaged
 
 if TYPE_CHECKING:

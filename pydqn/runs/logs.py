@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows while it goes: CSV always, TensorBoard, one progress bar."""
+"""What a run writes while it goes on: CSV files and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pydqn._util.files import atomic_write, named_errors
 from pydqn._util.machine import instruction_sets, processor, usable_cores
+
 
 PROGRESS = "progress.csv"
 _LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
@@ -168,38 +169,6 @@ def _open(path: Path, columns: list[str], column: str, most: int) -> tuple[IO[st
     return file, csv.DictWriter(file, columns)
 
 
-class Process:
-    """What this process takes of the machine."""
-
-    def __init__(self) -> None:
-        import psutil
-
-        self._process = psutil.Process()
-        self._process.cpu_percent()  # opens the first interval
-
-    def read(self) -> dict[str, float]:
-        """Return cpu_percent since the last call, memory_mb and memory_percent."""
-        with self._process.oneshot():
-            return {
-                "cpu_percent": self._process.cpu_percent(),
-                "memory_mb": self._process.memory_info().rss / 2**20,
-                "memory_percent": self._process.memory_percent(),
-            }
-
-
-def environment() -> dict[str, str]:
-    """Return what a result depends on beside its config: versions, the processor and what it can do."""
-    packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
-    return {
-        **{name: metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "cores": f"{usable_cores()} usable of {os.cpu_count()}",
-        "instruction_sets": " ".join(instruction_sets()),
-    }
-
-
 def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     """Read a run's CSV as one list of numbers per column (empty fields are NaN).
 
@@ -215,67 +184,6 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
         return {name: [float(row[name] or "nan") for row in rows] for name in reader.fieldnames or ()}
     except (TypeError, ValueError, csv.Error):
         raise ValueError(f"{path}: not a CSV of numbers") from None
-
-
-class ProgressBar:
-    """One line: steps, time left, frames/s, updates/s, epsilon, mean return, loss."""
-
-    def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
-        self._bar: Any = None  # until there is something to show
-        self._text = ""
-
-    def show(self, report: Report) -> None:
-        """Redraw the line."""
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(
-                total=self._total,
-                unit="step",
-                unit_scale=True,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}",
-            )
-        parts = [
-            f"{report.frames_per_second:,.0f} frames/s",
-            f"{report.updates_per_second:,.0f} updates/s",
-            f"eps {report.epsilon:.2f}",
-            f"return {report.mean_return:.1f}",
-            f"loss {report.loss:.4f}",
-        ]
-        self._text = " ".join(parts).replace("nan", "-")
-        self._bar.set_postfix_str(self._text, refresh=False)
-        self._bar.n = min(report.steps, self._total)
-        self._bar.refresh()
-
-    def saving(self, share: float) -> None:
-        """Say how much of the replay memory has been saved; at 1, what was there before."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._text if share >= 1 else f"saving the replay memory: {share:.0%}")
-
-    def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        from tqdm import tqdm
-
-        tqdm.write(text)
-
-    def _warn(self, *warning: Any, **options: Any) -> None:
-        """Show a warning above the line instead of within it."""
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=sys.stderr):
-            self._show_warning(*warning, **options)
-
-    def __enter__(self) -> ProgressBar:
-        self._show_warning, warnings.showwarning = warnings.showwarning, self._warn
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the line as it stands."""
-        warnings.showwarning = self._show_warning
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _exact(value: float) -> str:

@@ -17,6 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from pydqn._util.checks import integer
+from pydqn._util.files import Damaged, write_json
+from pydqn._util.weights import save_weights
+from pydqn.config import Config
+from pydqn.envs.base import Episode
+from pydqn.envs.tasks import described, resolved
+from pydqn.learning.schedules import epsilon
+from pydqn.replay.frames import FrameReplay
 from pydqn.runs.best_weights import BestWeights
 from pydqn.runs.checkpoint import (
     CHECKPOINTS,
@@ -25,21 +33,14 @@ from pydqn.runs.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    save_weights,
 )
-from pydqn._util.checks import integer
-from pydqn.config import Config
-from pydqn.evaluation.evaluate import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, load_run
-from pydqn._util.files import Damaged, write_json
-from pydqn.envs.base import Episode
+from pydqn.runs.layout import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, load_run
 from pydqn.runs.locks import Claim
-from pydqn.runs.logs import EPISODES, PROGRESS, Process, Report, RunLog, environment, read_returns
-from pydqn.replay.frames import FrameReplay
+from pydqn.runs.logs import EPISODES, PROGRESS, Report, RunLog, read_returns
+from pydqn.runs.provenance import Process, environment
 from pydqn.runs.result import Diverged, Learned, Result
 from pydqn.runs.resuming import changes, instead_of, transition_settings
-from pydqn.learning.schedules import epsilon
 from pydqn.runs.stopping import Standing, ending
-from pydqn.envs.tasks import described, resolved
 
 Self = TypeVar("Self", bound="BaseRun")
 

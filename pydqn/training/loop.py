@@ -17,35 +17,31 @@ import torch
 from numpy.typing import NDArray
 
 from pydqn import _core
-from pydqn.runs.checkpoint import Checkpoint, run_of
 from pydqn._util.checks import integer
+from pydqn._util.machine import Pace
 from pydqn.config import Config
-from pydqn.replay.device import DeviceReplay, resolve_storage
-from pydqn.envs.gym import beside_learning, make_lanes
-from pydqn.evaluation.evaluate import (
-    evaluate_policy,
-    evaluation_lanes,
-    load_run,
-    memory_settings,
-    network_for,
-    open_episodes,
-)
-from pydqn.training.episode_videos import Film
 from pydqn.envs.base import Episode, Lanes, Step
+from pydqn.envs.make import beside_learning, make_lanes
+from pydqn.envs.tasks import inputs_of
+from pydqn.evaluation.build import memory_settings, network_for
+from pydqn.evaluation.evaluate import evaluate_policy, evaluation_lanes
+from pydqn.evaluation.play import open_episodes
 from pydqn.learning.learner import Learner, Metrics
+from pydqn.learning.policy import Actor, Policy, resolve_device, torch_threads
+from pydqn.learning.schedules import Due, epsilon, learning_rate, priority_beta
+from pydqn.replay.device import DeviceReplay, resolve_storage
+from pydqn.replay.frames import FrameReplay
+from pydqn.runs.checkpoint import Checkpoint, run_of
+from pydqn.runs.layout import load_run
 from pydqn.runs.locks import Claim
 from pydqn.runs.logs import Report
-from pydqn._util.machine import Pace
-from pydqn.learning.policy import Actor, Policy, resolve_device, torch_threads
-from pydqn.replay.frames import FrameReplay
 from pydqn.runs.result import Learned, Result
 from pydqn.runs.resuming import named_way_on, require_unchanged
 from pydqn.training.base import BaseRun
-from pydqn.learning.schedules import Due, epsilon, learning_rate, priority_beta
+from pydqn.training.episode_videos import Film
 from pydqn.training.seeds import Seeds
 from pydqn.training.signals import deferred
 from pydqn.training.tabular import TabularRun
-from pydqn.envs.tasks import inputs_of
 
 VIDEOS = Path("videos")
 

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pydqn.runs.checkpoint import Checkpoint
-from pydqn.config import Config
-from pydqn.envs.gym import Model, StateEnv, beside_learning
-from pydqn.evaluation.evaluate import under_protocol, warn_if_cut
 from pydqn._util.jit import kernel
+from pydqn.config import Config
 from pydqn.envs.base import Episode
+from pydqn.envs.discrete import Model, StateEnv
+from pydqn.envs.make import beside_learning
+from pydqn.evaluation.protocols import under_protocol, warn_if_cut
+from pydqn.learning.schedules import Due, epsilon
+from pydqn.runs.checkpoint import Checkpoint
 from pydqn.runs.logs import Report
 from pydqn.runs.result import Learned
 from pydqn.training.base import BaseRun
-from pydqn.learning.schedules import Due, epsilon
 
 _NO_LIMIT = 2**62  # steps
 

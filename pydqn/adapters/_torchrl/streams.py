@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.runs.checkpoint import load_weights, save_weights
 from pydqn._util.checks import dtype_name, integer
 from pydqn._util.files import Damaged, Stamp, check_stamped, read_index, write_index
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.replay.frames import FrameReplay
 from pydqn.replay.saving import saved_settings
 from pydqn.replay.transitions import TransitionReplay

@@ -1,0 +1,57 @@
+"""One Gymnasium environment, opened and checked."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pydqn.config import Config
+from pydqn.envs.ids import spec_of
+
+if TYPE_CHECKING:
+    from pydqn.envs.checked import Checked
+
+
+def open_env(config: Config, index: int, num_envs: int, seed: int, *, render: bool = False) -> tuple[Any, Checked]:
+    """Make one environment of `num_envs`; its episodes end by its own limit of steps, or the config's, or none.
+
+    Returns the environment, and the part of it that names its mistakes.
+    """
+    import gymnasium
+
+    from pydqn.envs.checked import WITHOUT_IMAGES, check, named
+
+    env_id = config.env_id
+    options: dict[str, Any] = {}
+    if config.max_episode_steps:
+        options["max_episode_steps"] = config.max_episode_steps
+    if render:
+        options["render_mode"] = "rgb_array"
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
+    spec = spec_of(env_id)
+    which = f"env index {index} of {num_envs} (seed {seed})"
+    try:
+        env = gymnasium.make(spec, **options)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]})") from None
+    except (Exception, SystemExit) as error:
+        hint = f"; {WITHOUT_IMAGES}" if "'render_mode'" in str(error) else ""
+        raise RuntimeError(f"env_id: {env_id}, {which} could not be made: {named(error)}{hint}") from error
+    try:
+        for name in ("observation_space", "action_space"):
+            getattr(env, name)
+        return check(env, env_id, index, seed)
+    except Exception as error:
+        with suppress(Exception):
+            env.close()
+        raise RuntimeError(f"env_id: {env_id}, {which} is no Gymnasium environment: {named(error)}") from error
+
+
+def discrete_actions(env_id: str, space: Any) -> tuple[int, int]:
+    """Return the first action and how many there are."""
+    from gymnasium import spaces
+
+    if not isinstance(space, spaces.Discrete):
+        raise ValueError(f"env_id: {env_id} has {space} actions; DQN needs Discrete ones")
+    return int(space.start), int(space.n)

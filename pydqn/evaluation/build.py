@@ -1,0 +1,108 @@
+"""What a run's settings are made into: networks, the settings of replay buffers, and policies with trained weights."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydqn._util.files import Damaged
+from pydqn._util.weights import load_weights
+from pydqn.config import Config
+from pydqn.envs.base import Lanes
+from pydqn.learning.networks import QNetwork, Table, make_network
+from pydqn.learning.policy import Policy, resolve_device
+from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
+from pydqn.runs.layout import BEST_WEIGHTS, LAST_WEIGHTS
+
+WEIGHTS = ("best", "last", "checkpoint")
+
+
+def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork | Table:
+    """Build the network (or table) that `config` describes, for these lanes' frames and actions."""
+    if config.agent == "tabular":
+        return Table(lanes.frame_shape[0], lanes.num_actions)
+    return make_network(
+        config.network,
+        config.stack,
+        lanes.frame_shape,
+        lanes.num_actions,
+        hidden_units=config.hidden_units,
+        dueling=config.dueling,
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+        input_range=lanes.input_range,
+        seed=seed,
+    )
+
+
+def memory_settings(config: Config, lanes: Lanes) -> dict[str, Any]:
+    """Return what a replay memory for these lanes is made with, so that acting and learning find the same stacks."""
+    return {
+        "frame_shape": lanes.frame_shape,
+        "stack": config.stack,
+        "n_step": config.n_step,
+        "gamma": config.gamma,
+        "num_envs": lanes.num_envs,
+        "dtype": lanes.dtype,
+        "padding": config.padding,
+        "prioritized": config.prioritized,
+        "alpha": config.priority_alpha,
+        "beta": config.priority_beta,
+    }
+
+
+def load_policy(
+    run: str | os.PathLike[str], config: Config, lanes: Lanes, weights: str | None = None
+) -> tuple[Policy, dict[str, Any]]:
+    """Build the policy of a run.
+
+    Args:
+        run: folder of the run.
+        config: its config.
+        lanes: for the shapes of frames and actions.
+        weights: one of `WEIGHTS`; None for the best ones, or where the run was too short to have a best, its newest.
+
+    Returns:
+        The policy and what was written beside the weights.
+
+    Raises:
+        ValueError: there are no such weights, or they do not fit `config`.
+    """
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    best = _from_file(run, BEST_WEIGHTS) if weights in (None, "best") else None
+    last = _from_file(run, LAST_WEIGHTS) if weights in (None, "last") and best is None else None
+    kept = None
+    if weights in (None, "checkpoint") and best is None:
+        with suppress(*([Damaged] if last is not None else [])):  # then that will do
+            kept = _from_checkpoint(run)
+    found = [candidate for candidate in (best, last, kept) if candidate is not None]
+    if not found:
+        raise ValueError(f"run: {str(run)!r} has no {'' if weights is None else weights + ' '}weights yet")
+    tensors, metadata = max(found, key=lambda candidate: candidate[1].get("steps", 0))
+    network = network_for(config, lanes)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"run: the weights in {str(run)!r} do not fit its config ({reason})") from None
+    return Policy(network, resolve_device(config.device), config.precision), metadata
+
+
+def _from_file(run: str | os.PathLike[str], name: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    path = Path(run) / name
+    return load_weights(path) if path.is_file() else None
+
+
+def _from_checkpoint(run: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Return what acts, of all that the latest checkpoint holds."""
+    path = latest_checkpoint(run)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    online = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("online.")}
+    return {name.removeprefix("online."): tensor for name, tensor in online.items()}, checkpoint.state

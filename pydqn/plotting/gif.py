@@ -1,0 +1,78 @@
+"""GIFs of episodes."""
+
+from __future__ import annotations
+
+import struct
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.plotting.images import Caption, Writer, enlarged
+from pydqn.plotting.palette import TABLE, Colours, own_colours, pack
+
+_CLEAR = 255  # the colour number that lets the picture before show through
+
+
+class GifWriter(Writer):
+    """A GIF in one pass: of each picture only the rectangle that changed, its unchanged pixels see-through.
+
+    Pillow compresses. Its own writer holds all pictures until the end and merges those that are alike. All colours go
+    to one table, which is filled in when they are known; a picture with others yet when that is full brings its own.
+    """
+
+    def __init__(self, file: IO[bytes], fps: int, scale: int, height: int, width: int) -> None:
+        self._file = file
+        self._fps = fps
+        self._scale = scale
+        self._colours = Colours(_CLEAR)
+        self._shown: NDArray[np.uint32] | None = None
+        self._count = 0
+        file.write(struct.pack("<6sHHBBB", b"GIF89a", width * scale, height * scale, 0xF7, 0, 0))
+        self._table_at = file.tell()
+        file.write(bytes(TABLE) + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeats for ever
+
+    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
+        packed = pack(picture)
+        changed = np.ones(packed.shape, np.bool_) if self._shown is None else packed != self._shown
+        self._shown = packed
+        box = _box(changed)
+        packed, changed = packed[box], changed[box]
+        numbers, table = self._colours.numbers(packed), b""
+        if numbers is None:
+            numbers, table = own_colours(packed)
+        else:
+            numbers[~changed] = _CLEAR
+        self._image(enlarged(numbers, self._scale), box, table)
+
+    def _image(self, numbers: NDArray[np.uint8], box: tuple[slice, slice], table: bytes) -> None:
+        from PIL import Image
+
+        self._count += 1
+        delay = max(2, self._count * 100 // self._fps - (self._count - 1) * 100 // self._fps)
+        rows, columns = box
+        left, top = columns.start * self._scale, rows.start * self._scale
+        height, width = numbers.shape
+        self._file.write(
+            # Leave the picture as it is when its time is over; without a table of its own there is a clear colour.
+            struct.pack("<3sBHBB", b"\x21\xf9\x04", 0b100 | (not table), delay, _CLEAR, 0)
+            + struct.pack("<sHHHHB", b",", left, top, width, height, 0x87 if table else 0)
+            + table
+            + b"\x08"
+            + Image.fromarray(numbers).tobytes("gif", "L", 8, 0)
+            + b"\x00"
+        )
+
+    def close(self) -> None:
+        self._file.write(b";")
+        self._file.seek(self._table_at)
+        self._file.write(self._colours.table)
+
+
+def _box(changed: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Return the smallest rows and columns with all that changed; one pixel where nothing did."""
+    spans = []
+    for axis in (1, 0):
+        places = np.flatnonzero(changed.any(axis))
+        spans.append(slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1))
+    return spans[0], spans[1]

@@ -1,0 +1,67 @@
+"""Pages that play an episode in a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from importlib import resources
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pydqn.plotting.images import Caption, Writer
+from pydqn.plotting.palette import Colours, pack
+
+
+class PageWriter(Writer):
+    """One HTML file: `player.html` with the film inside, as JSON in which every picture is a PNG."""
+
+    def __init__(self, file: IO[bytes], fps: int, scale: int, title: str, action_names: list[str]) -> None:
+        self._file = file
+        self._colours = Colours(256)
+        self._captions: list[Any] = []
+        before, self._after = resources.files("pydqn").joinpath("player.html").read_text("utf-8").split("@FILM@")
+        head = _json({"title": title, "fps": fps, "scale": scale, "actions": action_names})
+        file.write(before.encode() + head.removesuffix("}").encode() + b',"pictures":[')
+
+    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
+        self._file.write((b',\n"' if self._captions else b'\n"') + base64.b64encode(self._png(picture)) + b'"')
+        self._captions.append(
+            caption
+            and [caption.action, _plain(caption.reward), _plain(caption.total), [_plain(v) for v in caption.values]]
+        )
+
+    def _png(self, picture: NDArray[np.uint8]) -> bytes:
+        from PIL import Image
+
+        numbers = self._colours.numbers(pack(picture))
+        if numbers is None:
+            image = Image.fromarray(picture)
+        else:
+            # Only the colours of this picture: a PNG of 16 or less has half a byte per pixel.
+            used = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256))
+            position = np.zeros(256, np.uint8)
+            position[used] = np.arange(len(used))
+            height, width = numbers.shape
+            image = Image.frombytes("P", (width, height), position[numbers].tobytes())
+            image.putpalette(np.frombuffer(self._colours.table, np.uint8).reshape(256, 3)[used].tobytes())
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def close(self) -> None:
+        captions = self._captions if any(self._captions) else []
+        self._file.write(b'],\n"captions":' + _json(captions).encode() + b"}" + self._after.encode())
+
+
+def _json(value: Any) -> str:
+    """Return JSON that cannot end the <script> that it is in."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _plain(value: float) -> float | None:
+    """Six digits are more than anyone reads; JSON has no NaN."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
