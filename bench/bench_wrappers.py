@@ -21,8 +21,8 @@ from timing import rates_in_turns
 from pydqn.adapters.gymnasium import AtariPreprocessing, AtariVectorFrames
 
 gymnasium.register_envs(ale_py)
-LANES, STEPS = 8, 50
-ACTIONS = np.random.default_rng(0).integers(4, size=(STEPS, LANES))
+NUM_ENVS, STEPS = 8, 50
+ACTIONS = np.random.default_rng(0).integers(4, size=(STEPS, NUM_ENVS))
 NATIVE = {"img_height": 210, "img_width": 160, "stack_num": 1}
 
 
@@ -39,14 +39,14 @@ def gymnasiums():
 
 
 def ales(**options):
-    return AtariVectorEnv("breakout", LANES, noop_max=0, use_fire_reset=False, reward_clipping=False, **options)
+    return AtariVectorEnv("breakout", NUM_ENVS, noop_max=0, use_fire_reset=False, reward_clipping=False, **options)
 
 
 SINGLE = {"ours": ours, "gymnasium": gymnasiums}
 VECTOR = {
     "ours_over_ale": lambda: AtariVectorFrames(ales(**NATIVE), stack=4),
-    "ours_sync": lambda: SyncVectorEnv([ours] * LANES),
-    "gymnasium_sync": lambda: SyncVectorEnv([gymnasiums] * LANES),
+    "ours_sync": lambda: SyncVectorEnv([ours] * NUM_ENVS),
+    "gymnasium_sync": lambda: SyncVectorEnv([gymnasiums] * NUM_ENVS),
     "ale_84x84": ales,
 }
 
@@ -85,19 +85,19 @@ def bench_eight(benchmark, name):
 
 
 def main(rounds):
-    cases = VECTOR | {"gymnasium_async": lambda: AsyncVectorEnv([gymnasiums] * LANES)}
-    for kind, lanes in ((SINGLE, 1), (cases, LANES)):
+    cases = VECTOR | {"gymnasium_async": lambda: AsyncVectorEnv([gymnasiums] * NUM_ENVS)}
+    for kind, num_envs in ((SINGLE, 1), (cases, NUM_ENVS)):
 
-        def rate(env, lanes=lanes):
+        def rate(env, num_envs=num_envs):
             started = time.perf_counter()
             play(env)
-            return lanes * STEPS / (time.perf_counter() - started)
+            return num_envs * STEPS / (time.perf_counter() - started)
 
         envs = {name: opened(kind, name) for name in kind}
         rates = rates_in_turns({name: lambda env=env: rate(env) for name, env in envs.items()}, rounds)
         first = next(iter(rates.values()))
         for name, value in rates.items():
-            print(f"{lanes} lanes, {name:16s} {value:8,.0f} steps/s; ours: {first / value:.2f} times that", flush=True)
+            print(f"{num_envs} environments, {name:16s} {value:8,.0f} steps/s; ours: {first / value:.2f} times that", flush=True)
         for env in envs.values():
             env.close()
 

@@ -44,7 +44,7 @@ def film_of(page):
     text = page.read_text()
     (inside,) = re.findall(r'<script type="application/json" id="film">(.*?)</script>', text, re.DOTALL)
     film = json.loads(inside)
-    images = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in film["pictures"]]
+    images = [Image.open(io.BytesIO(base64.b64decode(encoded))) for encoded in film["pictures"]]
     return film, [np.asarray(image.convert("RGB")) for image in images]
 
 

@@ -133,12 +133,12 @@ def read_stamped(path: Path, stamp: Stamp) -> bytes:
 
 def check_stamped(path: Path, stamp: Stamp) -> None:
     """Raise `Damaged` when a file is not what the stamp says. Takes no memory for it."""
-    checksum = 0
+    crc = 0
     with _opened(path) as file:
         _require_size(path, file, stamp)
         while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    if checksum != stamp.checksum:
+            crc = zlib.crc32(block, crc)
+    if crc != stamp.checksum:
         raise Damaged(f"{path}: {_NO_MATCH}")
 
 

@@ -39,17 +39,17 @@ class PageWriter(Writer):
 
         numbers = self._colours.numbers(pack(picture))
         if numbers is None:
-            image = Image.fromarray(picture)
+            png = Image.fromarray(picture)
         else:
             # Only the colours of this picture: a PNG of 16 or less has half a byte per pixel.
             used = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256))
             position = np.zeros(256, np.uint8)
             position[used] = np.arange(len(used))
             height, width = numbers.shape
-            image = Image.frombytes("P", (width, height), position[numbers].tobytes())
-            image.putpalette(np.frombuffer(self._colours.table, np.uint8).reshape(256, 3)[used].tobytes())
+            png = Image.frombytes("P", (width, height), position[numbers].tobytes())
+            png.putpalette(np.frombuffer(self._colours.table, np.uint8).reshape(256, 3)[used].tobytes())
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        png.save(buffer, "PNG")
         return buffer.getvalue()
 
     def close(self) -> None:
