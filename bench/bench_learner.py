@@ -23,9 +23,9 @@ def make(precision, loss=None, **overrides):
     replay = FrameReplay(5000, shape, stack=stack, dtype=dtype, n_step=config.n_step, num_envs=16)
     generator = np.random.default_rng(0)
     off = np.zeros(16, bool)
-    for tick in range(200):
+    for time_step in range(200):
         frame = generator.integers(0, 255, (16, *shape), dtype=np.uint8).astype(dtype)
-        replay.append(frame, generator.integers(6, size=16), np.ones(16), off, off, np.full(16, tick == 0))
+        replay.append(frame, generator.integers(6, size=16), np.ones(16), off, off, np.full(16, time_step == 0))
     network = make_network(
         config.network,
         stack,

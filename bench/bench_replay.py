@@ -1,9 +1,9 @@
-"""The replay memory: append and sample, in a small ring and in one of a million frames."""
+"""The replay buffer: append and sample, in a small ring and in one of a million frames."""
 
 from __future__ import annotations
 
 import numpy as np
-import peers
+import other_libraries
 import pytest
 
 from pydqn import FrameReplay
@@ -16,10 +16,12 @@ def full(request):
     """A full ring, every page of it touched."""
     replay = FrameReplay(request.param, num_envs=LANES, n_step=1)
     off = np.zeros(LANES, bool)
-    for tick in range(request.param // LANES + 1):
+    for time_step in range(request.param // LANES + 1):
         slot = replay.next_slot()
-        slot[...] = tick % 251
-        replay.append(slot, np.full(LANES, tick % 6), np.ones(LANES), off, off, np.full(LANES, tick % 1000 == 0))
+        slot[...] = time_step % 251
+        replay.append(
+            slot, np.full(LANES, time_step % 6), np.ones(LANES), off, off, np.full(LANES, time_step % 1000 == 0)
+        )
     return replay
 
 
@@ -73,7 +75,7 @@ def bench_latest(benchmark, full):
 @pytest.mark.parametrize("prioritized", [False, True])
 def bench_sample_32_and_update(benchmark, prioritized):
     """A ring of 100,000 frames; with priorities, their update too."""
-    memory = peers.Pydqn(100_000, prioritized=prioritized)
+    memory = other_libraries.Pydqn(100_000, prioritized=prioritized)
     for i in range(100_001):
         memory.add(i)
     benchmark(memory.sample_and_update if prioritized else memory.sample)

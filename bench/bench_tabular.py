@@ -1,4 +1,4 @@
-"""A thousand updates of the FrozenLake table with 20 test games after each: compiled, and step by step (a tenth)."""
+"""A thousand updates of the FrozenLake table with 20 test episodes after each: compiled, and step by step (a tenth)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bench_frozenlake(benchmark, kind, steps):
         else SteppedTask(envs, config, generators)
     )
     table = np.zeros((16, 4))
-    # A table that plays well: test games are as long as they get.
+    # A table that plays well: test episodes are as long as they get.
     task.learn(table, np.ones(20_000), Trials(0, 0, 0, np.inf))
     outcome = benchmark(task.learn, table, np.ones(steps), Trials(0, 1, 20, np.inf))
     assert outcome.steps == steps

@@ -9,7 +9,7 @@ from pydqn.training.loop import Run
 
 
 def bench_pong_160_steps(benchmark, tmp_path):
-    """Ten steps of 16 lanes, about 27 updates."""
+    """Ten steps of 16 environments, about 27 updates."""
     config = preset("pong", learning_starts_steps=200, replay_capacity_frames=10_000, log_every_steps=200)
     with Run(config, tmp_path) as run:
         list(itertools.islice(run.reports(), 2))
@@ -20,5 +20,5 @@ def bench_pong_160_steps(benchmark, tmp_path):
                 run.step()
 
         benchmark(ten_steps)
-        done = (run.learner.updates - updates) * config.steps_per_update
+        done = (run.learner.updates - updates) * config.train_period_steps
         assert abs((run.steps - steps) - done) < 32

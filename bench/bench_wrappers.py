@@ -97,7 +97,10 @@ def main(rounds):
         rates = rates_in_turns({name: lambda env=env: rate(env) for name, env in envs.items()}, rounds)
         first = next(iter(rates.values()))
         for name, value in rates.items():
-            print(f"{num_envs} environments, {name:16s} {value:8,.0f} steps/s; ours: {first / value:.2f} times that", flush=True)
+            print(
+                f"{num_envs} environments, {name:16s} {value:8,.0f} steps/s; ours: {first / value:.2f} times that",
+                flush=True,
+            )
         for env in envs.values():
             env.close()
 

@@ -47,7 +47,11 @@ def main():
     for name in arguments.stages or STAGES:
         STAGES[name](arguments.quick)
         if arguments.output:
-            about = {"date": datetime.date.today().isoformat(), **environment(), "peers": dict(map(installed, PEERS))}
+            about = {
+                "date": datetime.date.today().isoformat(),
+                **environment(),
+                "other_libraries": dict(map(installed, PEERS)),
+            }
             Path(arguments.output).write_text(json.dumps({"about": about, "rows": ROWS}, indent=1) + "\n")
 
 

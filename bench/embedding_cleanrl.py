@@ -95,8 +95,8 @@ def main():
         if "final_info" in infos and "episode" in infos["final_info"]:
             returns.append(float(infos["final_info"]["episode"]["r"][0]))
         real_next_obs = next_obs.copy()
-        for lane in np.flatnonzero(truncations):
-            real_next_obs[lane] = infos["final_obs"][lane]
+        for env_index in np.flatnonzero(truncations):
+            real_next_obs[env_index] = infos["final_obs"][env_index]
         buffer.add(obs, real_next_obs, actions, np.sign(rewards), terminations, infos)
         obs = next_obs
         if step < starts:

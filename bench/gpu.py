@@ -26,7 +26,7 @@ from timing import check_stages, in_turns, rates_in_turns
 
 from pydqn import FrameReplay, Learner, preset, train
 from pydqn._util.files import write_json
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, resolve_device
 from pydqn.replay.device import DeviceReplay
@@ -52,13 +52,13 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def filled(kind, frames, lanes=32, **settings):
+def filled(kind, frames, envs=32, **settings):
     """A memory of either kind, full of noise."""
-    memory = kind(frames, num_envs=lanes, **settings)
-    zeros, off = np.zeros(lanes, np.int64), np.zeros(lanes, bool)
-    for tick in range(frames // lanes + 1):
-        start = tick * lanes % (len(FRAMES) - lanes)
-        memory.append(FRAMES[start : start + lanes], zeros, zeros, off, off, ~off if tick == 0 else off)
+    memory = kind(frames, num_envs=envs, **settings)
+    zeros, off = np.zeros(envs, np.int64), np.zeros(envs, bool)
+    for time_step in range(frames // envs + 1):
+        start = time_step * envs % (len(FRAMES) - envs)
+        memory.append(FRAMES[start : start + envs], zeros, zeros, off, off, ~off if time_step == 0 else off)
     return memory
 
 
@@ -116,7 +116,7 @@ def update(device, quick):
         if not capture and not quick and (at_once > 1 or precision == "tf32"):
             continue
         arithmetic = precision.replace("tf32", "float32")
-        config = preset("pong", **NATURE, precision=arithmetic, target_sync_updates=0)
+        config = preset("pong", **NATURE, precision=arithmetic, target_update_period=0)
         batch = memory.empty_batch(32 * at_once)
         network = make_network("nature", 4, (84, 84), 4)
         learner = Learner(network, config, device, batch, capture, getattr(memory, "frames", None))
@@ -142,63 +142,63 @@ def update(device, quick):
 
 
 def act(device, quick):
-    """Action values of all lanes, there and back."""
+    """Action values of all environments, there and back."""
     calls = {}
-    for lanes in (8, 32, 128):
-        memory = filled(DeviceReplay, 100 * lanes, lanes, device=device)
+    for envs in (8, 32, 128):
+        memory = filled(DeviceReplay, 100 * envs, envs, device=device)
         config = preset("pong", **NATURE, precision="float32")
         network = make_network("nature", 4, (84, 84), 4)
         learner = Learner(network, config, device, memory.empty_batch(32), frames=memory.frames)
         for capture in (False, True) if device.type == "cuda" else (False,):
             actor = Actor(learner.policy, memory.latest(), memory.frames, capture)
-            name = f"act, {lanes} lanes, {'graph' if capture else 'eager'}"
+            name = f"act, {envs} environments, {'graph' if capture else 'eager'}"
             calls[name] = lambda actor=actor, memory=memory: actor.values(memory.latest())
     for name, seconds in in_turns(calls, 3 if quick else 200, 3).items():
         row(name, seconds * 1e6, "us")
 
 
 def emulators(device, quick):
-    """Breakout, random actions, nothing else running: by threads and lanes."""
+    """Breakout, random actions, nothing else running: by threads and environments."""
     threads = (1, 2) if quick else (4, 8, 12, 16)
     players = {}
-    for lanes, count in itertools.product((16,) if quick else (16, 32, 64, 128), threads):
-        config = preset("nature", num_envs=lanes, emulator_threads=count)
-        players[f"emulators, {lanes} lanes, {count} threads"] = emulator_rate(config, 0.2 if quick else 0.4)
+    for envs, count in itertools.product((16,) if quick else (16, 32, 64, 128), threads):
+        config = preset("nature", num_envs=envs, emulator_threads=count)
+        players[f"emulators, {envs} environments, {count} threads"] = emulator_rate(config, 0.2 if quick else 0.4)
     for name, rate in rates_in_turns(players, 3).items():
         row(name, rate, "steps/s")
 
 
 def emulator_rate(config, seconds):
-    lanes = make_lanes(config, config.num_envs, 0)
+    envs = make_envs(config, config.num_envs, 0)
     slot = np.empty((config.num_envs, 84, 84), np.uint8)
-    lanes.reset(slot)
-    actions = np.random.default_rng(0).integers(lanes.num_actions, size=(64, config.num_envs))
+    envs.reset(slot)
+    actions = np.random.default_rng(0).integers(envs.num_actions, size=(64, config.num_envs))
 
     def rate():
         started, steps = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
-            lanes.send(actions[steps % 64])
-            lanes.recv(slot)
+            envs.send(actions[steps % 64])
+            envs.recv(slot)
             steps += 1
         return steps * config.num_envs / (time.perf_counter() - started)
 
     return rate
 
 
-def loop_config(device, lanes, quick, **changes):
+def loop_config(device, envs, quick, **changes):
     """Breakout, Nature's network and replay ratio: one update of 32 per 4 steps, the memory full from the start."""
     settings = {
         **NATURE,
         "env_id": "breakout",
-        "num_envs": lanes,
+        "num_envs": envs,
         "device": str(device),
         "precision": "float32",
         "storage": "device",
-        "steps_per_update": 4,
-        "target_sync_updates": 10 if quick else 2_500,
-        "learning_starts_steps": 64 * lanes,
+        "train_period_steps": 4,
+        "target_update_period": 10 if quick else 2_500,
+        "learning_starts_steps": 64 * envs,
         "replay_capacity_frames": 20_000 if quick else 1_000_000,
-        "log_every_steps": 64 * lanes,
+        "log_every_steps": 64 * envs,
         "checkpoint_every_steps": 0,
     }
     return preset("pong", **{**settings, **changes})
@@ -206,13 +206,13 @@ def loop_config(device, lanes, quick, **changes):
 
 def opened(run):
     """The run, when its memory is full and its graphs are made."""
-    config, lanes, replay = run.config, run.config.num_envs, run.replay
+    config, envs, replay = run.config, run.config.num_envs, run.replay
     next(run.reports())
-    zeros, off = np.zeros(lanes, np.int64), np.zeros(lanes, bool)
-    for tick in range(config.replay_capacity_frames // lanes):
-        start = tick * lanes % (len(FRAMES) - lanes)
-        replay.append(FRAMES[start : start + lanes], zeros, zeros, off, off, off)
-    while run.learner.updates < 2 * config.target_sync_updates:  # graphs of every length that comes up
+    zeros, off = np.zeros(envs, np.int64), np.zeros(envs, bool)
+    for time_step in range(config.replay_capacity_frames // envs):
+        start = time_step * envs % (len(FRAMES) - envs)
+        replay.append(FRAMES[start : start + envs], zeros, zeros, off, off, off)
+    while run.learner.updates < 2 * config.target_update_period:  # graphs of every length that comes up
         run.step()
     return run
 
@@ -221,12 +221,12 @@ def loop(device, quick):
     """The whole loop, where frames are kept and in what precision."""
     players = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        variants = [(lanes, {}) for lanes in ((8,) if quick else (16, 32, 64, 128))]
+        variants = [(envs, {}) for envs in ((8,) if quick else (16, 32, 64, 128))]
         variants += [(8 if quick else 32, {"storage": "host", "replay_capacity_frames": 20_000 if quick else 200_000})]
         variants += [(8 if quick else 64, {"precision": "bfloat16"})]
-        for number, (lanes, changes) in enumerate(variants):
-            run = opened(stack.enter_context(Run(loop_config(device, lanes, quick, **changes), f"{folder}/{number}")))
-            players[" ".join([f"loop, {lanes} lanes", *map(str, changes.values())])] = run
+        for number, (envs, changes) in enumerate(variants):
+            run = opened(stack.enter_context(Run(loop_config(device, envs, quick, **changes), f"{folder}/{number}")))
+            players[" ".join([f"loop, {envs} environments", *map(str, changes.values())])] = run
 
         def rate(run):
             wait(device)
@@ -248,10 +248,10 @@ def loop(device, quick):
 
 def traffic(run):
     """Bytes to the device per step: new frames, rows of batches, rows to act on."""
-    lanes, batch = run.config.num_envs, run._batch
-    updates = lanes / run.config.steps_per_update * run.config.batch_size / len(batch.action)
-    sent = 84 * 84 * lanes + sum(part.nbytes for part in batch) * updates + run.replay.latest().nbytes
-    row("host to device, per step", sent / lanes, "bytes", ("<=", 8_192))
+    envs, batch = run.config.num_envs, run._batch
+    updates = envs / run.config.train_period_steps * run.config.batch_size / len(batch.action)
+    sent = 84 * 84 * envs + sum(part.nbytes for part in batch) * updates + run.replay.latest().nbytes
+    row("host to device, per step", sent / envs, "bytes", ("<=", 8_192))
 
 
 def timeline(run, device, steps=50):
@@ -270,8 +270,8 @@ def timeline(run, device, steps=50):
     # Kernels and copies themselves; operations of the host would count those that they launch once more.
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     busy = {event.key: event.self_device_time_total for event in kernels}
-    row("profiled: clock per step of all lanes", taken / steps * 1e6, "us")
-    row("profiled: device time summed per step of all lanes", sum(busy.values()) / steps, "us")
+    row("profiled: clock per step of all environments", taken / steps * 1e6, "us")
+    row("profiled: device time summed per step of all environments", sum(busy.values()) / steps, "us")
     for key in sorted(busy, key=busy.get, reverse=True)[:12]:
         if busy[key] > 0:
             row(f"  {key[:54]}", busy[key] / steps, "us")
@@ -285,7 +285,7 @@ def pong(device, quick):
     with tempfile.TemporaryDirectory() as folder:
         config = preset("pong", device=str(device), **({"total_steps": 600} if quick else {}))
         result = train(config, folder)
-    row("pong to 18", result.seconds, "s", ("<=", 120), f"{result.steps:,} steps, {len(result.returns)} games")
+    row("pong to 18", result.seconds, "s", ("<=", 120), f"{result.steps:,} steps, {len(result.returns)} episodes")
     recent = result.returns[-config.mean_episodes :]
     row("  mean return at the end", float(np.mean(recent)) if recent else float("nan"), "points", (">=", 18))
 

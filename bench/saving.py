@@ -2,7 +2,7 @@
 
     python bench/saving.py [-o FILE] [--frames N] [--env-id ID]
 
-Frames of real games (random play, the same ones again and again). Every way of writing is flushed to the disk.
+Frames of real episodes (random play, the same ones again and again). Every way of writing is flushed to the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 
 from pydqn import FrameReplay, preset
 from pydqn._util.files import write_json
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.runs.provenance import environment
 
 LANES, ROUND = 8, 2_500  # steps that are really played
@@ -28,13 +28,13 @@ LANES, ROUND = 8, 2_500  # steps that are really played
 
 def played(env_id):
     """Return (ROUND, LANES, 84, 84) frames."""
-    lanes = make_lanes(preset("nature", env_id=env_id), LANES, 0)
-    frames, random = np.zeros((ROUND, LANES, *lanes.frame_shape), np.uint8), np.random.default_rng(0)
-    lanes.reset(frames[0])
+    envs = make_envs(preset("nature", env_id=env_id), LANES, 0)
+    frames, random = np.zeros((ROUND, LANES, *envs.frame_shape), np.uint8), np.random.default_rng(0)
+    envs.reset(frames[0])
     for slot in frames[1:]:
-        lanes.send(random.integers(0, lanes.num_actions, LANES))
-        lanes.recv(slot)
-    lanes.close()
+        envs.send(random.integers(0, envs.num_actions, LANES))
+        envs.recv(slot)
+    envs.close()
     return frames
 
 

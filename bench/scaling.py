@@ -1,6 +1,6 @@
-"""How cost grows as work grows: lanes, batch, ring, threads, runs side by side. Tables, a JSON file and a picture.
+"""How cost grows as work grows: environments, batch, ring, threads, runs side by side. Tables, a JSON file and an image.
 
-python bench/scaling.py -o bench/results/DATE-scaling.json --picture docs/scaling.png    # about 6 minutes
+python bench/scaling.py -o bench/results/DATE-scaling.json --image docs/scaling.png    # about 6 minutes
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 import psutil
 import torch
-from peers import BATCH, Pydqn
+from other_libraries import BATCH, Pydqn
 
 from pydqn import preset
 from pydqn._util.files import write_json
@@ -93,12 +93,12 @@ def draw(results, path):
         return [row["setting"] for row in results[sweep]], [row[name] for row in results[sweep]]
 
     figure, panels = plt.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
-    lanes, batches, ring, runs = panels.flat
+    envs, batches, ring, runs = panels.flat
     for name, label in (("environments", "environments alone"), ("whole", "whole loop, an update per 4 steps")):
-        lanes.plot(
-            [row["setting"] for row in results["lanes"]], [row[name] for row in results["lanes"]], "o-", label=label
+        envs.plot(
+            [row["setting"] for row in results["envs"]], [row[name] for row in results["envs"]], "o-", label=label
         )
-    lanes.set(xscale="log", yscale="log", xlabel="lanes", ylabel="steps per second", title="Lanes")
+    envs.set(xscale="log", yscale="log", xlabel="envs", ylabel="steps per second", title="Envs")
     x = [row["setting"] for row in results["batch"]]
     batches.plot(x, [row["update"] for row in results["batch"]], "o-", label="updates")
     batches.plot(
@@ -116,8 +116,8 @@ def draw(results, path):
         panel.grid(alpha=0.3, axis="y" if panel is runs else "both")
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel, ticks in ((lanes, LANES), (batches, BATCHES)):
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    for panel, time_steps in ((envs, LANES), (batches, BATCHES)):
+        panel.set_xticks(time_steps, [str(time_step) for time_step in time_steps])
         panel.minorticks_off()
     figure.savefig(path, dpi=110)
 
@@ -125,7 +125,7 @@ def draw(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", help="JSON file")
-    parser.add_argument("--picture", help=".png, .svg or .pdf")
+    parser.add_argument("--image", help=".png, .svg or .pdf")
     parser.add_argument("--from-json", metavar="FILE", help="draw what was measured before")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each stage (default: 1.5)")
     arguments = parser.parse_args()
@@ -136,7 +136,7 @@ def main():
         several_threads = dict.fromkeys([(1, 1), (1, cores), (cores, 1), (cores, cores)])
         results = {
             "about": {"date": datetime.date.today().isoformat(), **environment()},
-            "lanes": table("lanes", [(n, stages(arguments.seconds, num_envs=n)) for n in LANES]),
+            "envs": table("envs", [(n, stages(arguments.seconds, num_envs=n)) for n in LANES]),
             "batch": table("batch", [(n, stages(arguments.seconds, batch_size=n)) for n in BATCHES]),
             "ring": table(f"ring: sample({BATCH})", list(rings())),
             "threads": table(
@@ -151,8 +151,8 @@ def main():
         results["runs"] = table("runs side by side", list(several()))
     if arguments.output:
         write_json(arguments.output, results)
-    if arguments.picture:
-        draw(results, arguments.picture)
+    if arguments.image:
+        draw(results, arguments.image)
     return 0
 
 

@@ -12,14 +12,14 @@ from ale_py import AtariVectorEnv, roms
 from timing import Elsewhere, in_turns, missing, rates_in_turns, row, us
 
 from pydqn import FrameReplay, _core, preset
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 
 LANES, STEPS = 32, 40
 ACTIONS = np.random.default_rng(0).integers(4, size=(64, LANES))
 
 
 def timed(play):
-    """Turn a function that plays STEPS steps of all lanes into one that returns emulator frames per second."""
+    """Turn a function that plays STEPS steps of all environments into one that returns emulator frames per second."""
 
     def rate():
         started = time.perf_counter()
@@ -31,18 +31,18 @@ def timed(play):
 
 def ours():
     _core.keep_freed_memory()  # as a training run does
-    lanes = make_lanes(preset("pong", env_id="breakout", num_envs=LANES, noop_max_frames=0), LANES, 0)
+    envs = make_envs(preset("pong", env_id="breakout", num_envs=LANES, noop_max_frames=0), LANES, 0)
     replay = FrameReplay(100 * LANES, num_envs=LANES)
     everything, nothing = np.ones(LANES, bool), np.zeros(LANES, np.int64)
     slot = replay.next_slot()
-    lanes.reset(slot)
+    envs.reset(slot)
     replay.append(slot, nothing, nothing, ~everything, ~everything, everything)
 
     def play():
         for i in range(STEPS):
-            lanes.send(ACTIONS[i])
+            envs.send(ACTIONS[i])
             slot = replay.next_slot()
-            step = lanes.recv(slot)
+            step = envs.recv(slot)
             replay.append(slot, ACTIONS[i], step.reward, step.terminated, step.truncated, step.first)
 
     for _ in range(3):  # round the ring once, so that all of its memory is there
@@ -104,7 +104,7 @@ def emulators(quick):
     mine = rate.pop("pydqn")
     for name, value in rate.items():
         aim = (">=", aims[name][1])
-        row("emulators, 32 lanes, frames/s", f"{mine:,.0f}", f"{name}: {value:,.0f}", mine / value, aim)
+        row("emulators, 32 environments, frames/s", f"{mine:,.0f}", f"{name}: {value:,.0f}", mine / value, aim)
 
 
 def preprocess(quick):

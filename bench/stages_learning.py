@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 from limits import UpdateLimit
-from peers import BATCH, MEMORIES
+from other_libraries import BATCH, MEMORIES
 from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
@@ -75,7 +75,7 @@ def update(quick):
         with torch.no_grad():
             for mine, other in zip(network.parameters(), online.parameters(), strict=True):
                 mine.copy_(other)
-        config = preset("pong", precision=precision, target_sync_updates=0, **NATURE)
+        config = preset("pong", precision=precision, target_update_period=0, **NATURE)
         learner, theirs = Learner(network, config, resolve_device("cpu"), out), default_update(online)
         for _ in range(20):
             batch = memory.replay.sample(BATCH, out)
@@ -101,14 +101,14 @@ def update(quick):
     torch.set_num_threads(threads)
 
 
-def our_loop(lanes, seconds):
+def our_loop(envs, seconds):
     config = preset(
         "pong",
         **NATURE,
         env_id="breakout",
-        num_envs=lanes,
-        target_sync_updates=250,
-        steps_per_update=4,
+        num_envs=envs,
+        target_update_period=250,
+        train_period_steps=4,
         learning_starts_steps=1_000,
         replay_capacity_frames=20_000,
         log_every_steps=1_000,
@@ -122,7 +122,7 @@ def our_loop(lanes, seconds):
         while time.perf_counter() - started < seconds:
             run.step()
         taken = time.perf_counter() - started
-        assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= lanes, folder.name
+        assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= envs, folder.name
         return (run.steps - steps) / taken
 
     return rate
@@ -166,17 +166,17 @@ def stable_baselines3(count, seconds):
     return rate
 
 
-def arithmetic_alone(steps_per_update):
+def arithmetic_alone(train_period_steps):
     """Return a function that measures how many steps/s there would be if nothing but updates took time."""
     precision = resolve_precision("auto", resolve_device("cpu"))
     limit = UpdateLimit(default_network(), BATCH, precision)
-    return lambda: steps_per_update / limit.seconds()
+    return lambda: train_period_steps / limit.seconds()
 
 
 def loop(quick):
     """Breakout, Nature's network, one update of 32 per 4 steps."""
     seconds = 4 if quick else 8
-    players = {f"pydqn, {lanes} lanes": Elsewhere(our_loop, lanes, seconds) for lanes in (8, 16)}
+    players = {f"pydqn, {envs} environments": Elsewhere(our_loop, envs, seconds) for envs in (8, 16)}
     for count in (1, 8):
         name = f"stable-baselines3, {count} env" + "s" * (count > 1)
         try:

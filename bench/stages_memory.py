@@ -1,11 +1,11 @@
-"""The replay memory."""
+"""The replay buffer."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-from peers import BATCH, MEMORIES, PlainCopy, RingCopy
+from other_libraries import BATCH, MEMORIES, PlainCopy, RingCopy
 from timing import Elsewhere, in_turns, missing, row, us
 
 

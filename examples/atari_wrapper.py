@@ -10,7 +10,7 @@ from pydqn.adapters.gymnasium import AtariPreprocessing, AtariVectorFrames
 gymnasium.register_envs(ale_py)
 
 # One environment. frameskip=1: the wrapper skips frames itself. This replaces Gymnasium's AtariPreprocessing and
-# FrameStackObservation: the last four pictures of 84x84, in which a network sees what moves where.
+# FrameStackObservation: the last four images of 84x84, in which a network sees what moves where.
 env = AtariPreprocessing(gymnasium.make("ALE/Pong-v5", frameskip=1), stack=4)
 observation, info = env.reset(seed=0)
 env.step(0)  # the very first time, the kernel is compiled
@@ -22,7 +22,7 @@ for _ in range(200):
 print(f"one:   {observation.shape} {observation.dtype}, {200 / (time.perf_counter() - started):,.0f} steps/s")
 
 # Eight at once, in ALE's own threads, which skip frames by themselves. Their screens have to come as they are: in
-# their own size (210 rows of 160 in most games), one at a time. Episodes open again by themselves.
+# their own size (210 rows of 160 in most episodes), one at a time. Episodes open again by themselves.
 native = {"img_height": 210, "img_width": 160, "stack_num": 1, "use_fire_reset": False, "reward_clipping": False}
 envs = gymnasium.make_vec("ALE/Pong-v5", 8, "vector_entry_point", **native)
 envs = AtariVectorFrames(envs, stack=4)

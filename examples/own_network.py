@@ -32,7 +32,7 @@ def loss(online, target, batch):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # enough for so small a network
-config = pydqn.Config(batch_size=64, learning_rate=1e-3, target_sync_updates=100)
+config = pydqn.Config(batch_size=64, learning_rate=1e-3, target_update_period=100)
 replay = pydqn.FrameReplay(20_000, (4,), stack=1, n_step=3, num_envs=8, dtype="float32", prioritized=True)
 learner = pydqn.Learner(Quantiles(), config, "auto", replay.empty_batch(64), loss=loss)
 envs, random, never = gymnasium.make_vec("CartPole-v1", num_envs=8), np.random.default_rng(0), np.zeros(8, bool)
@@ -43,11 +43,15 @@ for step in range(3000):
     action = learner.policy.choose(values, max(0.02, 1 - step / 400), random)
     frame, reward, terminated, truncated, _ = envs.step(action)
     replay.append(frame, action, reward, terminated, truncated, first)
-    length = np.where(first, 0, length + 1)  # Gymnasium answers the step after a game with the next one's first frame
+    length = np.where(
+        first, 0, length + 1
+    )  # Gymnasium answers the step after an episode with the next one's first frame
     first = terminated | truncated
     lengths += length[first].tolist()
     if step >= 100:
         batch = replay.sample(64)
         learner.update(batch)
         replay.update_priorities(batch.index, learner.errors() + 1e-6)
-print(f"{len(lengths)} games: {np.mean(lengths[:30]):.0f} steps in each at first, {np.mean(lengths[-30:]):.0f} at last")
+print(
+    f"{len(lengths)} episodes: {np.mean(lengths[:30]):.0f} steps in each at first, {np.mean(lengths[-30:]):.0f} at last"
+)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when first used: whoever wants the replay memory alone does not wait for torch.
+# Imported when first used: whoever wants the replay buffer alone does not wait for torch.
 _HOMES = {
     "Batch": "replay.frames",
     "Config": "config",

@@ -1,6 +1,6 @@
 """`Config`: everything that defines a run, in one frozen and validated dataclass.
 
-Field names carry their units: `_frames` are emulator frames, `_steps` are agent decisions over all lanes, `_updates`
+Field names carry their units: `_frames` are emulator frames, `_steps` are agent steps over all environments, `_updates`
 are gradient steps, `_episodes` whole games.
 """
 
@@ -50,15 +50,15 @@ class Config:
     """
 
     # The task
-    agent: str = _field("dqn", "a network and a replay memory, or a table", choices=("dqn", "tabular"))
+    agent: str = _field("dqn", "a network and a replay buffer, or a table", choices=("dqn", "tabular"))
     env_id: str = _field("ALE/Pong-v5", "an Atari game (a ROM name or an ALE/ id) or any Gymnasium id")
-    num_envs: int = _field(8, "environments that step together (lanes)", least=1, most=2**16)
+    num_envs: int = _field(8, "environments that step together (environments)", least=1, most=2**16)
     seed: int = _field(0, "seed of everything random in the run", least=0)
-    total_steps: int = _field(1_000_000, "agent decisions, over all lanes, after which the run ends", least=1)
+    total_steps: int = _field(1_000_000, "agent steps, over all environments, after which the run ends", least=1)
     total_episodes: int = _field(0, "whole games after which the run ends; 0 for no limit", least=0)
     max_episode_steps: int = _field(
         0,
-        "a game is truncated after so many decisions; 0 for the task's own limit, if any",
+        "a game is truncated after so many steps; 0 for the task's own limit, if any",
         least=0,
         bound_to="environment",
     )
@@ -72,7 +72,7 @@ class Config:
     )
     success_steps: int = _field(
         0,
-        "replace rewards: 1 at the end of a game of so many decisions (a success), else 0; 0 leaves them",
+        "replace rewards: 1 at the end of a game of so many steps (a success), else 0; 0 leaves them",
         least=0,
         bound_to="environment",
     )
@@ -81,10 +81,10 @@ class Config:
     )
 
     # Atari
-    frame_skip: int = _field(4, "emulator frames per decision", least=1, most=_MOST_ATARI, bound_to="Atari")
+    frame_skip: int = _field(4, "emulator frames per step", least=1, most=_MOST_ATARI, bound_to="Atari")
     frame_skip_max: int = _field(
         0,
-        "if above frame_skip, each decision lasts a random number of frames up to this",
+        "if above frame_skip, each step lasts a random number of frames up to this",
         least=0,
         most=64,
         bound_to="Atari",
@@ -97,8 +97,10 @@ class Config:
         30, "up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI, bound_to="Atari"
     )
     fire_reset: bool = _field(False, "FIRE, then action 2 open a game, where the game has FIRE", bound_to="Atari")
-    life_loss: bool = _field(False, "a lost life is terminal for the learner (the game goes on)", bound_to="Atari")
-    full_action_set: bool = _field(False, "all 18 actions instead of the game's own", bound_to="Atari")
+    terminal_on_life_loss: bool = _field(
+        False, "a lost life is terminal for the learner (the game goes on)", bound_to="Atari"
+    )
+    full_action_space: bool = _field(False, "all 18 actions instead of the game's own", bound_to="Atari")
     max_episode_frames: int = _field(
         108_000, "a game is truncated after this many frames", least=1, most=_MOST_ATARI, bound_to="Atari"
     )
@@ -106,12 +108,12 @@ class Config:
         "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area"), bound_to="Atari"
     )
 
-    # Observations and the replay memory
+    # Observations and the replay buffer
     stack: int = _field(4, "successive frames in an observation", least=1, most=2**16)
     padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
-    replay_capacity_frames: int = _field(100_000, "frames held by the replay memory, over all lanes", least=1)
+    replay_capacity_frames: int = _field(100_000, "frames held by the replay buffer, over all environments", least=1)
     skip_first_steps: int = _field(
-        0, "decisions at the start of an episode that are not stored", least=0, bound_to="environment"
+        0, "steps at the start of an episode that are not stored", least=0, bound_to="environment"
     )
     prioritized: bool = _field(False, "transitions are drawn by their TD errors (proportional, Schaul et al. 2016)")
     priority_alpha: float = _field(0.6, "how much priorities count: 0 (uniform) to 1", least=0)
@@ -132,7 +134,7 @@ class Config:
     pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0, bound_to="environment")
 
     # The loss
-    gamma: float = _field(0.99, "discount per decision", least=0)
+    gamma: float = _field(0.99, "discount per step", least=0)
     n_step: int = _field(1, "steps in a return", least=1, most=2**16)
     double: bool = _field(False, "the online network chooses, the target network values (van Hasselt et al. 2016)")
     loss: str = _field("huber", "of the TD error (huber: its gradient is the clipped error)", choices=("huber", "mse"))
@@ -145,7 +147,7 @@ class Config:
     )
     learning_rate: float = _field(1e-4, "step size of the optimizer", least=0)
     learning_rate_end: float = _field(0.0, "the same at the end of its linear decay", least=0)
-    learning_rate_decay_steps: int = _field(0, "decisions over which it falls; 0 for a constant rate", least=0)
+    learning_rate_decay_steps: int = _field(0, "steps over which it falls; 0 for a constant rate", least=0)
     optimizer_epsilon: float = _field(1.5e-4, "added to the denominator of the optimizer", least=0)
     rmsprop_decay: float = _field(0.95, "of the squared gradient's running mean (RMSProp)", least=0)
     rmsprop_momentum: float = _field(0.0, "of RMSProp", least=0)
@@ -154,29 +156,29 @@ class Config:
     # The loop
     batch_size: int = _field(32, "transitions per update", least=1)
     learning_starts_steps: int = _field(
-        5_000, "decisions before the first update (and not before a batch is stored)", least=1
+        5_000, "steps before the first update (and not before a batch is stored)", least=1
     )
-    steps_per_update: float = _field(4.0, "decisions per update (replay ratio = batch_size / steps_per_update)")
-    target_sync_updates: int = _field(
+    train_period_steps: float = _field(4.0, "steps per update (replay ratio = batch_size / train_period_steps)")
+    target_update_period: int = _field(
         500, "updates between copies of the online network to the target; 0 for none", least=0
     )
-    target_sync_episodes: int = _field(0, "whole games between such copies; 0 for none", least=0)
+    target_update_period_episodes: int = _field(0, "whole games between such copies; 0 for none", least=0)
     epsilon_schedule: str = _field(
         "linear",
         "a line, two lines (the second to epsilon_final at total_steps), or end + (start - end) exp(-t / decay)",
         choices=("linear", "piecewise", "exponential"),
     )
-    epsilon_hold_steps: int = _field(0, "decisions before epsilon begins to fall", least=0)
+    epsilon_hold_steps: int = _field(0, "steps before epsilon begins to fall", least=0)
     epsilon_start: float = _field(1.0, "probability of a random action at the start", least=0)
     epsilon_end: float = _field(0.01, "the same at the end of its decay", least=0)
-    epsilon_decay_steps: int = _field(60_000, "decisions over which epsilon falls (exponential: by 1/e)", least=1)
+    epsilon_decay_steps: int = _field(60_000, "steps over which epsilon falls (exponential: by 1/e)", least=1)
     epsilon_final: float = _field(0.01, "piecewise: the same at total_steps", least=0)
-    evaluation_every_steps: int = _field(0, "decisions between evaluations; 0 for none while training", least=0)
+    evaluation_every_steps: int = _field(0, "steps between evaluations; 0 for none while training", least=0)
     evaluation_episodes: int = _field(10, "whole games per evaluation", least=1)
     evaluation_epsilon: float = _field(0.001, "probability of a random action in evaluation", least=0)
     evaluation_max_episode_steps: int = _field(
         100_000,
-        "evaluation cuts a game after so many decisions where nothing else limits it (with a warning); 0 for never",
+        "evaluation cuts a game after so many steps where nothing else limits it (with a warning); 0 for never",
         least=0,
     )
     evaluation_protocol: str = _field(
@@ -185,12 +187,12 @@ class Config:
         choices=("own", "nature", "machado2018"),
         bound_to="Atari",
     )
-    log_every_steps: int = _field(5_000, "decisions between rows of progress.csv", least=1)
+    log_every_steps: int = _field(5_000, "steps between rows of progress.csv", least=1)
     log_every_episodes: int = _field(0, "whole games between further rows, printed as lines; 0 for none", least=0)
-    checkpoint_every_steps: int = _field(50_000, "decisions between checkpoints; 0 for none", least=0)
+    checkpoint_every_steps: int = _field(50_000, "steps between checkpoints; 0 for none", least=0)
     checkpoint_every_episodes: int = _field(0, "whole games between further checkpoints; 0 for none", least=0)
     checkpoint_replay: bool = _field(
-        True, "checkpoints hold the replay memory, too; games begin anew there, for a resumed run to be the same"
+        True, "checkpoints hold the replay buffer, too; games begin anew there, for a resumed run to be the same"
     )
     video_every_episodes: int = _field(0, "whole games between recorded ones; 0 for no videos", least=0)
     video_format: str = _field("mp4", "of recorded games", choices=("mp4", "gif", "html"))
@@ -219,7 +221,7 @@ class Config:
         for name in ("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", *_EPSILONS):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "steps_per_update", "pixel_std", "priority_epsilon"):
+        for name in ("learning_rate", "train_period_steps", "pixel_std", "priority_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if ":" in self.env_id:  # Gymnasium would import what stands before it: a config must not run code
@@ -237,7 +239,7 @@ class Config:
             raise ValueError(
                 f"frame_skip_max: expected 0 or at least frame_skip = {self.frame_skip}, got {self.frame_skip_max}"
             )
-        # Every lane needs room for one whole transition, or nothing could ever be sampled.
+        # Every environment needs room for one whole transition, or nothing could ever be sampled.
         least = self.num_envs * (self.stack + self.n_step)
         if self.replay_capacity_frames < least:
             raise ValueError(
@@ -301,7 +303,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
 SECTIONS = {
     "agent": "the task",
     "frame_skip": "Atari only",
-    "stack": "observations and the replay memory",
+    "stack": "observations and the replay buffer",
     "network": "the network",
     "gamma": "the loss",
     "optimizer": "the optimizer",
@@ -314,7 +316,15 @@ SECTIONS = {
 # What the transitions in a replay buffer depend on: under another value they are of another task, or seen or counted in
 # another way. (What a replay buffer is made with, such as gamma, is among its own settings, which are compared anyway.)
 TRANSITIONS = (
-    *("env_id", "clip_rewards", "success_steps", "life_loss", "full_action_set", "preprocess", "max_pool"),
+    *(
+        "env_id",
+        "clip_rewards",
+        "success_steps",
+        "terminal_on_life_loss",
+        "full_action_space",
+        "preprocess",
+        "max_pool",
+    ),
     *("frame_skip", "frame_skip_max", "sticky_actions"),
 )
 

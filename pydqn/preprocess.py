@@ -219,17 +219,17 @@ def _area_exact(frame, previous, row, column, rows, row_count, row_weight, colum
 
 
 @kernel(nogil=True)
-def _weigh_rows(frames, previous, lane, rows, row_count, share, sums):
+def _weigh_rows(frames, previous, env_index, rows, row_count, share, sums):
     """Add up the rows of the pixel-wise maximum that make up each row of the result: (H, W) to (84, W)."""
     for row in range(SIZE):
         for i in range(row_count[row]):
             y, weight = np.uint64(rows[row] + i), share[row, i]
             if i == 0:
                 for x in range(sums.shape[1]):
-                    sums[row, x] = weight * max(frames[lane, y, x], previous[lane, y, x])
+                    sums[row, x] = weight * max(frames[env_index, y, x], previous[env_index, y, x])
             else:
                 for x in range(sums.shape[1]):
-                    sums[row, x] += weight * max(frames[lane, y, x], previous[lane, y, x])
+                    sums[row, x] += weight * max(frames[env_index, y, x], previous[env_index, y, x])
 
 
 @kernel(nogil=True)
@@ -300,8 +300,8 @@ def _resize_area(
     unsure = np.zeros((SIZE, SIZE), np.uint8)
     reciprocal = np.float32(1) / np.float32(total)
     halves = height == 2 * SIZE and width == 2 * SIZE
-    for lane in range(frames.shape[0]):
-        _weigh_rows(frames, previous, lane, rows, row_count, row_share, sums)
+    for env_index in range(frames.shape[0]):
+        _weigh_rows(frames, previous, env_index, rows, row_count, row_share, sums)
         _transpose(sums, turned)
         _weigh(turned, columns, column_count, column_share, area)
         if whole:  # OpenCV has a path of its own for whole factors
@@ -316,8 +316,8 @@ def _resize_area(
                 for row in range(SIZE):
                     if unsure[c, row]:
                         exact = _area_exact(
-                            frames[lane],
-                            previous[lane],
+                            frames[env_index],
+                            previous[env_index],
                             row,
                             c,
                             rows,
@@ -330,31 +330,39 @@ def _resize_area(
                         rounded[c, row] = np.uint8(np.rint(exact))
         for row in range(SIZE):
             for c in range(SIZE):
-                out[lane, row, c] = rounded[c, row]
+                out[env_index, row, c] = rounded[c, row]
 
 
 # --- gray and crop ---
 
 
 @kernel(nogil=True)
-def _gray_whole(frames, lane, rows, gray):
+def _gray_whole(frames, env_index, rows, gray):
     """ITU-R BT.601 in 15 bits, as OpenCV computes it. `frames` are (N, H, 3 W), which LLVM can take apart."""
     for row in range(gray.shape[0]):
         y = rows[row]
         for x in range(np.uint64(gray.shape[1])):
             i = np.uint64(3) * x
-            red, green, blue = frames[lane, y, i], frames[lane, y, i + np.uint64(1)], frames[lane, y, i + np.uint64(2)]
+            red, green, blue = (
+                frames[env_index, y, i],
+                frames[env_index, y, i + np.uint64(1)],
+                frames[env_index, y, i + np.uint64(2)],
+            )
             mixed = np.uint32(red) * np.uint32(9798) + np.uint32(green) * np.uint32(19235)
             gray[row, x] = (mixed + np.uint32(blue) * np.uint32(3735) + np.uint32(1 << 14)) >> np.uint32(15)
 
 
 @kernel(nogil=True)
-def _gray_float(frames, lane, top, gray):
+def _gray_float(frames, env_index, top, gray):
     for row in range(gray.shape[0]):
         y = np.uint64(top + row)
         for x in range(np.uint64(gray.shape[1])):
             i = np.uint64(3) * x
-            red, green, blue = frames[lane, y, i], frames[lane, y, i + np.uint64(1)], frames[lane, y, i + np.uint64(2)]
+            red, green, blue = (
+                frames[env_index, y, i],
+                frames[env_index, y, i + np.uint64(1)],
+                frames[env_index, y, i + np.uint64(2)],
+            )
             mixed = np.float32(red) * np.float32(0.299) + np.float32(green) * np.float32(0.587)
             gray[row, x] = mixed + np.float32(blue) * np.float32(0.114)
 
@@ -362,11 +370,11 @@ def _gray_float(frames, lane, top, gray):
 @kernel(nogil=True)
 def _crop_nearest(frames, out, rows, columns):
     gray = np.empty((SIZE, frames.shape[2] // 3), np.uint8)
-    for lane in range(frames.shape[0]):
-        _gray_whole(frames, lane, rows, gray)
+    for env_index in range(frames.shape[0]):
+        _gray_whole(frames, env_index, rows, gray)
         for row in range(SIZE):
             for c in range(SIZE):
-                out[lane, row, c] = gray[row, columns[c]]
+                out[env_index, row, c] = gray[row, columns[c]]
 
 
 @kernel(nogil=True)
@@ -378,12 +386,12 @@ def _crop_area(frames, out, rows, row_count, row_weight, columns, column_count, 
     narrow = np.empty((SIZE, height), np.float32)
     lines = np.empty((height, SIZE), np.float32)
     total = np.empty((SIZE, SIZE), np.float32)
-    for lane in range(frames.shape[0]):
-        _gray_float(frames, lane, top, gray)
+    for env_index in range(frames.shape[0]):
+        _gray_float(frames, env_index, top, gray)
         _transpose(gray, turned)
         _weigh(turned, columns, column_count, column_weight, narrow)
         _transpose(narrow, lines)
         _weigh(lines, rows - top, row_count, row_weight, total)
         for row in range(SIZE):
             for c in range(SIZE):
-                out[lane, row, c] = np.uint8(total[row, c])
+                out[env_index, row, c] = np.uint8(total[row, c])

@@ -20,7 +20,7 @@ class Preset(NamedTuple):
 
 
 # What the write-ups share: one environment, one update per step, no clipping of gradients, one-step targets.
-_PLAIN = Config(num_envs=1, steps_per_update=1.0, max_grad_norm=0.0, mean_episodes=100, log_every_steps=1_000)
+_PLAIN = Config(num_envs=1, train_period_steps=1.0, max_grad_norm=0.0, mean_episodes=100, log_every_steps=1_000)
 
 _BREAKOUT = dataclasses.replace(
     _PLAIN,
@@ -43,7 +43,7 @@ _BREAKOUT = dataclasses.replace(
     rmsprop_decay=0.99,
     optimizer_epsilon=1e-6,
     learning_starts_steps=50_000,
-    target_sync_updates=10_000,
+    target_update_period=10_000,
     epsilon_end=0.1,
     epsilon_decay_steps=500_000,
     log_every_episodes=1,
@@ -91,8 +91,8 @@ PRESETS: dict[str, Preset] = {
             learning_rate=1e-3,
             optimizer_epsilon=1e-8,
             learning_starts_steps=32,
-            target_sync_updates=0,
-            target_sync_episodes=1,
+            target_update_period=0,
+            target_update_period_episodes=1,
             epsilon_schedule="exponential",
             epsilon_end=0.01,
             epsilon_decay_steps=1_000,
@@ -122,8 +122,8 @@ PRESETS: dict[str, Preset] = {
             learning_rate_end=1e-4,
             learning_rate_decay_steps=250_000,
             learning_starts_steps=3_000,
-            steps_per_update=4.0,
-            target_sync_updates=250,
+            train_period_steps=4.0,
+            target_update_period=250,
             epsilon_decay_steps=30_000,
             checkpoint_every_steps=250_000,  # rarely, since games are cut off there
         ),
@@ -143,7 +143,7 @@ PRESETS: dict[str, Preset] = {
             loss="mse",
             optimizer_epsilon=1e-8,
             learning_starts_steps=10_000,
-            target_sync_updates=1_000,
+            target_update_period=1_000,
             epsilon_decay_steps=148_500,  # max(0.01, 1 - step / 150,000)
             evaluation_epsilon=0.0,
             log_every_episodes=1,
@@ -169,7 +169,7 @@ PRESETS: dict[str, Preset] = {
             frame_skip=4,
             frame_skip_max=0,
             noop_max_frames=20,
-            life_loss=True,
+            terminal_on_life_loss=True,
             replay_capacity_frames=1_000_000,
             network="nature_7x7",
             hidden_units=(),
@@ -196,15 +196,15 @@ PRESETS: dict[str, Preset] = {
             _PLAIN,
             env_id="ALE/Breakout-v5",
             total_steps=50_000_000,
-            life_loss=True,
+            terminal_on_life_loss=True,
             replay_capacity_frames=1_000_000,
             optimizer="rmsprop_centered",
             learning_rate=2.5e-4,
             rmsprop_decay=0.95,
             optimizer_epsilon=0.01 / 32**2,  # 0.01 for their sum over a batch of 32; ours is the mean
             learning_starts_steps=50_000,
-            steps_per_update=4.0,
-            target_sync_updates=10_000,
+            train_period_steps=4.0,
+            target_update_period=10_000,
             epsilon_end=0.1,
             epsilon_decay_steps=1_000_000,
             evaluation_every_steps=250_000,

@@ -8,13 +8,13 @@ from odd_envs import ID, Counted, Odd
 
 from pydqn import preset
 
-# A game is over after 400 frames, so that a run of a few hundred steps sees whole games.
+# An episode is over after 400 frames, so that a run of a few hundred steps sees whole episodes.
 TINY = {
     "num_envs": 2,
     "total_steps": 400,
     "replay_capacity_frames": 1000,
     "learning_starts_steps": 50,
-    "steps_per_update": 4.0,
+    "train_period_steps": 4.0,
     "n_step": 3,
     "prioritized": False,
     "stop_return": float("inf"),
@@ -22,7 +22,7 @@ TINY = {
     "hidden_units": (32,),
     "batch_size": 8,
     "max_episode_frames": 400,
-    "target_sync_updates": 20,
+    "target_update_period": 20,
     "epsilon_decay_steps": 200,
     "log_every_steps": 100,
     "mean_episodes": 2,

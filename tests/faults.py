@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from oracles import fill
+from reference import fill
 
 from pydqn import FrameReplay, preset
 from pydqn._util.weights import load_weights, save_weights
@@ -38,7 +38,7 @@ UNHARMED, REFUSED, UNNAMED, UNFLUSHED = 0, 3, 4, 5
 
 
 class Memory:
-    """A replay memory that is saved over what it saved before."""
+    """A replay buffer that is saved over what it saved before."""
 
     def __init__(self, root: Path) -> None:
         self.path = root / "memory"
@@ -64,7 +64,7 @@ class Memory:
     def check_again(self) -> None:
         self.act()
         assert content(self.path) == self.after
-        assert len(list(self.path.iterdir())) == 2 + 4  # index, priorities, and pieces of the last 20 ticks
+        assert len(list(self.path.iterdir())) == 2 + 4  # index, priorities, and chunks of the last 20 time steps
 
 
 class Buffer:
@@ -73,7 +73,7 @@ class Buffer:
     def __init__(self, root: Path) -> None:
         self.path, self.steps = root / "streams", 0
         self.streams = Streams(TransitionReplay(40, (5,), "float32", num_envs=2, prioritized=True))
-        self.replay = self.streams.replay.memory
+        self.replay = self.streams.transitions.frame_replay
         self.replay._saver.length = 8
         self.feed(25)
 
@@ -95,11 +95,11 @@ class Buffer:
 
     def content(self, path: Path) -> bytes:
         streams, _ = Streams.load(path, 40, num_envs=2, prioritized=True)
-        held = streams.replay.memory.valid_indices()
-        numbers = streams.columns[("number",)].numpy()[streams.places_at(held)]
+        held = streams.transitions.frame_replay.valid_indices()
+        numbers = streams.columns[("number",)].numpy()[streams.slots_at(held)]
         assert len(held) == 40
-        assert ((streams.replay.gather(held).obs[:, 0] - numbers) % 1000 == 0).all()
-        return numbers.tobytes() + streams.replay.sample(32).index.tobytes()
+        assert ((streams.transitions.gather(held).obs[:, 0] - numbers) % 1000 == 0).all()
+        return numbers.tobytes() + streams.transitions.sample(32).index.tobytes()
 
     def act(self) -> None:
         self.streams.save(self.path, {})

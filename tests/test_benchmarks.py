@@ -31,7 +31,7 @@ def test_every_stage_is_measured(name):
 
 def test_the_whole_loop_learns_at_the_presets_ratio():
     """What is called a loop makes its updates: it cannot be faster than they are."""
-    rows = {row.stage: row for row in measure(preset("pong", steps_per_update=1.0, **SMALL), 0.2)}
+    rows = {row.stage: row for row in measure(preset("pong", train_period_steps=1.0, **SMALL), 0.2)}
     assert rows["whole loop"].microseconds > 2 * 0.5 * rows["update of 4"].microseconds
 
 
@@ -63,7 +63,7 @@ def script(*arguments):
 
 def test_the_gpu_script_runs_without_one(tmp_path):
     out = script("--device", "cpu", "--quick", "ceiling", "act", "-o", str(tmp_path / "rows.json"))
-    assert "act, 32 lanes, eager" in out
+    assert "act, 32 environments, eager" in out
     written = json.loads((tmp_path / "rows.json").read_text())
     assert [row["unit"] for row in written["rows"]] == ["GB/s", "us", "us", "us"]
     assert all(row["value"] > 0 for row in written["rows"])

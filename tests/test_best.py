@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 class Rising(gymnasium.Env):
-    """Games of five steps, each worth more than the one before."""
+    """Episodes of five steps, each worth more than the one before."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)

@@ -75,8 +75,8 @@ replay = pydqn.FrameReplay(100, (84, 84))
 pydqn.TransitionReplay(100, (4,), dtype="float32")
 pydqn.DeviceReplay(100, (84, 84), device="cpu")
 network = make_network("small", 4, (84, 84), 6)
-lanes = SimpleNamespace(num_envs=1, frame_shape=(84, 84), dtype=np.dtype(np.uint8), num_actions=6, input_range=(0, 255))
-load_policy({str(tmp_path / "run")!r}, config, lanes)
+environments = SimpleNamespace(num_envs=1, frame_shape=(84, 84), dtype=np.dtype(np.uint8), num_actions=6, input_range=(0, 255))
+load_policy({str(tmp_path / "run")!r}, config, environments)
 pydqn.Learner(network, config, torch.device("cpu"), replay.empty_batch(8))
 pydqn.preprocess.resize_area(np.zeros((1, 210, 160), np.uint8))
 changed = {{k for k in os.environ | before if os.environ.get(k) != before.get(k)}} - {{"KMP_INIT_AT_FORK"}}
@@ -143,7 +143,7 @@ def test_emulators_get_as_many_threads_as_there_are_cores(tiny, monkeypatch):
     monkeypatch.setattr(atari, "usable_cores", lambda: 3)
     for num_envs, threads, expected in ((8, 0, 3), (2, 0, 2), (8, 5, 5)):
         config = replace(tiny, num_envs=num_envs, emulator_threads=threads)
-        atari.AtariLanes("pong", config, num_envs, 0).close()
+        atari.AtariEnvs("pong", config, num_envs, 0).close()
         assert asked.pop() == expected
 
 

@@ -51,18 +51,18 @@ def breakout():
     return Recorder(gym.wrappers.FrameStackObservation(env, 4))
 
 
-def play(make, mode, add, steps, lanes, seed=0):
+def play(make, mode, add, steps, env_indices, seed=0):
     """The scripts' loop; return the environments."""
-    envs = SyncVectorEnv([make for _ in range(lanes)], autoreset_mode=mode)
+    envs = SyncVectorEnv([make for _ in range(env_indices)], autoreset_mode=mode)
     envs.action_space.seed(seed)
     obs, _ = envs.reset(seed=seed)
     for _ in range(steps):
         actions = envs.action_space.sample()
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         real_next_obs = next_obs.copy()
-        for lane in np.flatnonzero(truncations):
+        for env_index in np.flatnonzero(truncations):
             if mode == AutoresetMode.SAME_STEP:
-                real_next_obs[lane] = infos["final_obs"][lane]
+                real_next_obs[env_index] = infos["final_obs"][env_index]
         add(obs, real_next_obs, actions, rewards, terminations, truncations, infos)
         obs = next_obs
     return envs
@@ -70,9 +70,9 @@ def play(make, mode, add, steps, lanes, seed=0):
 
 def assert_really_happened(transitions, envs):
     """All that is held is what the environments did, in order, and nothing that they did recently is missing."""
-    indices = transitions.memory.valid_indices()
-    for lane, env in enumerate(envs.envs):
-        batch = transitions.gather(indices[indices % len(envs.envs) == lane])
+    indices = transitions.frame_replay.valid_indices()
+    for env_index, env in enumerate(envs.envs):
+        batch = transitions.gather(indices[indices % len(envs.envs) == env_index])
         real = env.steps[-len(batch.action) :]
         assert len(real) == len(batch.action) > 50
         for row, (obs, action, reward, next_obs, terminated, _) in enumerate(real):
@@ -141,7 +141,7 @@ def test_each_frame_is_stored_once():
 
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_rainbow_windows(n_step):
-    """Every step of a game starts a window, the last ones of an episode shorter ones; none crosses its end."""
+    """Every step of an episode starts a window, the last ones of an episode shorter ones; none crosses its end."""
     env = breakout()
     buffer = PrioritizedReplayBuffer(300, env.observation_space.shape, "cpu", n_step, 0.9, 0.5, 0.4, 1e-6)
 
@@ -149,7 +149,7 @@ def test_rainbow_windows(n_step):
         buffer.add(obs, actions, rewards, next_obs, terminations)
 
     (env,) = play(breakout, AutoresetMode.SAME_STEP, add, 250, 1).envs
-    indices = buffer.transitions.memory.valid_indices()
+    indices = buffer.transitions.frame_replay.valid_indices()
     batch, windows = buffer.transitions.gather(indices), buffer.transitions.windows(indices)
     assert len(indices) > 200
     assert len(set(windows.steps.tolist())) == n_step
@@ -175,7 +175,7 @@ def test_rainbow_priorities():
     data = buffer.sample(32)
     assert (data.weights == 1).all()
     losses = np.where(data.indices == data.indices[0], 0.0, 100.0).astype(np.float32)
-    buffer.update_priorities(buffer.transitions.memory.valid_indices(), np.zeros(98, np.float32))
+    buffer.update_priorities(buffer.transitions.frame_replay.valid_indices(), np.zeros(98, np.float32))
     buffer.update_priorities(data.indices, losses)
     drawn = buffer.sample(32)
     assert set(drawn.indices.tolist()) <= set(data.indices[losses > 0].tolist())
@@ -226,8 +226,8 @@ def test_a_script_learns_cartpole():
         if terminations[0] or truncations[0]:
             returns, total = [*returns, total], 0.0
         real_next_obs = next_obs.copy()
-        for lane in np.flatnonzero(truncations):
-            real_next_obs[lane] = infos["final_obs"][lane]
+        for env_index in np.flatnonzero(truncations):
+            real_next_obs[env_index] = infos["final_obs"][env_index]
         buffer.add(obs, real_next_obs, actions, rewards, terminations, infos)
         obs = next_obs
         if step > 1_000 and step % 4 == 0:

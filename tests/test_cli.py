@@ -52,7 +52,7 @@ def test_the_progress_bar_says_what_matters(tmp_path, capfd):
     line = err.replace("\r", "\n").strip().split("\n")[-1]
     for word in ("steps", "frames/s", "updates/s", "eps", "return", "loss", "<"):
         assert word in line
-    assert re.search(r"done: \d+ steps, \d+ updates, \d+ games in .* min; mean return of the last 2: -?\d", out)
+    assert re.search(r"done: \d+ steps, \d+ updates, \d+ episodes in .* min; mean return of the last 2: -?\d", out)
     assert re.search(r"^ended by total_steps: 25\d steps were taken$", out, re.MULTILINE)
     task, machine = err.splitlines()[:2]
     assert task.startswith("environment ALE/Pong-v5 (Atari), ")
@@ -64,7 +64,7 @@ def test_the_progress_bar_says_what_matters(tmp_path, capfd):
 def test_evaluate(run, capsys):
     assert main(["evaluate", str(run), "--episodes", "3"]) == 0
     out = capsys.readouterr().out
-    assert re.match(r"3 games: mean return -?\d+\.\d\d, standard deviation .*; -?\d+\.\d% of human\n", out)
+    assert re.match(r"3 episodes: mean return -?\d+\.\d\d, standard deviation .*; -?\d+\.\d% of human\n", out)
     assert "protocol own: evaluation_epsilon 0.001, noop_max_frames 30" in out
 
 
@@ -91,12 +91,12 @@ def test_protocols_bind_what_is_played(run, monkeypatch):
     """The settings reach the emulators, also those of the evaluations while training."""
     made = []
 
-    def make_lanes(config, *arguments, **options):
+    def make_envs(config, *arguments, **options):
         made.append(config)
         return real(config, *arguments, **options)
 
-    real = evaluation.make_lanes
-    monkeypatch.setattr(evaluation, "make_lanes", make_lanes)
+    real = evaluation.make_envs
+    monkeypatch.setattr(evaluation, "make_envs", make_envs)
     evaluation.score(run, 1, protocol="machado2018", max_episode_steps=20)
     assert (made[-1].sticky_actions, made[-1].noop_max_frames, made[-1].max_episode_frames) == (0.25, 0, 108_000)
     config = dataclasses.replace(evaluation.load_run(run), evaluation_protocol="nature", max_episode_steps=20)
@@ -110,12 +110,12 @@ def test_a_page_that_plays_a_game(run, tmp_path, capsys):
     assert main(["play", str(run), "--record", str(page), "--most-steps", "20", "--q-values"]) == 0
     text = page.read_text()
     assert text.startswith("<!DOCTYPE html>")
-    film = json.loads(re.search(r'<script type="application/json" id="film">(.*?)</script>', text, re.DOTALL).group(1))
-    assert len(film["pictures"]) == len(film["captions"]) == 20
+    film = json.loads(re.search(r'<script type="application/json" id="video">(.*?)</script>', text, re.DOTALL).group(1))
+    assert len(film["images"]) == len(film["captions"]) == 20
     assert film["actions"][:3] == ["NOOP", "FIRE", "RIGHT"]
     assert len(film["captions"][0][3]) == 6
-    picture = imageio.imread(base64.b64decode(film["pictures"][3]), extension=".png")
-    assert picture.shape[:2] == (210, 160)  # the page itself draws the action values
+    image = imageio.imread(base64.b64decode(film["images"][3]), extension=".png")
+    assert image.shape[:2] == (210, 160)  # the page itself draws the action values
     assert "http" not in re.sub(r"http://www.w3.org\S*", "", text)  # nothing is fetched from anywhere
 
 
@@ -137,7 +137,7 @@ def test_lines_for_games(tmp_path, capsys):
     folder = tmp_path / "run"
     command = ["train", "cartpole", "--total-episodes", "4", "--log-every-episodes", "2", "--device", "cpu"]
     assert main([*command, "--logdir", str(folder)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("game ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("episode ")]
     assert [line.split()[1] for line in lines] == ["2", "4"]
     for word in ("step", "return", "length", "mean return", "epsilon", "loss", "frames/s"):
         assert word in lines[-1]
@@ -188,15 +188,15 @@ def test_resume_takes_new_settings(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 def test_play_records_without_a_display(run, tmp_path, capsys, monkeypatch, suffix):
     monkeypatch.delenv("DISPLAY", raising=False)
-    video = tmp_path / f"game{suffix}"
+    video = tmp_path / f"episode{suffix}"
     assert main(["play", str(run), "--record", str(video)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"total reward -\d+ in 100 steps; actions NOOP:\d+ FIRE:\d+ RIGHT:\d+", out)
     options = {"plugin": "pillow", "mode": "RGB"} if suffix == ".gif" else {"plugin": "FFMPEG"}
-    pictures = np.stack(list(imageio.imiter(video, **options)))
-    assert pictures.shape[0] == 100
-    assert pictures.shape[1:] == (420, 320, 3)
-    assert pictures[50].std() > 10
+    images = np.stack(list(imageio.imiter(video, **options)))
+    assert images.shape[0] == 100
+    assert images.shape[1:] == (420, 320, 3)
+    assert images[50].std() > 10
     assert [file.name for file in tmp_path.iterdir()] == [video.name]
 
 
@@ -215,11 +215,11 @@ def test_a_run_without_rows_cannot_be_drawn(run, tmp_path, capsys):
 
 
 def test_plot(run, tmp_path, capsys):
-    picture = tmp_path / "curve.png"
-    assert main(["plot", str(run), str(run), "-o", str(picture)]) == 0
-    assert imageio.imread(picture).shape[:2] == (1080, 2025)
-    assert main(["plot", str(run), "-o", str(picture), "--panels", "return-frames", "length-episodes"]) == 0
-    assert imageio.imread(picture).shape[:2] == (540, 1350)
+    image = tmp_path / "curve.png"
+    assert main(["plot", str(run), str(run), "-o", str(image)]) == 0
+    assert imageio.imread(image).shape[:2] == (1080, 2025)
+    assert main(["plot", str(run), "-o", str(image), "--panels", "return-frames", "length-episodes"]) == 0
+    assert imageio.imread(image).shape[:2] == (540, 1350)
 
 
 def test_presets(capsys):
@@ -300,8 +300,8 @@ def test_every_setting_is_an_option_with_help(capsys):
         ("train pong --device tpu", "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("train pong --logdir RUN", "holds a run already"),
         ("play nowhere", "run: 'nowhere' is not the folder of a run"),
-        ("play RUN --record film.avi", "record: expected a name that ends in .mp4, .gif or .html, got 'film.avi'"),
-        ("play RUN --record none/film.gif", "record: there is no folder 'none'"),
+        ("play RUN --record video.avi", "record: expected a name that ends in .mp4, .gif or .html, got 'video.avi'"),
+        ("play RUN --record none/video.gif", "record: there is no folder 'none'"),
         ("play RUN --fps 0", "fps: expected at least 1, got 0"),
         ("evaluate nowhere", "run: 'nowhere' is not the folder of a run"),
         ("evaluate RUN --episodes 0", "episodes: expected at least 1, got 0"),

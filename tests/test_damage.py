@@ -130,11 +130,11 @@ def test_a_damaged_table_of_games_costs_its_rows_alone(small, tmp_path, old, new
     assert len(whole) > 4
     lines = path.read_text().split("\n")
     fields = lines[3].split(",")
-    fields[3] = "2.5.5"  # the third game's return
+    fields[3] = "2.5.5"  # the third episode's return
     damaged = path.read_text().replace(old, new, 1) if old else "\n".join([*lines[:3], ",".join(fields), *lines[4:]])
     path.write_text(damaged)
     before = checkpoints(tmp_path)
-    with pytest.warns(UserWarning, match=f"episodes.csv lacks {len(whole) - kept} of the {len(whole)} games so far"):
+    with pytest.warns(UserWarning, match=f"episodes.csv lacks {len(whole) - kept} of the {len(whole)} episodes so far"):
         run = Run(dataclasses.replace(small, total_steps=400), tmp_path, resume=True)
     with run:
         assert run.episodes == len(whole)
@@ -159,7 +159,7 @@ def test_better_weights_of_a_course_that_was_given_up_are_kept(small, tmp_path):
     best = tmp_path / "weights" / "best.safetensors"
     weights, metadata = load_weights(best)
     save_weights(best, weights, {**metadata, "best": 1e6})
-    result = resume(checkpoints(tmp_path)[0])  # from the start, where any game would be the best
+    result = resume(checkpoints(tmp_path)[0])  # from the start, where any episode would be the best
     assert result.returns
     assert load_weights(best)[1]["best"] == 1e6
 

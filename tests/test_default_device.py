@@ -11,7 +11,7 @@ from test_learner import assert_equal_learners
 from test_learner import make as make_learner
 
 from pydqn import FrameReplay, preset, train
-from pydqn._util.cuda import Inbox, Outbox
+from pydqn._util.cuda import DeviceToHost, HostToDevice
 from pydqn._util.weights import load_weights, save_weights
 from pydqn.learning.networks import Table, make_network
 from pydqn.learning.policy import Actor
@@ -77,8 +77,8 @@ def test_a_learner_learns_the_same(tmp_path, settings, storage):
 def test_a_memory_on_a_device_is_saved_and_loaded(tmp_path):
     with default_device("meta"):
         memory = DeviceReplay(20, (3,), device="cpu", stack=2)
-        for tick in range(9):
-            memory.append(np.full((1, 3), tick, np.uint8), [0], [0.0], [False], [False], [tick == 0])
+        for time_step in range(9):
+            memory.append(np.full((1, 3), time_step, np.uint8), [0], [0.0], [False], [False], [time_step == 0])
         memory.save(tmp_path / "replay")
         again = DeviceReplay.load(tmp_path / "replay")
     host = FrameReplay.load(tmp_path / "replay")
@@ -124,8 +124,8 @@ def test_pinned_memory_is_on_the_host(monkeypatch):
     monkeypatch.setattr("pydqn.replay.device.on", lambda device: contextlib.nullcontext())
     cuda = torch.device("cuda", 0)
     with default_device("meta"):
-        Inbox([np.zeros(3, np.float32)], cuda)
-        outbox = Outbox(cuda)
+        HostToDevice([np.zeros(3, np.float32)], cuda)
+        outbox = DeviceToHost(cuda)
         outbox.put(empty(3, device="cpu"))
         Uploads(Frames(), 1, Streams)
     assert made == ["cpu"] * 3

@@ -26,7 +26,7 @@ CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "m
 SMALL = {
     "total_steps": 300, "learning_starts_steps": 60, "replay_capacity_frames": 2000, "max_episode_steps": 70,
     "checkpoint_every_steps": 120, "checkpoint_every_episodes": 0, "log_every_steps": 50, "log_every_episodes": 0,
-    "video_every_episodes": 0, "epsilon_decay_steps": 200, "device": "cpu", "torch_threads": 1, "steps_per_update": 8.0,
+    "video_every_episodes": 0, "epsilon_decay_steps": 200, "device": "cpu", "torch_threads": 1, "train_period_steps": 8.0,
 }
 TABLE = {"total_steps": 5000, "checkpoint_every_steps": 1500, "stop_evaluation_return": float("inf")}
 for name in PRESETS:

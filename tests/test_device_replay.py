@@ -25,15 +25,15 @@ def both(device="cpu", capacity=60, **options):
     return host, there
 
 
-def feed(memories, ticks, seed=0, since=0):
+def feed(memories, time_steps, seed=0, since=0):
     generator = np.random.default_rng(seed)
-    for tick in range(since, since + ticks):
+    for time_step in range(since, since + time_steps):
         frame = generator.integers(1, 255, (3, 5, 3), dtype=np.uint8)
         ends = generator.random((2, 3)) < 0.1
-        first = (generator.random(3) < 0.1) | (tick == 0)
+        first = (generator.random(3) < 0.1) | (time_step == 0)
         row = (generator.integers(4, size=3), generator.normal(size=3), *ends, first)
         for number, memory in enumerate(memories):
-            if (tick + number) % 2:  # both ways to bring in a frame
+            if (time_step + number) % 2:  # both ways to bring in a frame
                 slot = memory.next_slot()
                 slot[...] = frame
                 memory.append(slot, *row)
@@ -139,11 +139,11 @@ def test_frames_of_any_dtype_come_back(device, dtype, tmp_path):
     memory = DeviceReplay(40, (3,), num_envs=2, stack=2, dtype=dtype, device=device)
     host = FrameReplay(40, (3,), num_envs=2, stack=2, dtype=dtype)
     generator, off = np.random.default_rng(0), np.zeros(2, bool)
-    for tick in range(30):
+    for time_step in range(30):
         bits = generator.integers(0, 256, (2, 3 * np.dtype(dtype).itemsize), dtype=np.uint8)
         frame = bits & 1 == 1 if dtype == "bool" else bits.view(dtype)
         for replay in (host, memory):
-            replay.append(np.nan_to_num(frame), [0, 0], [0.0, 0.0], off, off, ~off if tick % 9 == 0 else off)
+            replay.append(np.nan_to_num(frame), [0, 0], [0.0, 0.0], off, off, ~off if time_step % 9 == 0 else off)
     memory.save(tmp_path / "replay")
     index = host.valid_indices()
     for replay in (memory, DeviceReplay.load(tmp_path / "replay", device=device), copy.deepcopy(memory)):
@@ -276,12 +276,12 @@ def race(seed, break_rule=None):
 
         streams.launch(check)
 
-    for tick in range(60):
+    for time_step in range(60):
         slot = memory.next_slot()
-        slot[...] = tick
-        memory.append(slot, [0], [0.0], [False], [False], [tick == 0])
+        slot[...] = time_step
+        memory.append(slot, [0], [0.0], [False], [False], [time_step == 0])
         newest = memory.latest()
-        read(newest.copy(), [[tick]])
+        read(newest.copy(), [[time_step]])
         if len(memory):
             batch = memory.sample(4)
             read(batch.obs.copy(), batch.index[:, None])

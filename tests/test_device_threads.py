@@ -16,20 +16,20 @@ from pydqn.replay.device import DeviceReplay, Uploads
 SHAPE = (48, 48)
 
 
-def appended(memory, tick, with_slot):
-    """Append the frame of this tick, all of whose numbers are the tick."""
+def appended(memory, time_step, with_slot):
+    """Append the frame of this time step, all of whose numbers are the time step."""
     if with_slot:
         frame = memory.next_slot()
-        frame[...] = tick
+        frame[...] = time_step
     else:
-        frame = np.full((1, *SHAPE), tick)
-    memory.append(frame, [0], [0.0], [False], [False], [tick == 0])
+        frame = np.full((1, *SHAPE), time_step)
+    memory.append(frame, [0], [0.0], [False], [False], [time_step == 0])
 
 
-def run_beside(memory, read, with_slot, ticks=3000):
+def run_beside(memory, read, with_slot, time_steps=3000):
     """Append in this thread while another one reads; returns how often it did."""
-    for tick in range(20):
-        appended(memory, tick, with_slot)
+    for time_step in range(20):
+        appended(memory, time_step, with_slot)
     reads, wrong, over = 0, [], threading.Event()
 
     def reader():
@@ -40,8 +40,8 @@ def run_beside(memory, read, with_slot, ticks=3000):
 
     thread = threading.Thread(target=reader)
     thread.start()
-    for tick in range(20, ticks):
-        appended(memory, tick, with_slot)
+    for time_step in range(20, time_steps):
+        appended(memory, time_step, with_slot)
         if wrong:
             break
     over.set()
@@ -62,8 +62,8 @@ def test_another_thread_sees_the_newest_frame_whole(with_slot):
     memory = DeviceReplay(2000, SHAPE, device="cpu", dtype="int64")
 
     def read():
-        (ticks,) = uniform(seen(memory, memory.latest()))
-        return [] if (np.diff(ticks) == 1).all() else [ticks]
+        (time_steps,) = uniform(seen(memory, memory.latest()))
+        return [] if (np.diff(time_steps) == 1).all() else [time_steps]
 
     assert run_beside(memory, read, with_slot) > 50
 
@@ -78,9 +78,9 @@ def test_rows_stay_as_they_are_while_another_thread_reads(with_slot):
             batch, (newest,) = memory.sample(8), memory.latest()
             gathered = memory.gather(batch.index)
             found = [uniform(seen(memory, rows))[:, -1] for rows in (batch.obs, batch.next_obs, gathered.obs)]
-            ticks = uniform(seen(memory, newest))
+            time_steps = uniform(seen(memory, newest))
         expected = [batch.index, batch.index + 1, batch.index]
-        return [] if np.array_equal(found, expected) and (np.diff(ticks) == 1).all() else [(found, ticks)]
+        return [] if np.array_equal(found, expected) and (np.diff(time_steps) == 1).all() else [(found, time_steps)]
 
     assert run_beside(memory, read, with_slot) > 20
 
@@ -99,7 +99,7 @@ def test_several_threads_may_append():
         thread.start()
     for thread in threads:
         thread.join()
-    assert memory.lane_ticks == [3001]
+    assert memory.env_time_steps == [3001]
     batch = memory.gather(memory.valid_indices())
     # Each action is the number of the frame that it led to.
     np.testing.assert_array_equal(seen(memory, batch.next_obs)[:, 0, 0], batch.action)
@@ -108,14 +108,14 @@ def test_several_threads_may_append():
 def test_a_copy_holds_the_frames_of_its_rows(tmp_path, monkeypatch):
     """Rows are read first, then their frames: no append comes in between."""
     memory = DeviceReplay(9, SHAPE, device="cpu", dtype="int64", stack=1)
-    for tick in range(20):
-        appended(memory, tick, with_slot=False)
+    for time_step in range(20):
+        appended(memory, time_step, with_slot=False)
     export, threads = FrameReplay._export, []
 
     def and_append(*arguments):
         rows = export(*arguments)
         if not threads:
-            several = lambda: [appended(memory, tick, with_slot=False) for tick in range(20, 25)]  # noqa: E731
+            several = lambda: [appended(memory, time_step, with_slot=False) for time_step in range(20, 25)]  # noqa: E731
             threads.append(threading.Thread(target=several))
             threads[0].start()
             threads[0].join(0.3)
@@ -126,15 +126,15 @@ def test_a_copy_holds_the_frames_of_its_rows(tmp_path, monkeypatch):
     threads[0].join()
     again = DeviceReplay.load(tmp_path / "replay")
     batch = again.gather(again.valid_indices())
-    assert again.lane_ticks == [20]
+    assert again.env_time_steps == [20]
     assert uniform(seen(again, batch.obs))[:, 0].tolist() == batch.index.tolist() == [*range(11, 19)]
-    assert memory.lane_ticks == [25]
+    assert memory.env_time_steps == [25]
 
 
 def test_what_is_refused_is_seen_by_nobody():
     memory = DeviceReplay(9, SHAPE, device="cpu", dtype="int64", stack=2)
-    for tick in range(5):
-        appended(memory, tick, with_slot=False)
+    for time_step in range(5):
+        appended(memory, time_step, with_slot=False)
     before = seen(memory, memory.latest())
     with pytest.raises(ValueError, match="^reward: expected finite"):
         memory.append(np.full((1, *SHAPE), 99), [0], [np.nan], [False], [False], [False])
@@ -162,12 +162,12 @@ def race(seed, break_rule=None):
 
         streams.launch(check)
 
-    for tick in range(60):
+    for time_step in range(60):
         slot = memory.next_slot()
-        slot[...] = tick
-        memory.append(slot, [0], [0.0], [False], [False], [tick == 0])
+        slot[...] = time_step
+        memory.append(slot, [0], [0.0], [False], [False], [time_step == 0])
         with streams.stream(other), memory.reading():
-            read(memory.latest().copy(), [[tick]])
+            read(memory.latest().copy(), [[time_step]])
             if len(memory):
                 batch = memory.sample(4)
                 read(batch.obs.copy(), batch.index[:, None])

@@ -1,4 +1,4 @@
-"""What a person sees of an environment: images, films and their pace; one that has none is told so."""
+"""What a person sees of an environment: images, videos and their pace; one that has none is told so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from odd_envs import ID, Odd, config_of, lines_of
 from pydqn import train
 from pydqn.cli.main import main
 from pydqn.evaluation.evaluate import evaluate
-from pydqn.evaluation.play import watch
+from pydqn.evaluation.play import play_episode
 from pydqn.training.loop import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")
@@ -65,9 +65,9 @@ def test_what_cannot_be_drawn_is_told_and_trains_all_the_same(counted, tmp_path,
     assert main(["play", str(tmp_path / "run"), "--no-show"]) == 0
     assert "total reward" in capsys.readouterr().out
     assert main(["play", str(tmp_path / "run")]) == 0  # not a terminal: only the total is wanted
-    *scenes, game = watch(tmp_path / "run", images=False)
+    *scenes, game = play_episode(tmp_path / "run", images=False)
     assert len(scenes) == game.steps
-    assert scenes[0].picture is None
+    assert scenes[0].image is None
 
 
 def test_only_what_is_filmed_is_drawn(counted, tmp_path):
@@ -97,16 +97,16 @@ def test_a_video_of_cartpole_has_its_pace(tmp_path):
 
 
 def test_a_film_that_fails_ends_no_run(counted, tmp_path):
-    """The environment changes the size of its images; and then there is no folder for films."""
+    """The environment changes the size of its images; and then there is no folder for videos."""
     sizes = iter(range(1, 10_000))
     counted.render = lambda self: np.zeros((next(sizes), 5, 3), np.uint8)
     config = config_of(video_every_episodes=1, video_format="gif")
-    with pytest.warns(RuntimeWarning, match="videos: a game was not filmed: picture: expected shape"):
+    with pytest.warns(RuntimeWarning, match="videos: an episode was not filmed: image: expected shape"):
         assert train(config, tmp_path / "a").steps >= 60
     assert not list((tmp_path / "a" / "videos").iterdir())
     with Run(config, tmp_path / "b") as run:
         (tmp_path / "b" / "videos").write_text("in the way")
-        with pytest.warns(RuntimeWarning, match="videos: a game was not filmed: .*videos"):
+        with pytest.warns(RuntimeWarning, match="videos: an episode was not filmed: .*videos"):
             list(run.reports())
     assert run.steps >= 60
 

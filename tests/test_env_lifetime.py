@@ -18,9 +18,9 @@ from pydqn import resume, train
 from pydqn.cli.main import main
 from pydqn.envs.checked import CloseWarning
 from pydqn.envs.discrete import StateEnv
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.evaluation.evaluate import evaluate, score
-from pydqn.evaluation.play import watch
+from pydqn.evaluation.play import play_episode
 from pydqn.plotting.values import values_of
 from pydqn.runs.logs import read_csv
 from pydqn.training.loop import open_run
@@ -43,7 +43,7 @@ def test_environments_are_made_once(counted, tmp_path):
     assert np.isfinite(read_csv(tmp_path / "progress.csv")["evaluation_return"][-1])
 
 
-@pytest.mark.parametrize(("num_envs", "games", "made"), [(1, 5, 1), (3, 5, 3), (3, 2, 2), (40, 100, 16)])
+@pytest.mark.parametrize(("num_envs", "episodes", "made"), [(1, 5, 1), (3, 5, 3), (3, 2, 2), (40, 100, 16)])
 def test_an_evaluation_makes_no_more_than_the_run_has(counted, tmp_path, num_envs, games, made):
     train(config_of(num_envs=num_envs, total_steps=40, replay_capacity_frames=400), tmp_path)
     Counted.made = Counted.most = 0
@@ -53,11 +53,11 @@ def test_an_evaluation_makes_no_more_than_the_run_has(counted, tmp_path, num_env
 
 def test_atari_evaluates_as_before(tiny):
     """Of its emulators any number can exist, and the more, the faster."""
-    from pydqn.evaluation.evaluate import evaluation_lanes
+    from pydqn.evaluation.evaluate import evaluation_envs
 
-    lanes = evaluation_lanes(dataclasses.replace(tiny, num_envs=1), 5, 0)
-    assert lanes.num_envs == 5
-    lanes.close()
+    envs = evaluation_envs(dataclasses.replace(tiny, num_envs=1), 5, 0)
+    assert envs.num_envs == 5
+    envs.close()
 
 
 @pytest.mark.parametrize("kind", ["dqn", "tabular"])
@@ -88,7 +88,7 @@ def test_one_simulator_is_enough(counted, tmp_path):
     config = config_of(num_envs=1, checkpoint_every_steps=20)
     train(config, tmp_path / "run")
     assert len(evaluate(tmp_path / "run", 3)) == 3
-    *_, game = watch(tmp_path / "run")
+    *_, game = play_episode(tmp_path / "run")
     assert game.steps > 0
     with pytest.raises(RuntimeError) as raised:
         train(dataclasses.replace(config, evaluation_every_steps=20), tmp_path / "both")
@@ -212,7 +212,7 @@ def test_scores_outlive_a_close_that_fails(trained):
 
 def test_watching_outlives_a_close_that_fails(trained):
     with pytest.warns(CloseWarning, match=CLOSING):
-        *_, game = watch(trained)
+        *_, game = play_episode(trained)
     assert game.steps > 0
 
 
@@ -247,7 +247,7 @@ def test_the_command_line_shows_the_result_first(counted, trained, command, caps
     )
     out, err = lines_of(capsys)
     assert code == 0
-    start = {"train": "done: 30 steps", "evaluate": "2 games: mean return", "play": "total reward"}
+    start = {"train": "done: 30 steps", "evaluate": "2 episodes: mean return", "play": "total reward"}
     assert out[0].startswith(start.get(command, "done: "))
     assert err
     assert all(line.startswith(f"pydqn: warning: env_id: {ID}, env index ") for line in err)
@@ -258,7 +258,7 @@ def test_warnings_of_closing_come_after_the_result(trained, capsys):
     with contextlib.redirect_stderr(sys.stdout):
         main(["evaluate", str(trained), "--episodes", "2"])
     text = capsys.readouterr().out
-    assert 0 <= text.index("games: mean return") < text.index("pydqn: warning: env_id")
+    assert 0 <= text.index("episodes: mean return") < text.index("pydqn: warning: env_id")
 
 
 def test_scores_that_cannot_be_kept_are_shown(counted, tmp_path, capsys):
@@ -266,7 +266,7 @@ def test_scores_that_cannot_be_kept_are_shown(counted, tmp_path, capsys):
     (tmp_path / "scores.jsonl").mkdir()
     assert main(["evaluate", str(tmp_path), "--episodes", "2"]) == 0
     out, err = lines_of(capsys)
-    assert out[0].startswith("2 games: mean return")
+    assert out[0].startswith("2 episodes: mean return")
     assert len(err) == 1
     assert err[0].startswith("pydqn: warning: these scores could not be kept: ")
     assert "scores.jsonl" in err[0]
@@ -295,17 +295,17 @@ def test_a_state_env_can_be_used_again(counted):
 def test_atari_with_another_seed_begins_as_new(tiny):
     config = dataclasses.replace(tiny, noop_max_frames=30, sticky_actions=0.25)
 
-    def trace(lanes, seed=None):
-        out = np.zeros((2, *lanes.frame_shape), lanes.dtype)
-        lanes.reset(out, seed)
+    def trace(envs, seed=None):
+        out = np.zeros((2, *envs.frame_shape), envs.dtype)
+        envs.reset(out, seed)
         seen, generator = [out.tobytes()], np.random.default_rng(0)
         for _ in range(50):
-            lanes.send(generator.integers(6, size=2))
-            lanes.recv(out)
+            envs.send(generator.integers(6, size=2))
+            envs.recv(out)
             seen.append(out.tobytes())
         return seen
 
-    used = make_lanes(config, 2, 3)
+    used = make_envs(config, 2, 3)
     first = trace(used, 3)
-    assert trace(used, 4) == trace(make_lanes(config, 2, 4)) != first
+    assert trace(used, 4) == trace(make_envs(config, 2, 4)) != first
     assert trace(used, 3) == first

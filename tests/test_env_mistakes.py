@@ -14,7 +14,7 @@ from odd_envs import ID, Odd, config_of
 from pydqn import preset, train
 from pydqn.cli.main import main
 from pydqn.envs.discrete import StateEnv
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 
 # Gymnasium's own checker warns of some of these, too, which is fine.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")
@@ -22,17 +22,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates t
 
 def play(steps=12):
     """Step three environments as training does; returns their seeds and what they were seen to do."""
-    lanes = make_lanes(config_of(), 3, 7)
-    out = np.zeros((3, *lanes.frame_shape), lanes.dtype)
+    envs = make_envs(config_of(), 3, 7)
+    out = np.zeros((3, *envs.frame_shape), envs.dtype)
     try:
-        lanes.reset(out)
+        envs.reset(out)
         seen = []
         for _ in range(steps):
-            lanes.send(np.zeros(3, np.int64))
-            seen.append((out.copy(), lanes.recv(out)))
+            envs.send(np.zeros(3, np.int64))
+            seen.append((out.copy(), envs.recv(out)))
         return seen
     finally:
-        lanes.close()
+        envs.close()
 
 
 class Later:
@@ -48,7 +48,7 @@ def step_with(**changes):
     return answer
 
 
-BOX, BYTES, PAIR = Box(-10, 10, (3,), np.float32), Box(0, 255, (3,), np.uint8), Tuple((Discrete(3), Discrete(2)))
+BOX, BYTE_RANGE, PAIR = Box(-10, 10, (3,), np.float32), Box(0, 255, (3,), np.uint8), Tuple((Discrete(3), Discrete(2)))
 HUGE = 10**400
 # What is wrong in a step: the observation space, a good observation, the step's answer, and what the error has to say.
 STEPS = {
@@ -63,8 +63,12 @@ STEPS = {
     "complex": (BOX, step_with(observation=np.zeros(3, complex)), "shape (3,), dtype complex128, expected numbers"),
     "objects": (BOX, step_with(observation=np.array([None] * 3)), "shape (3,), dtype object, expected numbers"),
     "not finite": (BOX, step_with(observation=[0, np.nan, 0]), "returned an observation that is not finite"),
-    "floats for bytes": (BYTES, step_with(observation=np.ones(3)), "dtype float64, expected numbers of dtype uint8"),
-    "signed for bytes": (BYTES, step_with(observation=[1, 2, 3]), "a list of 3, expected numbers of dtype uint8"),
+    "floats for bytes": (
+        BYTE_RANGE,
+        step_with(observation=np.ones(3)),
+        "dtype float64, expected numbers of dtype uint8",
+    ),
+    "signed for bytes": (BYTE_RANGE, step_with(observation=[1, 2, 3]), "a list of 3, expected numbers of dtype uint8"),
     "state too large": (Discrete(4), step_with(observation=4), "observation of 4 (int), expected one of Discrete(4)"),
     "state negative": (Discrete(4), step_with(observation=-1), "observation of -1 (int), expected one of Discrete(4)"),
     "state a float": (Discrete(4), step_with(observation=1.0), "observation of 1.0 (float), expected one of Discrete"),
@@ -125,7 +129,9 @@ RESETS = {
 
 
 def good_of(space):
-    return next((np.zeros(3, kind.dtype) for kind in (BOX, BYTES) if space == kind), (1, 1) if space == PAIR else 0)
+    return next(
+        (np.zeros(3, kind.dtype) for kind in (BOX, BYTE_RANGE) if space == kind), (1, 1) if space == PAIR else 0
+    )
 
 
 def prepare(odd, space, **answers):
@@ -192,11 +198,11 @@ def test_infos_that_nobody_reads_end_nothing(odd, infos):
 def test_numbers_of_any_type_are_rewards(odd, reward, value):
     prepare(odd, BOX, step_answer=step_with(reward=reward, terminated=np.bool_(False), truncated=np.array(False)))
     odd.wrong_step = 0
-    lanes = make_lanes(config_of(clip_rewards=False), 3, 7)
+    envs = make_envs(config_of(clip_rewards=False), 3, 7)
     out = np.zeros((3, 3), np.float32)
-    lanes.reset(out)
-    lanes.send(np.zeros(3, np.int64))
-    np.testing.assert_array_equal(lanes.recv(out).reward, [1.0, value, 1.0])
+    envs.reset(out)
+    envs.send(np.zeros(3, np.int64))
+    np.testing.assert_array_equal(envs.recv(out).reward, [1.0, value, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_numbers_of_any_type_are_rewards(odd, reward, value):
         (BOX, [1, 2, 3], [1, 2, 3]),
         (BOX, np.array([1.5, 2, 3]), [1.5, 2, 3]),
         (BOX, np.array([True, False, True]), [1, 0, 1]),
-        (BYTES, np.array([True, False, True]), [1, 0, 1]),
+        (BYTE_RANGE, np.array([True, False, True]), [1, 0, 1]),
         (Discrete(4), np.int64(2), [0, 0, 1, 0]),
         (Discrete(4), np.array(3), [0, 0, 0, 1]),
         (Discrete(3, start=-1), -1, [1, 0, 0]),
@@ -225,18 +231,18 @@ def test_observations_that_fit_are_taken(odd, space, observation, frame):
 def test_environments_step_as_those_of_gymnasium_do():
     """In lockstep with Gymnasium's SyncVectorEnv, bit for bit, over the ends of episodes."""
     for env_id, count in (("CartPole-v1", 3), ("MountainCar-v0", 2), ("FrozenLake-v1", 4)):
-        lanes = make_lanes(preset("pong", env_id=env_id, clip_rewards=False), count, 3)
+        envs = make_envs(preset("pong", env_id=env_id, clip_rewards=False), count, 3)
         theirs = gymnasium.make_vec(env_id, num_envs=count, vectorization_mode="sync")
-        out = np.zeros((count, *lanes.frame_shape), np.float32)
+        out = np.zeros((count, *envs.frame_shape), np.float32)
         generator, done, ends = np.random.default_rng(0), np.zeros(count, bool), 0
-        lanes.reset(out)
+        envs.reset(out)
         expected, _ = theirs.reset(seed=[int(seed) for seed in np.random.SeedSequence(3).generate_state(count)])
         for _ in range(450):
             shown = np.eye(16, dtype=np.float32)[expected] if expected.ndim == 1 else expected
             np.testing.assert_array_equal(out, shown)
-            action = generator.integers(lanes.num_actions, size=count)
-            lanes.send(action)
-            step = lanes.recv(out)
+            action = generator.integers(envs.num_actions, size=count)
+            envs.send(action)
+            step = envs.recv(out)
             expected, reward, terminated, truncated, _ = theirs.step(action)
             np.testing.assert_array_equal(step.first, done)
             np.testing.assert_array_equal(step.reward, reward)
@@ -245,7 +251,7 @@ def test_environments_step_as_those_of_gymnasium_do():
             done = terminated | truncated
             ends += int(done.sum())
         assert ends >= 4
-        lanes.close()
+        envs.close()
         theirs.close()
 
 
@@ -253,19 +259,19 @@ def test_a_seed_begins_all_anew():
     """As environments do that were made with that seed."""
     config = preset("pong", env_id="CartPole-v1")
 
-    def trace(lanes, seed):
+    def trace(envs, seed):
         out = np.zeros((2, 4), np.float32)
-        lanes.reset(out, seed)
+        envs.reset(out, seed)
         seen, generator = [out.copy()], np.random.default_rng(0)
         for _ in range(60):
-            lanes.send(generator.integers(2, size=2))
-            step = lanes.recv(out)
+            envs.send(generator.integers(2, size=2))
+            step = envs.recv(out)
             seen.append((out.copy(), step.first, step.episodes))
         return repr(seen)
 
-    used = make_lanes(config, 2, 5)
+    used = make_envs(config, 2, 5)
     first = trace(used, None)
-    assert trace(used, 6) == trace(make_lanes(config, 2, 6), None) != first
+    assert trace(used, 6) == trace(make_envs(config, 2, 6), None) != first
     assert trace(used, 5) == first
 
 
@@ -279,7 +285,7 @@ def test_environments_of_one_run_have_the_same_spaces(odd):
 
     odd.__init__ = other
     with pytest.raises(ValueError, match=r"env index 2: its observation_space is Box\(.*\(4,\).*env index 0 Box"):
-        make_lanes(config_of(), 3, 0)
+        make_envs(config_of(), 3, 0)
 
 
 def test_a_constructor_that_fails_is_named_and_the_others_are_closed(odd):
@@ -293,7 +299,7 @@ def test_a_constructor_that_fails_is_named_and_the_others_are_closed(odd):
     odd.__init__ = limited
     odd.close = lambda self: closed.append(self.index)
     with pytest.raises(RuntimeError) as raised:
-        make_lanes(config_of(), 3, 7)
+        make_envs(config_of(), 3, 7)
     assert str(raised.value) == (
         f"env_id: {ID}, env index 2 of 3 (seed {seed_of(2)}) could not be made: OSError: all licenses are in use"
     )
@@ -310,7 +316,7 @@ class Bare(gymnasium.Env):
 
 
 @pytest.mark.parametrize("name", ["observation_space", "action_space"])
-@pytest.mark.parametrize("make", [lambda config: make_lanes(config, 2, 7), lambda config: StateEnv(config, 7)])
+@pytest.mark.parametrize("make", [lambda config: make_envs(config, 2, 7), lambda config: StateEnv(config, 7)])
 def test_an_environment_without_a_space_is_named_and_closed(monkeypatch, name, make):
     spaces = {"observation_space": Discrete(4), "action_space": Discrete(2)}
     kind = type("Bare", (Bare,), {other: space for other, space in spaces.items() if other != name})

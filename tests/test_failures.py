@@ -18,10 +18,10 @@ from test_training import CARTPOLE
 from pydqn import preset, resume, train
 from pydqn.cli.main import main
 from pydqn.config import Config
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.learning.policy import Policy
 from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, read_state
-from pydqn.runs.locks import Claim
+from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import read_csv
 from pydqn.runs.result import Diverged
 from pydqn.training.loop import Run, open_run
@@ -73,7 +73,7 @@ def test_an_evaluation_does_not_hold_up_a_stop(small, tmp_path, monkeypatch):
     policy_values, asked = Policy.values, []
     with Run(config, tmp_path) as run:
 
-        def values(self, obs):  # of games that are played in an evaluation
+        def values(self, obs):  # of episodes that are played in an evaluation
             asked.append(run.steps)
             if len(asked) == 5:
                 run.stop()
@@ -249,15 +249,15 @@ def test_a_table_that_diverges(tmp_path):
 
 
 class Failing(gymnasium.Env):
-    """Fails at the fifth step of its second game, or gives a reward that is no number."""
+    """Fails at the fifth step of its second episode, or gives a reward that is no number."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
     made = 0
 
-    def __init__(self, how="raise", lane=2):
+    def __init__(self, how="raise", env_index=2):
         self.number, Failing.made = Failing.made, Failing.made + 1
-        self.how, self.failing, self.steps = how, lane, 0
+        self.how, self.failing, self.steps = how, env_index, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -284,7 +284,7 @@ def failing():
 def test_an_environment_that_fails_is_named(failing, small, tmp_path):
     config = dataclasses.replace(small, env_id=failing, num_envs=4, checkpoint_every_steps=0)
     run = Run(config, tmp_path)
-    seeds = run.lanes._seeds
+    seeds = run.envs._seeds
     with pytest.raises(RuntimeError) as raised, run:
         list(run.reports())
     assert str(raised.value) == (
@@ -313,7 +313,7 @@ def test_a_full_disk_does_not_hide_what_failed_first(failing, small, tmp_path, m
         list(run.reports())
     monkeypatch.undo()
     run._log.close()
-    Claim(tmp_path).release()  # nobody holds the folder any more
+    FolderLock(tmp_path).release()  # nobody holds the folder any more
 
 
 def test_a_full_disk_is_an_error_where_nothing_failed_before(small, tmp_path, monkeypatch):
@@ -359,28 +359,28 @@ def test_a_table_names_its_environment(failing, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("when", ["reset", "send", "recv"])
 def test_an_emulator_that_fails_is_named_as_far_as_it_can_be(tiny, when):
-    lanes = make_lanes(tiny, 2, 0)
+    envs = make_envs(tiny, 2, 0)
     frames = np.zeros((2, 84, 84), np.uint8)
-    lanes.reset(frames)
+    envs.reset(frames)
 
     def fail(*_, **__):
         raise RuntimeError("illegal instruction")
 
     class Broken:
         num_envs = 2
-        reset = lanes._env.reset if when != "reset" else fail
-        send = lanes._env.send if when != "send" else fail
-        recv = lanes._env.recv if when != "recv" else fail
-        close = lanes._env.close
+        reset = envs._env.reset if when != "reset" else fail
+        send = envs._env.send if when != "send" else fail
+        recv = envs._env.recv if when != "recv" else fail
+        close = envs._env.close
 
     for name in ("reset", "send", "recv"):
         setattr(Broken, name, staticmethod(getattr(Broken, name)))
-    lanes._env = Broken()
-    seeds = lanes._seeds
+    envs._env = Broken()
+    seeds = envs._seeds
     with pytest.raises(RuntimeError) as raised:
-        lanes.reset(frames)
-        lanes.send(np.zeros(2, np.int64))
-        lanes.recv(frames)
+        envs.reset(frames)
+        envs.send(np.zeros(2, np.int64))
+        envs.recv(frames)
     assert str(raised.value) == (
-        f"env_id: pong failed in one of the lanes 0 (seed {seeds[0]}), 1 (seed {seeds[1]}): illegal instruction"
+        f"env_id: pong failed in one of the environments 0 (seed {seeds[0]}), 1 (seed {seeds[1]}): illegal instruction"
     )

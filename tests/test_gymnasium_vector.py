@@ -19,7 +19,7 @@ from pydqn.preprocess import crop_area, crop_nearest
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 
 
-def lanes(game="breakout", num_envs=2, height=210, mode=AutoresetMode.NEXT_STEP, **options):
+def envs(game="breakout", num_envs=2, height=210, mode=AutoresetMode.NEXT_STEP, **options):
     """ALE's own vector environment, told to hand out frames as they are."""
     options = {"img_height": height, "img_width": 160, "stack_num": 1, "noop_max": 0, **options}
     return AtariVectorEnv(
@@ -56,7 +56,7 @@ def test_equals_a_vector_of_single_wrappers(mode, padding):
         ends += over
         if not over.any():
             continue
-        # Lanes that would have been opened anyhow, or the others, or all, or none; once with a seed, which is slow.
+        # Environments that would have been opened anyhow, or the others, or all, or none; once with a seed, which is slow.
         which = generator.integers(5) if mode is not AutoresetMode.DISABLED else generator.integers(2) * 2
         mask = {0: over, 1: ~over, 2: ~np.zeros(3, bool)}.get(which)
         if mask is not None and mask.any():
@@ -85,11 +85,11 @@ def ale_seeds(count):
 def test_over_ales_lanes_it_equals_a_vector_of_single_wrappers(mode, game, rom, height, sticky):
     """Sticky actions and all, from the same seeds; but the last frame of an episode is an old one in ALE.
 
-    (Under a cap, ALE's lanes play one frame more of Pooyan, which it opens with a key: sticky ones would part there.)
+    (Under a cap, ALE's environments play one frame more of Pooyan, which it opens with a key: sticky ones would part there.)
     """
     seeds, own = ale_seeds(2)
     options = {"repeat_action_probability": sticky, "max_num_frames_per_episode": 202}
-    ours = AtariVectorFrames(lanes(rom, 2, height, mode, **options), stack=4)
+    ours = AtariVectorFrames(envs(rom, 2, height, mode, **options), stack=4)
     single = [lambda: AtariPreprocessing(make(game, **options), noop_max=0, stack=4)] * 2
     theirs = SyncVectorEnv(single, autoreset_mode=mode)
     assert ours.observation_space == theirs.observation_space
@@ -104,8 +104,8 @@ def test_over_ales_lanes_it_equals_a_vector_of_single_wrappers(mode, game, rom, 
             np.testing.assert_array_equal(mine[part], other[part])
         if mode is AutoresetMode.SAME_STEP:
             same(mine[0], other[0])
-            for lane in np.flatnonzero(over):
-                same(mine[4]["final_obs"][lane][:3], other[4]["final_obs"][lane][:3])
+            for env_index in np.flatnonzero(over):
+                same(mine[4]["final_obs"][env_index][:3], other[4]["final_obs"][env_index][:3])
         else:
             same(mine[0][~over], other[0][~over])
             same(mine[0][over, :3], other[0][over, :3])
@@ -125,23 +125,23 @@ COLOURS = {"resize_area": shrink, "crop_nearest": crop_nearest, "crop_area": cro
     ],
 )
 def test_over_ales_lanes_against_a_naive_stack(mode, kernel, stack):
-    """Last frames, infos and partial resets as well: those of a second emulator, one deque for each lane."""
+    """Last frames, infos and partial resets as well: those of a second emulator, one deque for each environment."""
     options = {"grayscale": kernel == "resize_area", "noop_max": 20, "max_num_frames_per_episode": 700}
     count = 3
-    ours = AtariVectorFrames(lanes("breakout", count, 210, mode, **options), stack=stack, padding="zero", kernel=kernel)
-    bare = lanes("breakout", count, 210, mode, **options)
+    ours = AtariVectorFrames(envs("breakout", count, 210, mode, **options), stack=stack, padding="zero", kernel=kernel)
+    bare = envs("breakout", count, 210, mode, **options)
     depth = stack or 1
     piles = [deque(maxlen=depth) for _ in range(count)]
 
-    def see(lane, frame, first=False):
+    def see(env_index, frame, first=False):
         if first:
-            piles[lane].extend([np.zeros((84, 84), np.uint8)] * depth)
-        piles[lane].append(COLOURS[kernel](frame))
-        return np.stack(piles[lane]) if stack else piles[lane][-1]
+            piles[env_index].extend([np.zeros((84, 84), np.uint8)] * depth)
+        piles[env_index].append(COLOURS[kernel](frame))
+        return np.stack(piles[env_index]) if stack else piles[env_index][-1]
 
     seeds = np.arange(count) + 9
     mine, (frames, infos) = ours.reset(seed=seeds), bare.reset(seed=seeds)
-    same(mine, (np.stack([see(lane, frames[lane, 0], True) for lane in range(count)]), infos))
+    same(mine, (np.stack([see(env_index, frames[env_index, 0], True) for env_index in range(count)]), infos))
     generator, first, ends = np.random.default_rng(0), np.zeros(count, bool), np.zeros((2, count), int)
     for step in range(400):
         actions = generator.integers(4, size=count)
@@ -153,18 +153,18 @@ def test_over_ales_lanes_against_a_naive_stack(mode, kernel, stack):
             first = over
             if over.any():
                 last = np.zeros((count, *ours.single_observation_space.shape), np.uint8)
-                for lane in np.flatnonzero(over):
-                    last[lane] = see(lane, infos["final_obs"][lane, 0])
+                for env_index in np.flatnonzero(over):
+                    last[env_index] = see(env_index, infos["final_obs"][env_index, 0])
                 infos["final_obs"] = last
-        expected = np.stack([see(lane, frames[lane, 0], first[lane]) for lane in range(count)])
+        expected = np.stack([see(env_index, frames[env_index, 0], first[env_index]) for env_index in range(count)])
         same(mine, (expected, *others, infos))
         first = over
         if step % 120 == 100:
             mask = np.arange(count) % 3 == step // 120 % 3
             mine = ours.reset(options={"reset_mask": mask})
             frames, infos = bare.reset(options={"reset_mask": mask})
-            for lane in np.flatnonzero(mask):
-                expected[lane] = see(lane, frames[lane, 0], True)
+            for env_index in np.flatnonzero(mask):
+                expected[env_index] = see(env_index, frames[env_index, 0], True)
             same(mine, (expected, infos))
             first = over & ~mask
     assert (ends.sum(axis=0) >= 1).all()
@@ -173,21 +173,21 @@ def test_over_ales_lanes_against_a_naive_stack(mode, kernel, stack):
 
 def test_autoreset_modes_of_other_instances_do_not_matter():
     """AtariVectorEnv keeps its metadata with the class: the latest instance's mode would be that of all."""
-    first = lanes(mode=AutoresetMode.SAME_STEP)
-    lanes(mode=AutoresetMode.NEXT_STEP)
+    first = envs(mode=AutoresetMode.SAME_STEP)
+    envs(mode=AutoresetMode.NEXT_STEP)
     assert AtariVectorFrames(first).metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
 
 
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("stack", lambda: AtariVectorFrames(lanes(), stack=1.5)),
-        ("padding", lambda: AtariVectorFrames(lanes(), padding=0)),
-        ("kernel", lambda: AtariVectorFrames(lanes(), kernel=None)),
-        ("env", lambda: AtariVectorFrames(lanes(stack_num=4))),
-        ("env", lambda: AtariVectorFrames(lanes(grayscale=False))),
-        ("env", lambda: AtariVectorFrames(lanes(), kernel="crop_area")),
-        ("env", lambda: AtariVectorFrames(lanes(batch_size=1))),
+        ("stack", lambda: AtariVectorFrames(envs(), stack=1.5)),
+        ("padding", lambda: AtariVectorFrames(envs(), padding=0)),
+        ("kernel", lambda: AtariVectorFrames(envs(), kernel=None)),
+        ("env", lambda: AtariVectorFrames(envs(stack_num=4))),
+        ("env", lambda: AtariVectorFrames(envs(grayscale=False))),
+        ("env", lambda: AtariVectorFrames(envs(), kernel="crop_area")),
+        ("env", lambda: AtariVectorFrames(envs(batch_size=1))),
         ("env", lambda: AtariVectorFrames(gymnasium.make_vec("CartPole-v1", 2))),
     ],
 )

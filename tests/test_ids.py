@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from pydqn import Config, preset
 from pydqn.envs.ids import rom_of, spec_of
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 
 
 class Blocks(gymnasium.Env):
@@ -74,9 +74,9 @@ def test_names_of_games(env_id, rom):
 def test_what_is_registered_comes_before_games(register, env_id):
     register(env_id)
     assert rom_of(env_id) is None
-    lanes = make_lanes(Config(env_id=env_id, network="mlp"), 1, 0)
-    assert lanes.frame_shape == (3,)
-    lanes.close()
+    envs = make_envs(Config(env_id=env_id, network="mlp"), 1, 0)
+    assert envs.frame_shape == (3,)
+    envs.close()
 
 
 def test_importing_ale_leaves_what_was_registered():
@@ -121,7 +121,7 @@ def test_an_old_id_that_nobody_registered_names_both(register):
 )
 def test_hints(env_id, hints):
     with pytest.raises(ValueError, match=r"^env_id: ") as caught:
-        make_lanes(Config(env_id=env_id), 1, 0)
+        make_envs(Config(env_id=env_id), 1, 0)
     assert hints in str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_hints(env_id, hints):
 def test_no_game_is_proposed_for_an_id_of_gymnasiums_form(env_id):
     rom_of("pong")  # ale_py has registered its games
     with pytest.raises(ValueError, match=f"^env_id: Gymnasium knows no '{env_id}'") as caught:
-        make_lanes(Config(env_id=env_id), 1, 0)
+        make_envs(Config(env_id=env_id), 1, 0)
     assert "did you mean" not in str(caught.value)
     assert "import the module that registers it" in str(caught.value)
 
@@ -140,4 +140,4 @@ def test_a_spec_is_gymnasiums():
 
 def test_a_game_by_another_name_is_the_same_game():
     for env_id in ("pong", "PongNoFrameskip-v4", "ALE/Pong-v5"):
-        assert make_lanes(preset("pong", env_id=env_id), 1, 0).frame_shape == (84, 84)
+        assert make_envs(preset("pong", env_id=env_id), 1, 0).frame_shape == (84, 84)

@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from pydqn import Config, Learner, evaluate, resume, train
 from pydqn.envs.discrete import StateEnv
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.envs.spaces import frames_of
 from pydqn.evaluation.build import network_for
 from pydqn.learning.networks import lowered, make_network
@@ -120,10 +120,10 @@ def test_what_the_first_layer_sees(register, name, network):
     space, (low, high), _ = IMAGES[name]
     config = register(space, examples(space))
     config = dataclasses.replace(config, network=network, pixel_mean=0.25, pixel_std=0.5)
-    lanes = make_lanes(config, 1, 0)
-    frames = np.zeros((1, *SIDES), lanes.dtype)
-    lanes.reset(frames)
-    q_network = network_for(config, lanes, 3)
+    envs = make_envs(config, 1, 0)
+    frames = np.zeros((1, *SIDES), envs.dtype)
+    envs.reset(frames)
+    q_network = network_for(config, envs, 3)
     by_hand = make_network(network, 2, SIDES, 2, hidden_units=(16,), input_range=(0, 1), seed=3)
     obs = torch.from_numpy(np.stack([frames, np.zeros_like(frames)], axis=1))
     scaled = (obs.double() - low) / (high - low)
@@ -212,13 +212,13 @@ def test_a_number_that_would_change_is_refused(register, name, at):
     space, numbers, text = LARGE[name]
     shown = [np.ones(3, space.dtype)] * 4
     shown[at] = np.array(numbers, space.dtype)
-    lanes = make_lanes(register(space, shown), 1, 0)
+    envs = make_envs(register(space, shown), 1, 0)
     frames = np.zeros((1, 3), np.float32)
     with pytest.raises(RuntimeError) as caught:
-        lanes.reset(frames)
+        envs.reset(frames)
         for _ in range(2):
-            lanes.send(np.zeros(1, np.int64))
-            lanes.recv(frames)
+            envs.send(np.zeros(1, np.int64))
+            envs.recv(frames)
     message = str(caught.value)
     assert message.startswith("env_id: Shown-v0, env index 0 (seed ")
     assert f"step {at}: returned an observation: expected dtype float32" in message
@@ -231,23 +231,23 @@ def test_a_number_that_would_change_is_refused(register, name, at):
 def test_numbers_that_float32_holds_stay(register, dtype):
     most = min(2**24, int(np.iinfo(dtype).max)) if np.issubdtype(dtype, np.integer) else 2**24
     space = spaces.Box(0, most, (2,), dtype)
-    lanes = make_lanes(register(space, [np.array([most, most - 1], dtype)]), 1, 0)
+    envs = make_envs(register(space, [np.array([most, most - 1], dtype)]), 1, 0)
     frames = np.zeros((1, 2), np.float32)
-    lanes.reset(frames)
+    envs.reset(frames)
     assert frames[0].tolist() == [most, most - 1]
 
 
 def test_words_in_a_space_of_bytes_are_refused(register):
-    lanes = make_lanes(register(spaces.Box(0, 255, (2,), np.uint8), [np.array([1, 300], np.uint16)]), 1, 0)
+    envs = make_envs(register(spaces.Box(0, 255, (2,), np.uint8), [np.array([1, 300], np.uint16)]), 1, 0)
     with pytest.raises(RuntimeError, match=r"expected dtype uint8.* with the value 300, which would change"):
-        lanes.reset(np.zeros((1, 2), np.uint8))
+        envs.reset(np.zeros((1, 2), np.uint8))
 
 
 @pytest.mark.parametrize("space", [spaces.Discrete(10**9), spaces.Tuple([spaces.Discrete(2**20)] * 4)])
 def test_too_many_states_are_refused(register, space):
     config = register(space, [np.zeros(1)])
     with pytest.raises(ValueError, match=r"^env_id: Shown-v0 has [\d,]+ states .* a network takes at most 65,536"):
-        make_lanes(config, 1, 0)
+        make_envs(config, 1, 0)
     with pytest.raises(ValueError, match=r"^env_id: Shown-v0 has [\d,]+ states with 2 actions; a table holds at most"):
         StateEnv(config, 0)
 
@@ -256,9 +256,9 @@ def test_a_reward_beyond_float32_is_refused(register, monkeypatch):
     config = register(spaces.Box(0, 1, (2,), np.float32), [np.zeros(2, np.float32)])
     real = Shown.step
     monkeypatch.setattr(Shown, "step", lambda self, action: (real(self, action)[0], -1e300, False, False, {}))
-    lanes = make_lanes(config, 1, 0)
+    envs = make_envs(config, 1, 0)
     frames = np.zeros((1, 2), np.float32)
-    lanes.reset(frames)
-    lanes.send(np.zeros(1, np.int64))
+    envs.reset(frames)
+    envs.send(np.zeros(1, np.int64))
     with pytest.raises(RuntimeError, match=r"env index 0 .* a reward of -1e\+300, which float32 does not hold"):
-        lanes.recv(frames)
+        envs.recv(frames)

@@ -24,17 +24,17 @@ def make(device=CPU, capture=None, at_once=1, storage="host", **overrides):
         "precision": "float32",
         "network": "small",
         "hidden_units": (32,),
-        "target_sync_updates": 7,
+        "target_update_period": 7,
         "learning_rate": 1e-4,
     }
     config = preset("pong", **{**settings, **overrides})
     kind = FrameReplay if storage == "host" else functools.partial(DeviceReplay, device=device)
     replay = kind(400, n_step=config.n_step, gamma=config.gamma, seed=1)
     generator = np.random.default_rng(0)
-    for tick in range(300):
+    for time_step in range(300):
         frame = generator.integers(0, 255, (1, 84, 84), dtype=np.uint8)
         reward = float(generator.integers(-1, 2))
-        replay.append(frame, [tick % 6], [reward], [tick % 50 == 49], [False], [tick % 50 == 0])
+        replay.append(frame, [time_step % 6], [reward], [time_step % 50 == 49], [False], [time_step % 50 == 0])
     network = make_network(config.network, 4, (84, 84), 6, hidden_units=config.hidden_units, dueling=config.dueling)
     example = replay.empty_batch(at_once * config.batch_size)
     learner = Learner(network, config, device, example, capture, getattr(replay, "frames", None))
@@ -80,7 +80,7 @@ def test_updates_equal_a_plain_training_step(variant):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(online.parameters(), config.max_grad_norm)
         optimizer.step()
-        if update % config.target_sync_updates == 0:
+        if update % config.target_update_period == 0:
             target.load_state_dict(online.state_dict())
         learner.update(batch)
         assert learner.updates == update
@@ -95,7 +95,7 @@ def test_updates_equal_a_plain_training_step(variant):
 
 
 def test_the_target_moves_only_when_it_is_due():
-    learner, replay, _ = make(target_sync_updates=3)
+    learner, replay, _ = make(target_update_period=3)
     start = parameters(learner.target)
     for update in range(1, 8):
         before = parameters(learner.target)
@@ -261,7 +261,7 @@ def test_what_a_capture_does_changes_nothing(monkeypatch, optimizer, restored, p
     monkeypatch.setattr(learner_room, "make_optimizer", Kernels)
     variant = {"double": True, "optimizer": optimizer, "precision": precision}
     eager, replay, _ = make(**variant)
-    monkeypatch.setattr(learner_room, "Inbox", functools.partial(learner_room.Inbox, packs=True))
+    monkeypatch.setattr(learner_room, "HostToDevice", functools.partial(learner_room.HostToDevice, packs=True))
     monkeypatch.setattr(learner_room, "Graph", Replayed)
     monkeypatch.setattr(learner_room, "warm_up", lambda function, stream: [function() for _ in range(3)])
     captured, same_replay, _ = make(**variant, at_once=4, storage="device")
@@ -309,7 +309,7 @@ def test_captured_equals_eager(monkeypatch, optimizer, storage):
 
 
 def test_buffers_reach_the_target_too():
-    _, replay, config = make(target_sync_updates=2)
+    _, replay, config = make(target_update_period=2)
     network = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.BatchNorm1d(4 * 84 * 84), torch.nn.Linear(4 * 84 * 84, 6)
     )

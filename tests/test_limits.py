@@ -13,7 +13,7 @@ from gymnasium import spaces
 from pydqn import Config, evaluate, train
 from pydqn.envs.tasks import episode_limit
 from pydqn.evaluation.evaluate import score
-from pydqn.evaluation.play import Game, watch
+from pydqn.evaluation.play import PlayedEpisode, play_episode
 
 LATE = 12_000  # steps after which the only reward comes
 
@@ -87,7 +87,7 @@ def test_a_reward_after_12_000_steps(tmp_path, numbered):
 
 @pytest.mark.parametrize("numbered", [False, True])
 def test_a_policy_that_never_ends_is_cut_by_a_setting_that_says_so(tmp_path, numbered):
-    """In evaluation, in tests while training, and in a game that is watched; training itself goes on."""
+    """In evaluation, in tests while training, and in an episode that is watched; training itself goes on."""
     every = {"evaluation_every_steps": 10, "evaluation_episodes": 2}
     config = settings(0, numbered, total_steps=300, evaluation_max_episode_steps=70, **every)
     message = "evaluation_max_episode_steps: .* no limit of steps of its own.* cut after 70"
@@ -98,9 +98,9 @@ def test_a_policy_that_never_ends_is_cut_by_a_setting_that_says_so(tmp_path, num
     assert played.returns == [0.0, 0.0]
     assert played.settings["max_episode_steps"] == 70
     with pytest.warns(UserWarning, match=message):
-        *scenes, game = watch(tmp_path)
+        *scenes, game = play_episode(tmp_path)
     assert len(scenes) == 70
-    assert isinstance(game, Game)
+    assert isinstance(game, PlayedEpisode)
 
 
 def test_a_limit_that_somebody_set_needs_no_warning(tmp_path):
@@ -129,7 +129,7 @@ def test_a_game_longer_than_the_steps_between_checkpoints_is_named(tmp_path, num
     gymnasium.register("Late50False-v0", entry_point=Late, kwargs={"end": 50, "numbered": False})
     gymnasium.register("Late50True-v0", entry_point=Late, kwargs={"end": 50, "numbered": True})
     if every < 50:
-        with pytest.warns(UserWarning, match="checkpoint_every_steps: a game of Late50.* all 20 steps between"):
+        with pytest.warns(UserWarning, match="checkpoint_every_steps: an episode of Late50.* all 20 steps between"):
             assert train(config, tmp_path).returns == []
     else:
         with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def test_an_environment_whose_games_are_cut_at_the_end_of_another_ones_is_told(t
     ends = iter([50, 70])
     gymnasium.register("Late50False-v0", entry_point=lambda render_mode=None: Late(next(ends), False, render_mode))
     config = settings(50, total_steps=300, num_envs=2, checkpoint_every_episodes=1)
-    with pytest.warns(UserWarning, match="^checkpoint_every_episodes: a game of Late50.* all 50 steps between"):
+    with pytest.warns(UserWarning, match="^checkpoint_every_episodes: an episode of Late50.* all 50 steps between"):
         assert len(train(config, tmp_path).returns) == 3
 
 

@@ -23,7 +23,7 @@ from pydqn._util.files import append_line
 from pydqn.cli.main import main
 from pydqn.runs import locks
 from pydqn.runs.checkpoint import latest_checkpoint
-from pydqn.runs.locks import LOCK, Claim, Taken, claim_numbered, holder_of
+from pydqn.runs.locks import LOCK, FolderInUse, FolderLock, lock_holder, lock_numbered
 from pydqn.training.loop import Run
 
 SHORT = {"total_steps": 60, "stop_successes": 0, "device": "cpu", "torch_threads": 1, "hidden_units": (8,)}
@@ -111,9 +111,9 @@ def test_a_second_writer_is_refused_by_name_and_readers_are_not(config, endless,
     folder = tmp_path / "run"
     before = (folder / "config.json").read_bytes()
     name = f"process {process.pid} on {socket.gethostname()}, since 20"
-    assert holder_of(folder).startswith(name)
-    for write in (lambda: train(config, folder), lambda: resume(folder), lambda: Claim(folder)):
-        with pytest.raises(Taken, match=f"^logdir: a run is going on in .*run' .{re.escape(name)}"):
+    assert lock_holder(folder).startswith(name)
+    for write in (lambda: train(config, folder), lambda: resume(folder), lambda: FolderLock(folder)):
+        with pytest.raises(FolderInUse, match=f"^logdir: a run is going on in .*run' .{re.escape(name)}"):
             write()
     for arguments in (["cartpole", "--logdir", str(folder)], ["--resume", str(folder)]):
         assert main(["train", *arguments]) == 2
@@ -134,7 +134,7 @@ def test_a_kill_frees_the_folder(endless, tmp_path):
     process.kill()
     process.wait()
     assert (tmp_path / "run" / LOCK).is_file()
-    assert holder_of(tmp_path / "run") is None
+    assert lock_holder(tmp_path / "run") is None
     assert resume(tmp_path / "run", total_steps=200).steps == 200
     assert not (tmp_path / "run" / LOCK).exists()
 
@@ -148,12 +148,12 @@ def test_a_kill_frees_the_folder(endless, tmp_path):
 )
 def test_a_child_does_not_keep_the_folder_of_a_parent_that_was_killed(endless, tmp_path, child):
     process, (pid,) = endless(child + "\nprint(child)")
-    assert holder_of(tmp_path / "run")
+    assert lock_holder(tmp_path / "run")
     process.kill()
     process.wait()
     try:
         os.kill(int(pid), 0)  # it lives
-        assert holder_of(tmp_path / "run") is None
+        assert lock_holder(tmp_path / "run") is None
     finally:
         os.kill(int(pid), signal.SIGKILL)
 
@@ -161,7 +161,7 @@ def test_a_child_does_not_keep_the_folder_of_a_parent_that_was_killed(endless, t
 def test_a_child_that_ends_does_not_free_the_folder(endless, tmp_path):
     """Not even one that ends as Python programs do, with all that they clear up."""
     endless("child = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)")
-    assert holder_of(tmp_path / "run")
+    assert lock_holder(tmp_path / "run")
 
 
 def test_a_process_and_its_threads_write_one_run_in_a_folder(config, tmp_path):
@@ -170,7 +170,7 @@ def test_a_process_and_its_threads_write_one_run_in_a_folder(config, tmp_path):
     def another():
         try:
             Run(config, tmp_path / "run")
-        except Taken as error:
+        except FolderInUse as error:
             refused.append(str(error))
 
     with Run(config, tmp_path / "run"):
@@ -189,7 +189,7 @@ def test_threads_that_start_together_get_one_folder_each(tmp_path):
 
     def claim():
         barrier.wait()
-        claims.append(claim_numbered(tmp_path / "run"))
+        claims.append(lock_numbered(tmp_path / "run"))
 
     threads = [threading.Thread(target=claim) for _ in range(20)]
     for thread in threads:
@@ -210,8 +210,8 @@ def test_of_many_that_want_one_folder_one_gets_it(tmp_path):
         nonlocal holding, most, got
         for _ in range(30):
             try:
-                claim = Claim(tmp_path / "deep" / "run")
-            except Taken:
+                claim = FolderLock(tmp_path / "deep" / "run")
+            except FolderInUse:
                 continue
             with lock:
                 holding, got = holding + 1, got + 1
@@ -234,10 +234,10 @@ def test_a_run_that_nobody_refers_to_holds_nothing(config, tmp_path):
     run = Run(config, tmp_path)
     run.close()
     run._log.close()
-    assert holder_of(tmp_path)
+    assert lock_holder(tmp_path)
     del run
     gc.collect()
-    assert holder_of(tmp_path) is None
+    assert lock_holder(tmp_path) is None
 
 
 def test_folders_that_are_there_are_accepted_unless_they_hold_a_run(config, tmp_path):
@@ -262,7 +262,7 @@ def test_a_mistyped_game_does_not_block_its_folder(config, tmp_path, claimed):
     """Though an interactive session keeps the error, and all that its traceback refers to."""
     wrong = dataclasses.replace(config, env_id="Pongg")
     with pytest.raises(ValueError, match="Pongg") as kept:
-        Run(wrong, Claim(tmp_path / "run") if claimed else tmp_path / "run")
+        Run(wrong, FolderLock(tmp_path / "run") if claimed else tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(config, tmp_path / "run").steps == 60
     assert kept.value.__traceback__ is not None
@@ -282,7 +282,7 @@ def test_a_folder_that_was_removed_and_made_again_is_free(config, tmp_path):
     os.rename(tmp_path / "run", tmp_path / "gone")
     (tmp_path / "gone" / LOCK).unlink()
     os.rename(tmp_path / "gone", tmp_path / "run")  # another folder may well get the inode of one that is gone
-    Claim(tmp_path / "run").release()
+    FolderLock(tmp_path / "run").release()
     with run:
         pass
 
@@ -294,8 +294,8 @@ def test_where_nothing_can_be_locked_a_warning_says_so_once(config, tmp_path, mo
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(locks, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"cannot be locked here .No locks available.*no two runs"):
-        claim = Claim(tmp_path / "run")
-    with pytest.raises(Taken, match="this process"):
+        claim = FolderLock(tmp_path / "run")
+    with pytest.raises(FolderInUse, match="this process"):
         train(config, tmp_path / "run")
     claim.release()
     assert train(config, tmp_path / "run").steps == 60
@@ -311,9 +311,9 @@ def test_the_file_is_none_of_anothers(config, tmp_path):
         train(config, tmp_path / "run")
     assert precious.read_text() == "1"
     (tmp_path / "run" / LOCK).unlink()
-    claim = Claim(tmp_path / "run")
+    claim = FolderLock(tmp_path / "run")
     (tmp_path / "run" / LOCK).write_text("\x1b[2J" * 10)
-    assert holder_of(tmp_path / "run") == "another process"
+    assert lock_holder(tmp_path / "run") == "another process"
     claim.release()
 
 

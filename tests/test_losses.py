@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import double_q_update
+from reference import double_q_update
 
 from pydqn.learning.losses import LOSSES, huber, huber_slope, mse, td_error
 

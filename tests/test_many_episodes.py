@@ -100,7 +100,7 @@ def test_a_log_that_somebody_cut_is_told_and_ends_nothing(short, tmp_path, how):
         log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
         left = 3
     count = len(first.returns)
-    with pytest.warns(UserWarning, match=f"episodes.csv lacks {count - left} of the {count} games"):
+    with pytest.warns(UserWarning, match=f"episodes.csv lacks {count - left} of the {count} episodes"):
         run = Run(dataclasses.replace(short, total_steps=300), tmp_path, resume=True)
     with run:
         assert run.episodes == count
@@ -113,7 +113,7 @@ def test_a_log_that_somebody_cut_is_told_and_ends_nothing(short, tmp_path, how):
 def test_long_logs_are_read_row_by_row(tmp_path):
     count = 100_000
     with open(tmp_path / "episodes.csv", "w") as file:
-        file.write("episode,steps,lane,return,length_steps\n")
+        file.write("episode,steps,environment,return,length_steps\n")
         for number in range(1, count + 1):
             file.write(f"{number},{number},0,{number / 8!r},1\n")
         file.write(f"{count + 1},{count},0,1")  # cut short

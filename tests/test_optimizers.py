@@ -1,4 +1,4 @@
-"""All optimizers against slow twins, element by element in float64."""
+"""All optimizers against slow references, element by element in float64."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def stepped(optimizer, copies, generator, rounds):
 @pytest.mark.parametrize("kind", [OnePass, Kernels])
 @pytest.mark.parametrize("settings", METHODS, ids=str)
 def test_a_step_is_one_that_had_a_gradient(settings, kind, low):
-    """Each parameter has steps of its own: a twin takes those alone in which there was a gradient."""
+    """Each parameter has steps of its own: a reference takes those alone in which there was a gradient."""
     rate, generator = torch.tensor(0.01), torch.Generator().manual_seed(1)
     parameters, copies, optimizer = make(settings, kind, rate, low=low)
     twins = [[Twin(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]

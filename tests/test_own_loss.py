@@ -79,15 +79,15 @@ def of_td_errors(online, target, batch, *, double=False, kind="huber_loss"):
 
 def fill(replay, shape):
     generator = np.random.default_rng(0)
-    for tick in range(200):
+    for time_step in range(200):
         frame = generator.normal(size=(1, *shape)) if len(shape) == 1 else generator.integers(0, 255, (1, *shape))
         frame, reward = frame.astype(replay.dtype), float(generator.normal())
-        replay.append(frame, [tick % ACTIONS], [reward], [tick % 50 == 49], [False], [tick % 50 == 0])
+        replay.append(frame, [time_step % ACTIONS], [reward], [time_step % 50 == 49], [False], [time_step % 50 == 0])
     return replay
 
 
 def make(loss=of_distributions, at_once=1, device=CPU, capture=None, network=None, **settings):
-    settings = {"batch_size": SIZE, "target_sync_updates": 7, "learning_rate": 1e-3, **settings}
+    settings = {"batch_size": SIZE, "target_update_period": 7, "learning_rate": 1e-3, **settings}
     replay = fill(FrameReplay(300, (5,), stack=2, n_step=3, dtype="float32", prioritized=True), (5,))
     example = replay.empty_batch(at_once * SIZE)
     return Learner(network or Distribution(), Config(**settings), device, example, capture, loss=loss), replay
@@ -114,7 +114,7 @@ def train(learner, replay, updates):
 def test_the_built_in_loss_by_hand_is_the_built_in_loss(variant, storage):
     """Pixels that are prepared, n-step discounts, importance weights, rows in place of observations."""
     kind = {"host": FrameReplay, "device": functools.partial(DeviceReplay, device="cpu")}[storage]
-    config = Config(batch_size=SIZE, target_sync_updates=7, precision="float32", **variant)
+    config = Config(batch_size=SIZE, target_update_period=7, precision="float32", **variant)
     by_hand = functools.partial(of_td_errors, double=config.double, kind=f"{config.loss}_loss")
     learners = []
     for loss in (None, by_hand):
@@ -249,7 +249,7 @@ def test_what_a_capture_does_changes_nothing(monkeypatch, precision, restored):
     """Steps before the capture are undone: weights, running means, what the loss itself did to the target."""
     monkeypatch.setattr(learner_room, "make_optimizer", Kernels)
     eager, replay = make(soft, precision=precision)
-    monkeypatch.setattr(learner_room, "Inbox", functools.partial(learner_room.Inbox, packs=True))
+    monkeypatch.setattr(learner_room, "HostToDevice", functools.partial(learner_room.HostToDevice, packs=True))
     monkeypatch.setattr(learner_room, "Graph", Replayed)
     monkeypatch.setattr(learner_room, "warm_up", lambda function, stream: [function() for _ in range(3)])
     captured, _ = make(soft, 4, precision=precision)

@@ -102,10 +102,10 @@ def test_a_run_that_goes_on_can_be_drawn(tmp_path):
 
 @pytest.mark.parametrize("suffix", SIGNATURES)
 def test_pictures_are_files_of_their_kind(tmp_path, suffix):
-    picture = tmp_path / f"picture{suffix}"
-    plot_runs(PONG[:2], picture, panels=["return-minutes"])
-    assert picture.read_bytes().startswith(SIGNATURES[suffix])
-    assert [file.name for file in tmp_path.iterdir()] == [picture.name]
+    image = tmp_path / f"image{suffix}"
+    plot_runs(PONG[:2], image, panels=["return-minutes"])
+    assert image.read_bytes().startswith(SIGNATURES[suffix])
+    assert [file.name for file in tmp_path.iterdir()] == [image.name]
 
 
 def test_wrong_input(tmp_path):
@@ -124,7 +124,7 @@ def test_wrong_input(tmp_path):
 def test_many_games_are_drawn_fast(tmp_path):
     folder = copy_of(PONG[0], tmp_path / "run")
     rows = "".join(f"{number},{number * 20},0,{number % 40},20\n" for number in range(1, 100_001))
-    (folder / "episodes.csv").write_text("episode,steps,lane,return,length_steps\n" + rows)
+    (folder / "episodes.csv").write_text("episode,steps,environment,return,length_steps\n" + rows)
     figure = draw_runs(group_runs([folder]), ["return-episodes"], 10)
     assert all(len(line.get_xdata()) <= 4_000 for line in figure.axes[0].lines)
 
@@ -190,10 +190,10 @@ def test_the_cost_to_go_of_mountain_car(tmp_path):
     assert surface.z.shape == (len(surface.y), len(surface.x))
     assert surface.x[[0, -1]] == pytest.approx([-1.2, 0.6])
     # One point of it, asked of the network itself.
-    from pydqn.envs.make import make_lanes
+    from pydqn.envs.make import make_envs
     from pydqn.evaluation.build import load_policy
 
-    policy, _ = load_policy(tmp_path, config, make_lanes(config, 1, 0))
+    policy, _ = load_policy(tmp_path, config, make_envs(config, 1, 0))
     point = np.array([[[surface.x[7], surface.y[30]]]], np.float32)
     assert surface.z[30, 7] == pytest.approx(-policy.values(point).max(), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Acting: devices, precision, exploration, and the values of fixed numbers of lanes."""
+"""Acting: devices, precision, exploration, and the values of fixed numbers of environments."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def test_an_actor_gives_the_values_of_its_policy(device):
     actor = Actor(learner.policy, here.empty_batch(3).obs)
     looking_up = Actor(learner.policy, there.empty_batch(3).obs, there.frames)
     generator = np.random.default_rng(0)
-    for tick in range(30):
+    for time_step in range(30):
         frame = generator.integers(0, 255, (3, 84, 84), dtype=np.uint8)
         for memory in (here, there):
-            memory.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [tick == 0] * 3)
+            memory.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [time_step == 0] * 3)
         values = learner.policy.values(here.latest())
         assert values.shape == (3, 6)
         np.testing.assert_allclose(actor.values(here.latest()), values, rtol=1e-3, atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Entry, EpisodeReplay, NaiveSumTree
+from reference import Entry, EpisodeReplay, NaiveSumTree
 
 from pydqn import FrameReplay
 from pydqn._core import SumTree
@@ -47,8 +47,8 @@ def test_no_rounding_error_adds_up():
 
 def filled(count=40, capacity=64, **settings):
     replay = FrameReplay(capacity, (2,), stack=2, dtype="int64", prioritized=True, **settings)
-    for tick in range(count):
-        replay.append([[tick, 1]], [tick % 5], [1.0], [False], [False], [tick == 0])
+    for time_step in range(count):
+        replay.append([[time_step, 1]], [time_step % 5], [1.0], [False], [False], [time_step == 0])
     return replay
 
 
@@ -121,34 +121,42 @@ def test_extreme_priorities_are_still_drawn():
 
 @st.composite
 def streams(draw):
-    lanes = draw(st.integers(1, 3))
+    env_indices = draw(st.integers(1, 3))
     stack, n_step = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    capacity = lanes * draw(st.integers(stack + n_step, 9))
-    ticks = draw(st.lists(st.lists(st.sampled_from("....tce"), min_size=lanes, max_size=lanes), max_size=40))
-    return lanes, stack, n_step, capacity, ticks, draw(st.integers(0, 2**32))
+    capacity = env_indices * draw(st.integers(stack + n_step, 9))
+    time_steps = draw(
+        st.lists(st.lists(st.sampled_from("....tce"), min_size=env_indices, max_size=env_indices), max_size=40)
+    )
+    return env_indices, stack, n_step, capacity, time_steps, draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=80, deadline=None)
 @given(streams())
 def test_nothing_invalid_is_ever_drawn(stream):
     """Through episodes' ends, wrap-arounds, and updates of transitions that may be gone."""
-    lanes, stack, n_step, capacity, ticks, seed = stream
+    env_indices, stack, n_step, capacity, time_steps, seed = stream
     generator = np.random.default_rng(seed)
     replay = FrameReplay(
-        capacity, (1,), stack=stack, n_step=n_step, num_envs=lanes, prioritized=True, seed=seed, dtype="float32"
+        capacity, (1,), stack=stack, n_step=n_step, num_envs=env_indices, prioritized=True, seed=seed, dtype="float32"
     )
-    twin = EpisodeReplay(capacity // lanes, lanes, stack, n_step, 0.99, "zero")
-    seen, opens = [], [True] * lanes
-    for tick, kinds in enumerate(ticks):
-        frame = generator.random((lanes, 1), np.float32)
+    twin = EpisodeReplay(capacity // env_indices, env_indices, stack, n_step, 0.99, "zero")
+    seen, opens = [], [True] * env_indices
+    for time_step, kinds in enumerate(time_steps):
+        frame = generator.random((env_indices, 1), np.float32)
         ends = [
             (kind == "t", kind == "c") if not first else (False, False)
             for kind, first in zip(kinds, opens, strict=True)
         ]
         firsts = [first or kind == "e" for first, kind in zip(opens, kinds, strict=True)]
         entries = [
-            Entry(frame[lane], tick, 1.0, *(ends[lane] if not firsts[lane] else (False, False)), firsts[lane])
-            for lane in range(lanes)
+            Entry(
+                frame[env_index],
+                time_step,
+                1.0,
+                *(ends[env_index] if not firsts[env_index] else (False, False)),
+                firsts[env_index],
+            )
+            for env_index in range(env_indices)
         ]
         replay.append(
             frame,
@@ -181,19 +189,19 @@ def test_a_loaded_memory_goes_on_as_the_saved_one(tmp_path):
     replay.save(tmp_path / "replay")
     loaded = FrameReplay.load(tmp_path / "replay")
     assert (loaded.prioritized, loaded.alpha, loaded.beta) == (True, 0.8, 0.3)
-    for tick in range(5):
+    for time_step in range(5):
         for ours, theirs in zip(replay.sample(32), loaded.sample(32), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         for memory in (replay, loaded):  # the largest priority so far is kept, too
-            memory.append([[tick, 2]], [0], [1.0], [False], [False], [False])
+            memory.append([[time_step, 2]], [0], [1.0], [False], [False], [False])
             memory.update_priorities(memory.valid_indices()[:2], [0.5, 0.25])
 
 
 def test_priorities_of_what_is_gone_are_passed_over():
     replay = filled(count=40)
     gone = replay.valid_indices()[:5]
-    for tick in range(60):
-        replay.append([[tick, 1]], [0], [1.0], [False], [False], [False])
+    for time_step in range(60):
+        replay.append([[time_step, 1]], [0], [1.0], [False], [False], [False])
     replay.update_priorities(gone, np.full(5, 1e30))
     # What lies in their places now is as likely as everything else: each share gets one draw.
     index = replay.valid_indices()
@@ -255,7 +263,7 @@ def test_a_file_may_not_bring_in_what_update_priorities_refuses(bad):
     columns, priorities = source.export_run(0, 0, 5, 5), source.export_priorities(0, 5)
     priorities[2] = bad
     loaded = FrameReplay(64, (2,), stack=2, dtype="int64", prioritized=True)._core
-    loaded.set_ticks([5])
+    loaded.set_time_steps([5])
     loaded.import_run(0, 0, *columns)
     loaded.import_priorities(0, priorities)
     with pytest.raises(ValueError, match="^priority: .* does not fit its transition"):

@@ -103,7 +103,7 @@ def test_results_are_runs_of_their_preset(run):
     expected = resolved(preset(run.parent.name, seed=int(run.name.removeprefix("seed-"))))
     written = json.loads((run / "config.json").read_text())
     later = {name: value for name, value in expected.to_dict().items() if name not in written}
-    assert set(later) <= {"evaluation_max_episode_steps"}  # these games have limits of their own
+    assert set(later) <= {"evaluation_max_episode_steps"}  # these episodes have limits of their own
     assert load_run(run, **MACHINE, **later) == expected
     config, last = load_run(run), rows(run, "progress.csv")[-1]
     returns = [float(row["return"]) for row in rows(run, "episodes.csv")]
@@ -133,7 +133,7 @@ def test_the_runs_of_breakout_are_those_of_their_commands():
 
 
 def test_results_are_what_their_pages_say():
-    """Every row of a table of results is in the files: steps, games, and that the goal was reached."""
+    """Every row of a table of results is in the files: steps, episodes, and that the goal was reached."""
     for name in ("frozenlake", "cartpole"):
         page = (ROOT / "results" / name / "README.md").read_text()
         table = [

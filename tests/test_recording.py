@@ -1,4 +1,4 @@
-"""Films and pages: every picture in, every picture out, in its own colours."""
+"""Films and pages: every image in, every image out, in its own colours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image
 from pydqn.plotting.action_values import beside
 from pydqn.plotting.images import Caption
 from pydqn.plotting.recording import Recorder
-from pydqn.training.episode_videos import Film
+from pydqn.training.episode_videos import EpisodeVideos
 
 
-def pictures(count, shape=(21, 16), colours=12, seed=0):
-    """A still background on which a few pixels change, as in a game; some pictures equal the one before."""
+def images(count, shape=(21, 16), colours=12, seed=0):
+    """A still background on which a few pixels change, as in an episode; some images equal the one before."""
     generator = np.random.default_rng(seed)
     palette = generator.integers(0, 256, (colours, 3), dtype=np.uint8)
     numbers = generator.integers(colours, size=shape)
@@ -42,15 +42,15 @@ def record(path, frames, captions=None, **options):
 
 def film_of(page):
     text = page.read_text()
-    (inside,) = re.findall(r'<script type="application/json" id="film">(.*?)</script>', text, re.DOTALL)
+    (inside,) = re.findall(r'<script type="application/json" id="video">(.*?)</script>', text, re.DOTALL)
     film = json.loads(inside)
-    images = [Image.open(io.BytesIO(base64.b64decode(encoded))) for encoded in film["pictures"]]
+    images = [Image.open(io.BytesIO(base64.b64decode(encoded))) for encoded in film["images"]]
     return film, [np.asarray(image.convert("RGB")) for image in images]
 
 
 @pytest.mark.parametrize("colours", [1, 2, 12, 200])
 def test_a_gif_has_every_picture_in_its_colours(tmp_path, colours):
-    frames = pictures(40, colours=colours)
+    frames = images(40, colours=colours)
     record(tmp_path / "a.gif", frames, scale=3)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 40
@@ -62,7 +62,7 @@ def test_a_gif_has_every_picture_in_its_colours(tmp_path, colours):
 
 
 def test_a_gif_of_many_colours(tmp_path):
-    """More than the common table holds: those of each picture are exact up to 256, and near beyond."""
+    """More than the common table holds: those of each image are exact up to 256, and near beyond."""
     generator = np.random.default_rng(0)
     few = [generator.integers(0, 256, (10, 10, 3), dtype=np.uint8) for _ in range(6)]
     many = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
@@ -80,7 +80,7 @@ def test_a_gif_of_many_colours(tmp_path):
 @pytest.mark.parametrize(("fps", "average"), [(30, 100 / 3), (15, 200 / 3), (100, 20), (7, 1000 / 7)])
 def test_the_pace_of_a_gif(tmp_path, fps, average):
     """In hundredths of a second, which add up right over time; players slow down what is under two."""
-    record(tmp_path / "a.gif", pictures(30), fps=fps)
+    record(tmp_path / "a.gif", images(30), fps=fps)
     with Image.open(tmp_path / "a.gif") as gif:
         durations = []
         for number in range(30):
@@ -92,7 +92,7 @@ def test_the_pace_of_a_gif(tmp_path, fps, average):
 
 @pytest.mark.parametrize("shape", [(21, 16), (210, 160), (33, 47)])
 def test_a_video_has_every_picture(tmp_path, shape):
-    frames = pictures(25, shape)
+    frames = images(25, shape)
     record(tmp_path / "a.mp4", frames, fps=30)
     shown = np.stack(list(imageio.imiter(tmp_path / "a.mp4", plugin="FFMPEG")))
     assert shown.shape == (25, 2 * shape[0], 2 * shape[1], 3)
@@ -102,13 +102,13 @@ def test_a_video_has_every_picture(tmp_path, shape):
 
 
 def test_large_pictures_are_shown_as_they_are(tmp_path):
-    record(tmp_path / "a.gif", pictures(2, (400, 600)))
+    record(tmp_path / "a.gif", images(2, (400, 600)))
     assert imageio.imread(tmp_path / "a.gif", index=0).shape[:2] == (400, 600)
 
 
 @pytest.mark.parametrize("colours", [1, 2, 12, 200, 2000])
 def test_a_page_has_every_picture_in_its_colours(tmp_path, colours):
-    frames = pictures(30, colours=colours)
+    frames = images(30, colours=colours)
     record(tmp_path / "a.html", frames, fps=25)
     film, shown = film_of(tmp_path / "a.html")
     assert film["fps"] == 25
@@ -119,7 +119,7 @@ def test_a_page_has_every_picture_in_its_colours(tmp_path, colours):
 
 def test_a_page_says_what_is_known(tmp_path):
     captions = [Caption("LEFT", 1.0, 3.0, (0.25, float("nan"))), None, Caption("RIGHT", -1.0, 2.0, ())]
-    record(tmp_path / "a.html", pictures(3), captions, title="pong-0", action_names=["LEFT", "RIGHT"])
+    record(tmp_path / "a.html", images(3), captions, title="pong-0", action_names=["LEFT", "RIGHT"])
     film, _ = film_of(tmp_path / "a.html")
     assert film["title"] == "pong-0"
     assert film["actions"] == ["LEFT", "RIGHT"]
@@ -128,7 +128,7 @@ def test_a_page_says_what_is_known(tmp_path):
 
 def test_nothing_breaks_out_of_a_page(tmp_path):
     evil = '</script><script>alert("@FILM@")</script><!--'
-    record(tmp_path / "a.html", pictures(2), [Caption(evil, 0, 0, ())] * 2, title=evil, action_names=[evil])
+    record(tmp_path / "a.html", images(2), [Caption(evil, 0, 0, ())] * 2, title=evil, action_names=[evil])
     film, _ = film_of(tmp_path / "a.html")
     assert film["title"] == film["actions"][0] == film["captions"][0][0] == evil
     text = (tmp_path / "a.html").read_text()
@@ -140,11 +140,11 @@ def test_a_file_is_whole_or_absent(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_text("before")
     with pytest.raises(KeyError), Recorder(path) as recorder:
-        recorder.add(pictures(1)[0])
+        recorder.add(images(1)[0])
         raise KeyError
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match="record: expected at least one picture"), Recorder(path):
+    with pytest.raises(ValueError, match="record: expected at least one image"), Recorder(path):
         pass
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
@@ -159,9 +159,9 @@ def test_wrong_input(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Recorder(tmp_path / name, **options)
-    good = pictures(1)[0]
+    good = images(1)[0]
     for bad in (good[..., 0], good.astype(float), good[:0], good[:-1]):
-        with pytest.raises(ValueError, match="^picture: expected"), Recorder(tmp_path / "a.gif") as recorder:
+        with pytest.raises(ValueError, match="^image: expected"), Recorder(tmp_path / "a.gif") as recorder:
             recorder.add(good)
             recorder.add(bad)
     with pytest.raises(ValueError, match="^values: expected one for each of 2 actions, got 1"):
@@ -169,19 +169,19 @@ def test_wrong_input(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- action values beside the picture ---
+# --- action values beside the image ---
 
 
 @pytest.mark.parametrize("shape", [(210, 160), (400, 600), (84, 84)])
 @pytest.mark.parametrize("values", [(0.5,), (1.0, -2.0, 0.0), tuple(np.linspace(-0.1, 0.001, 18)), (float("nan"), 1.0)])
 def test_values_beside_a_picture(shape, values):
-    picture = pictures(1, shape)[0]
+    image = images(1, shape)[0]
     names = [f"ACTION{number}" for number in range(len(values))]
     panels = []
     for chosen in range(len(values)):
-        whole = beside(picture, names, values, chosen)
+        whole = beside(image, names, values, chosen)
         assert whole.dtype == np.uint8
-        np.testing.assert_array_equal(whole[:, : shape[1]], picture)
+        np.testing.assert_array_equal(whole[:, : shape[1]], image)
         panels.append(whole[:, shape[1] :])
         marked = (panels[-1] == (255, 194, 75)).all(axis=2) | (panels[-1] == (42, 47, 58)).all(axis=2)
         rows = np.flatnonzero(marked.any(axis=1))
@@ -199,8 +199,8 @@ def row_share(shape, values):
 
 
 def test_longer_bars_are_larger_values():
-    picture = pictures(1, (210, 160))[0]
-    panel = beside(picture, ["A", "B", "C"], (1.0, 2.0, -1.0), 1)[:, 160:]
+    image = images(1, (210, 160))[0]
+    panel = beside(image, ["A", "B", "C"], (1.0, 2.0, -1.0), 1)[:, 160:]
     blue, gold = (0x5F, 0x8F, 0xC9), (0xFF, 0xC2, 0x4B)
     lengths = []
     for colour in (blue, gold):
@@ -211,19 +211,19 @@ def test_longer_bars_are_larger_values():
 
 
 def test_values_that_do_not_fit():
-    picture = pictures(1)[0]
+    image = images(1)[0]
     with pytest.raises(ValueError, match="^values: expected one for each of 2 actions, got 1"):
-        beside(picture, ["A", "B"], [1.0], 0)
+        beside(image, ["A", "B"], [1.0], 0)
     with pytest.raises(ValueError, match="^chosen: expected the index of one of 1 actions, got 1"):
-        beside(picture, ["A"], [1.0], 1)
+        beside(image, ["A"], [1.0], 1)
 
 
-# --- films while a run goes on ---
+# --- videos while a run goes on ---
 
 
 def test_films_are_named_by_frames_and_return(tmp_path):
-    film = Film(tmp_path / "videos", "gif")
-    frames = pictures(7)
+    film = EpisodeVideos(tmp_path / "videos", "gif")
+    frames = images(7)
     film.finish(10, 1.0)  # nothing is being filmed
     film.start(frames[0])
     assert film.filming
@@ -232,7 +232,7 @@ def test_films_are_named_by_frames_and_return(tmp_path):
     film.finish(12_345, -21.0)
     assert not film.filming
     film.start(frames[0])
-    film.start(frames[0])  # the film before is forgotten
+    film.start(frames[0])  # the video before is forgotten
     film.finish(20_000, 2.5)
     film.start(frames[0])
     film.drop()
@@ -242,7 +242,7 @@ def test_films_are_named_by_frames_and_return(tmp_path):
         assert gif.n_frames == 7
 
 
-# --- films that cannot be written ---
+# --- videos that cannot be written ---
 
 
 def ffmpeg(tmp_path, monkeypatch, program):
@@ -270,13 +270,13 @@ def test_a_video_whose_encoder_failed_is_no_file(tmp_path, monkeypatch, how):
     path = tmp_path / "films" / "a.mp4"
     path.parent.mkdir()
     with pytest.raises(OSError, match=rf"ffmpeg .*{why}.*a\.mp4"):
-        record(path, pictures(30, (100, 100)))
+        record(path, images(30, (100, 100)))
     assert list(path.parent.iterdir()) == []
 
 
 def test_a_film_whose_encoder_failed_is_named_and_the_next_one_is_made(tmp_path, monkeypatch):
-    film = Film(tmp_path / "videos", "mp4")
-    frames = pictures(30, (100, 100))
+    film = EpisodeVideos(tmp_path / "videos", "mp4")
+    frames = images(30, (100, 100))
     with monkeypatch.context() as broken:
         ffmpeg(tmp_path, broken, BROKEN["at the end"][0])
         for frame in frames:
@@ -296,13 +296,13 @@ def test_without_ffmpeg_a_film_is_named_and_a_run_goes_on(tmp_path, monkeypatch)
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
-    film = Film(tmp_path / "videos", "mp4")
-    with pytest.warns(RuntimeWarning, match=r"videos: a game was not filmed: .*No ffmpeg exe could be found"):
-        film.start(pictures(1)[0])
+    film = EpisodeVideos(tmp_path / "videos", "mp4")
+    with pytest.warns(RuntimeWarning, match=r"videos: an episode was not filmed: .*No ffmpeg exe could be found"):
+        film.start(images(1)[0])
     assert not film.filming
     film.finish(100, 1.0)
     with pytest.raises(FileNotFoundError, match=r"No ffmpeg exe could be found"):
-        record(tmp_path / "videos" / "a.mp4", pictures(3))
+        record(tmp_path / "videos" / "a.mp4", images(3))
     assert list((tmp_path / "videos").iterdir()) == []
 
 
@@ -315,13 +315,13 @@ def test_a_film_on_a_full_disk_is_no_file(tmp_path, monkeypatch, suffix):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=rf"No space left on device.*a\{suffix}"):
-        record(tmp_path / f"a{suffix}", pictures(3))
+        record(tmp_path / f"a{suffix}", images(3))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_off_video_leaves_no_ffmpeg(tmp_path):
     with pytest.raises(KeyError), Recorder(tmp_path / "a.mp4") as recorder:
-        recorder.add(pictures(1)[0])
+        recorder.add(images(1)[0])
         process = recorder._writer._encoder._process
         raise KeyError
     assert process.returncode is not None
@@ -330,13 +330,13 @@ def test_a_broken_off_video_leaves_no_ffmpeg(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
 def test_an_interrupt_is_not_for_the_encoder(tmp_path, suffix):
-    """Ctrl-C reaches all processes of a terminal; a film that goes on is whole all the same."""
+    """Ctrl-C reaches all processes of a terminal; a video that goes on is whole all the same."""
     program = (
         "import os, signal, sys, numpy as np\nfrom pydqn.plotting.recording import Recorder\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        "with Recorder(sys.argv[1]) as film:\n"
+        "with Recorder(sys.argv[1]) as video:\n"
         "    for number in range(20):\n"
-        "        film.add(np.full((20, 20, 3), number, np.uint8))\n"
+        "        video.add(np.full((20, 20, 3), number, np.uint8))\n"
         "        if number == 10:\n            os.killpg(0, signal.SIGINT)\n"
     )
     path = tmp_path / f"a{suffix}"

@@ -1,4 +1,4 @@
-"""The replay memory against its slow twin, exhaustively and at random."""
+"""The replay buffer against its slow reference, exhaustively and at random."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Entry, EpisodeReplay, fill, lanes_of
+from reference import Entry, EpisodeReplay, fill, lanes_of
 
 from pydqn import FrameReplay
 
@@ -22,7 +22,7 @@ def append_entries(replay, entries):
 
 
 def assert_same(replay, twin):
-    """Everything that can be sampled, and what it holds, equals the twin's."""
+    """Everything that can be sampled, and what it holds, equals the reference's."""
     expected = twin.transitions()
     indices = replay.valid_indices()
     assert sorted(indices.tolist()) == sorted(expected)
@@ -44,46 +44,46 @@ def assert_same(replay, twin):
     np.testing.assert_array_equal(replay.latest(), twin.latest())
 
 
-# --- against the twin ---
+# --- against the reference ---
 
 ENDS = st.sampled_from(["", "", "", "", "terminated", "truncated", "both", "life", "cut"])
 
 
 @st.composite
 def streams(draw):
-    """A memory's shape, and per lane the ends of a stream: life = terminated, but the episode goes on."""
-    lanes = draw(st.integers(1, 4))
+    """A memory's shape, and per environment the ends of a stream: life = terminated, but the episode goes on."""
+    env_indices = draw(st.integers(1, 4))
     stack, n_step = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     shape = {
-        "capacity": draw(st.integers(lanes * (stack + n_step), 60)),
+        "capacity": draw(st.integers(env_indices * (stack + n_step), 60)),
         "stack": stack,
         "n_step": n_step,
         "gamma": draw(st.sampled_from([0.0, 0.5, 0.99, 1.0])),
         "padding": draw(st.sampled_from(["zero", "first"])),
     }
-    ends = draw(st.lists(st.lists(ENDS, min_size=lanes, max_size=lanes), min_size=1, max_size=70))
-    return shape, lanes, ends
+    ends = draw(st.lists(st.lists(ENDS, min_size=env_indices, max_size=env_indices), min_size=1, max_size=70))
+    return shape, env_indices, ends
 
 
 def play(stream, frame_shape=(2,), dtype="uint8", seed=0, kind=FrameReplay):
-    """Yield (replay, twin) after every tick of a stream."""
-    shape, lanes, ends = stream
+    """Yield (replay, reference) after every time step of a stream."""
+    shape, env_indices, ends = stream
     generator = np.random.default_rng(seed)
-    replay = kind(frame_shape=frame_shape, num_envs=lanes, dtype=dtype, seed=seed, **shape)
+    replay = kind(frame_shape=frame_shape, num_envs=env_indices, dtype=dtype, seed=seed, **shape)
     twin = EpisodeReplay(
-        shape["capacity"] // lanes, lanes, shape["stack"], shape["n_step"], shape["gamma"], shape["padding"]
+        shape["capacity"] // env_indices, env_indices, shape["stack"], shape["n_step"], shape["gamma"], shape["padding"]
     )
-    first = [True] * lanes
+    first = [True] * env_indices
     for row in ends:
         entries = []
-        for lane, end in enumerate(row):
+        for env_index, end in enumerate(row):
             frame = generator.integers(1, 200, frame_shape).astype(dtype)
-            fresh = first[lane]
+            fresh = first[env_index]
             terminated = end in ("terminated", "both", "life") and not fresh
             truncated = end in ("truncated", "both") and not fresh
             reward = float(generator.normal())
             entries.append(Entry(frame, int(generator.integers(18)), reward, terminated, truncated, fresh))
-            first[lane] = end in ("terminated", "truncated", "both", "cut")
+            first[env_index] = end in ("terminated", "truncated", "both", "cut")
         append_entries(replay, entries)
         twin.append(entries)
         yield replay, twin
@@ -125,61 +125,68 @@ def test_a_loaded_memory_goes_on_as_the_saved_one(tmp_path_factory, stream):
 @pytest.mark.parametrize("stack", [1, 2, 3, 4])
 @pytest.mark.parametrize("n_step", [1, 2, 3, 4, 5])
 def test_every_pattern_of_ends_in_every_small_ring(stack, n_step):
-    """Each lane plays another pattern, so that one memory goes through all of them at once."""
+    """Each environment plays another pattern, so that one memory goes through all of them at once."""
     for capacity in range(stack + n_step, 13):
         kinds = 3 if capacity <= 5 else 2  # an end is a termination or a truncation; in larger rings they take turns
         length = capacity + 2
         patterns = np.array(list(itertools.product(range(kinds), repeat=length)), np.uint8)
         if kinds == 2:
             patterns[patterns == 1] = 1 + np.arange(np.count_nonzero(patterns)) % 2
-        lanes = len(patterns)
-        replay = FrameReplay(capacity * lanes, (1,), stack=stack, n_step=n_step, gamma=0.5, num_envs=lanes)
-        first = np.ones((length + 1, lanes), bool)
+        env_indices = len(patterns)
+        replay = FrameReplay(capacity * env_indices, (1,), stack=stack, n_step=n_step, gamma=0.5, num_envs=env_indices)
+        first = np.ones((length + 1, env_indices), bool)
         first[1:] = patterns.T > 0
-        for tick in range(length):
-            frame = np.full((lanes, 1), tick + 1, np.uint8)
-            ends = patterns[:, tick]
-            replay.append(frame, lanes_of(tick, lanes), lanes_of(2.0**tick, lanes), ends == 1, ends == 2, first[tick])
+        for time_step in range(length):
+            frame = np.full((env_indices, 1), time_step + 1, np.uint8)
+            ends = patterns[:, time_step]
+            replay.append(
+                frame,
+                lanes_of(time_step, env_indices),
+                lanes_of(2.0**time_step, env_indices),
+                ends == 1,
+                ends == 2,
+                first[time_step],
+            )
         check_lanes(replay, patterns, first, capacity, length)
 
 
 def check_lanes(replay, patterns, first, capacity, length):
-    """The rules once more, tick by tick, for all lanes at once. A frame's content is its tick + 1; 0 is padding."""
-    stack, n_step, lanes = replay.stack, replay.n_step, len(patterns)
+    """The rules once more, time step by time step, for all environments at once. A frame's content is its time step + 1; 0 is padding."""
+    stack, n_step, env_indices = replay.stack, replay.n_step, len(patterns)
     flags = np.where(first[:length].T, 0, patterns)  # the flags of an opening frame are ignored
     start_of = np.maximum.accumulate(np.where(first[:length].T, np.arange(length), 0), axis=1)
     count = 0
     batch = replay.gather(replay.valid_indices()) if len(replay) else None
     rows = {int(index): row for row, index in enumerate(batch.index)} if batch else {}
-    for tick in range(max(0, length - capacity), length):
-        k = np.zeros(lanes, int)
-        done = np.zeros(lanes, bool)
-        reward, discount = np.zeros(lanes), np.ones(lanes)
+    for time_step in range(max(0, length - capacity), length):
+        k = np.zeros(env_indices, int)
+        done = np.zeros(env_indices, bool)
+        reward, discount = np.zeros(env_indices), np.ones(env_indices)
         for j in range(1, n_step + 1):
-            if tick + j >= length:
+            if time_step + j >= length:
                 break
-            done |= first[tick + j]
+            done |= first[time_step + j]
             going = ~done
             k[going] = j
-            reward[going] += discount[going] * 2.0 ** (tick + j)
+            reward[going] += discount[going] * 2.0 ** (time_step + j)
             discount[going] *= 0.5
-            done |= flags[:, tick + j] > 0
+            done |= flags[:, time_step + j] > 0
         closed = done | (k == n_step)
-        oldest_needed = np.maximum(tick - stack + 1, start_of[:, tick])
+        oldest_needed = np.maximum(time_step - stack + 1, start_of[:, time_step])
         valid = closed & (k > 0) & (oldest_needed >= length - capacity)
         count += np.count_nonzero(valid)
-        for lane in np.flatnonzero(valid)[:: max(1, lanes // 64)]:  # content: a spread of the lanes
-            row = rows[tick * lanes + lane]
-            for when, got in ((tick, batch.obs), (tick + k[lane], batch.next_obs)):
+        for env_index in np.flatnonzero(valid)[:: max(1, env_indices // 64)]:  # content: a spread of the environments
+            row = rows[time_step * env_indices + env_index]
+            for when, got in ((time_step, batch.obs), (time_step + k[env_index], batch.next_obs)):
                 window = np.arange(when - stack + 1, when + 1)
-                expected = np.where(window >= start_of[lane, tick], window + 1, 0)
+                expected = np.where(window >= start_of[env_index, time_step], window + 1, 0)
                 np.testing.assert_array_equal(got[row, :, 0], expected)
-            assert batch.action[row] == tick + 1
+            assert batch.action[row] == time_step + 1
         wanted = np.flatnonzero(valid)
         if len(wanted):
-            at = [rows[tick * lanes + int(lane)] for lane in wanted]
+            at = [rows[time_step * env_indices + int(env_index)] for env_index in wanted]
             np.testing.assert_array_equal(batch.reward[at], reward[wanted].astype(np.float32))
-            terminated = flags[wanted, tick + k[wanted]] == 1
+            terminated = flags[wanted, time_step + k[wanted]] == 1
             np.testing.assert_array_equal(batch.discount[at], np.where(terminated, 0, discount[wanted]))
     assert len(replay) == count == len(rows)
 
@@ -204,11 +211,11 @@ def test_rare_transitions_are_found_and_drawn_uniformly():
     replay = FrameReplay(20_000, (1,), stack=1)
     one, no, yes = np.ones((1, 1), np.uint8), [False], [True]
     wanted = []
-    for tick in range(20_000):
-        follows = tick in (101, 9_001, 15_001)
+    for time_step in range(20_000):
+        follows = time_step in (101, 9_001, 15_001)
         replay.append(one, [0], [0.0], no, no, no if follows else yes)
         if follows:
-            wanted.append(tick - 1)
+            wanted.append(time_step - 1)
     assert replay.valid_indices().tolist() == wanted
     _, counts = np.unique(replay.sample(6000).index, return_counts=True)
     assert len(counts) == 3
@@ -328,13 +335,13 @@ def test_an_empty_ring_costs_nothing():
 def test_a_kernel_can_write_into_the_next_slot():
     replay = FrameReplay(12, (2,), num_envs=2, stack=2)
     twin = FrameReplay(12, (2,), num_envs=2, stack=2)
-    for tick in range(20):
-        frame = np.arange(4, dtype=np.uint8).reshape(2, 2) + 10 * tick
+    for time_step in range(20):
+        frame = np.arange(4, dtype=np.uint8).reshape(2, 2) + 10 * time_step
         flags = np.zeros(2, bool)
         slot = replay.next_slot()
         slot[...] = frame
         for memory, what in ((replay, slot), (twin, frame)):
-            memory.append(what, [1, 1], [0.0, 0.0], flags, flags, np.full(2, tick % 7 == 0))
+            memory.append(what, [1, 1], [0.0, 0.0], flags, flags, np.full(2, time_step % 7 == 0))
         np.testing.assert_array_equal(replay.latest(), twin.latest())
         np.testing.assert_array_equal(
             replay.gather(replay.valid_indices()).obs if len(replay) else 0,
@@ -363,15 +370,15 @@ def test_strided_frames_are_accepted():
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_sampling_while_another_thread_appends(prioritized):
-    """Frames carry their tick, so that a torn or misplaced one is seen."""
+    """Frames carry their time step, so that a torn or misplaced one is seen."""
     replay = FrameReplay(256, (64, 64), stack=4, n_step=1, dtype="int32", prioritized=prioritized)
     stop, wrong = threading.Event(), []
 
     def write():
-        for tick in range(4000):
+        for time_step in range(4000):
             slot = replay.next_slot()
-            slot[...] = tick
-            replay.append(slot, [tick], [0.0], [False], [False], [tick == 0])
+            slot[...] = time_step
+            replay.append(slot, [time_step], [0.0], [False], [False], [time_step == 0])
         stop.set()
 
     def read():
@@ -381,7 +388,7 @@ def test_sampling_while_another_thread_appends(prioritized):
             batch = replay.sample(8)
             if (batch.obs != batch.obs[:, :, :1, :1]).any() or (batch.next_obs != batch.next_obs[:, :, :1, :1]).any():
                 wrong.append("a torn frame")
-            window = np.maximum(batch.index[:, None] + np.arange(-3, 1), 0)  # one lane: an index is a tick
+            window = np.maximum(batch.index[:, None] + np.arange(-3, 1), 0)  # one environment: an index is a time step
             if (batch.obs[:, :, 0, 0] != window).any() or (batch.next_obs[:, -1, 0, 0] != batch.index + 1).any():
                 wrong.append("a misplaced frame")
             if (batch.action != batch.index + 1).any():

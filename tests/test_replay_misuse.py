@@ -1,4 +1,4 @@
-"""The replay memory under misuse: wrong arguments."""
+"""The replay buffer under misuse: wrong arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from oracles import Entry, EpisodeReplay, fill
+from reference import Entry, EpisodeReplay, fill
 
 from pydqn import FrameReplay
 
@@ -31,9 +31,11 @@ def test_arrays_that_begin_at_any_byte_are_taken():
         return array
 
     replay, off = FrameReplay(20, (3,), num_envs=2, stack=1, prioritized=True), np.zeros(2, bool)
-    for tick in range(5):
-        frames = np.full((2, 3), tick, np.uint8)
-        replay.append(frames, odd([1, 2], np.int64), odd([0.5, 1.5], np.float64), off, off, ~off if not tick else off)
+    for time_step in range(5):
+        frames = np.full((2, 3), time_step, np.uint8)
+        replay.append(
+            frames, odd([1, 2], np.int64), odd([0.5, 1.5], np.float64), off, off, ~off if not time_step else off
+        )
     index = replay.valid_indices()
     assert replay.gather(odd(index, np.int64)).reward.tolist() == [0.5, 1.5] * 4
     replay.update_priorities(odd(index, np.int64), odd(index + 1.0, np.float64))
@@ -64,7 +66,7 @@ def test_arrays_that_begin_at_any_byte_are_taken():
 )
 def test_append_names_what_is_wrong_and_stores_nothing(name, bad):
     replay = FrameReplay(20, (3,), num_envs=2)
-    with pytest.raises(ValueError, match="first: expected True in every lane"):
+    with pytest.raises(ValueError, match="first: expected True in every environment"):
         replay.append(**GOOD)
     replay.append(**{**GOOD, "first": [True, True]})
     before = replay.latest()
@@ -119,14 +121,14 @@ def test_each_environment_must_hold_a_transition(stack, n_step, num_envs):
     """Whatever never holds one in the middle of an episode is refused, and nothing else: by the reference."""
     for frames in range(1, 12):
         twin = EpisodeReplay(frames, num_envs, stack, n_step, 0.9, "zero")
-        for tick in range(30):
-            twin.append([Entry(np.zeros(1, np.uint8), 0, 0.0, False, False, tick == 0)] * num_envs)
+        for time_step in range(30):
+            twin.append([Entry(np.zeros(1, np.uint8), 0, 0.0, False, False, time_step == 0)] * num_envs)
         for capacity in range(frames * num_envs, (frames + 1) * num_envs):  # what is over is no frame more
             make = functools.partial(FrameReplay, capacity, (1,), stack=stack, n_step=n_step, num_envs=num_envs)
             if twin.transitions():
                 replay = make()
-                for tick in range(30):
-                    replay.append(np.zeros((num_envs, 1), np.uint8), *row(num_envs, first=tick == 0))
+                for time_step in range(30):
+                    replay.append(np.zeros((num_envs, 1), np.uint8), *row(num_envs, first=time_step == 0))
                 assert len(replay) == len(twin.transitions())
             else:
                 least = num_envs * (stack + n_step)
@@ -257,7 +259,7 @@ def test_too_little_memory_is_not_damage(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise MemoryError("no room")
 
-    for name in ("_core.FrameReplay", "pieces.Store.read", "stored.np.frombuffer"):
+    for name in ("_core.FrameReplay", "chunks.ChunkReader.read", "stored.np.frombuffer"):
         with monkeypatch.context() as patched:
             patched.setattr(f"pydqn.{name}", fails)
             with pytest.raises(MemoryError, match=r"replay: too little memory to load it \(.+\)$"):

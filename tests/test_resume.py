@@ -1,4 +1,4 @@
-"""Runs that go on: from a checkpoint, after a kill, with and without the replay memory."""
+"""Runs that go on: from a checkpoint, after a kill, with and without the replay buffer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_training import CARTPOLE, digest
 
 from pydqn import resume, train
 from pydqn._util.weights import load_weights, save_weights
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.evaluation.build import load_policy
 from pydqn.evaluation.evaluate import evaluate
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, read_state
@@ -42,7 +42,7 @@ def kill(run):
             os.dup2(nowhere.fileno(), file.fileno())
     run._log.close()
     run.close()
-    run._claim.release()  # as the system does it
+    run._folder_lock.release()  # as the system does it
 
 
 @pytest.mark.parametrize("with_replay", [False, True])
@@ -168,7 +168,7 @@ def test_a_resumed_run_plays_other_games(tiny, tmp_path):
     for fresh in (False, True):
         target = tmp_path if not fresh else tmp_path / "fresh"
         with Run(config, target, resume=not fresh) as run:
-            seeds.append(run.lanes._seeds.tolist())
+            seeds.append(run.envs._seeds.tolist())
     assert set(seeds[0]).isdisjoint(seeds[1])
 
 
@@ -208,17 +208,17 @@ def test_two_checkpoints_are_kept(tiny, tmp_path):
     assert all(len(names) == 2 for names in seen)  # the one before is kept; the first was there from the start
     steps = [int(names[-1].removeprefix("step-")) for names in seen]
     assert steps[-1] == run.steps
-    # Every hundred steps and at each episode's end (two lanes, 100 steps to a game).
+    # Every hundred steps and at each episode's end (two environments, 100 steps to an episode).
     assert len(steps) >= 5
 
 
 def test_weights_are_chosen(tiny, tmp_path):
     """The best; else the newest; or those that are asked for."""
     train(dataclasses.replace(tiny, total_steps=60), tmp_path)  # too short for a best
-    lanes = make_lanes(tiny, 1, 0)
+    envs = make_envs(tiny, 1, 0)
 
     def chosen(weights=None):
-        policy, metadata = load_policy(tmp_path, tiny, lanes, weights)
+        policy, metadata = load_policy(tmp_path, tiny, envs, weights)
         return metadata["steps"], next(policy.network.parameters()).detach().clone()
 
     last, _ = load_weights(tmp_path / "weights" / "last.safetensors")
@@ -258,12 +258,12 @@ def test_what_cannot_be_resumed(tiny, tmp_path):
 
 def test_a_replay_memory_that_does_not_fit(tiny, tmp_path):
     train(dataclasses.replace(tiny, total_steps=60, checkpoint_replay=True), tmp_path)
-    with pytest.raises(ValueError, match="the replay memory has capacity 1000, expected 2000"):
+    with pytest.raises(ValueError, match="the replay buffer has capacity 1000, expected 2000"):
         resume(tmp_path, replay_capacity_frames=2_000, total_steps=100)
 
 
 def test_a_killed_process_is_resumed(tmp_path):
-    """SIGKILL, as the out-of-memory killer sends it; then the command line goes on, and the game can be watched."""
+    """SIGKILL, as the out-of-memory killer sends it; then the command line goes on, and the episode can be watched."""
     folder = tmp_path / "run"
     options = [
         *("--device", "cpu", "--torch-threads", "1", "--learning-starts-steps", "50", "--batch-size", "4"),

@@ -32,8 +32,8 @@ SMALL = {
 
 # Another value of each field on which what lies in a replay buffer depends.
 OTHERS = {
-    **{"env_id": "pydqn-test/Two-v0", "clip_rewards": True, "success_steps": 5, "life_loss": True},
-    **{"full_action_set": True, "preprocess": "crop_area", "max_pool": False, "frame_skip": 2, "frame_skip_max": 7},
+    **{"env_id": "pydqn-test/Two-v0", "clip_rewards": True, "success_steps": 5, "terminal_on_life_loss": True},
+    **{"full_action_space": True, "preprocess": "crop_area", "max_pool": False, "frame_skip": 2, "frame_skip_max": 7},
     "sticky_actions": 0.25,
 }
 # The same of what the replay buffer is made with, and how it calls that.
@@ -45,7 +45,7 @@ OF_REPLAY = {
 
 
 class Plain(gymnasium.Env):
-    """Games of ten steps."""
+    """Episodes of ten steps."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -113,7 +113,7 @@ def test_a_replay_buffer_that_was_made_otherwise_is_refused_with_the_way_on(fini
         message = "checkpoint: does not fit the config (.*); leave the settings of network and optimizer as they were"
     else:
         old = getattr(load_run(finished), name)
-        message = f"replay: the replay memory has {setting} {old}, expected {value}; {re.escape(WITHOUT)}$"
+        message = f"replay: the replay buffer has {setting} {old}, expected {value}; {re.escape(WITHOUT)}$"
     with pytest.raises(ValueError, match=message):
         resume(finished, total_steps=100, **{name: value})
     assert content(finished) == before
@@ -248,8 +248,8 @@ def test_a_device_that_is_not_there_names_the_one_that_is():
 
 
 def test_a_damaged_replay_buffer_names_the_way_on(run):
-    piece = next((latest_checkpoint(run) / "replay").glob("*.zst"))
-    piece.write_bytes(b"")
+    chunk = next((latest_checkpoint(run) / "replay").glob("*.zst"))
+    chunk.write_bytes(b"")
     with pytest.raises(ValueError, match="resume .* instead, which is whole"):
         resume(run, total_steps=100)
     for manifest in run.rglob("step-000000000000/manifest.json"):

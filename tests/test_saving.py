@@ -1,4 +1,4 @@
-"""A replay memory on the disk: what is saved again, what is damaged, what is hostile."""
+"""A replay buffer on the disk: what is saved again, what is damaged, what is hostile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import fill
+from reference import fill
 
 import pydqn.replay.chunks
 from pydqn import FrameReplay
@@ -25,19 +25,19 @@ SHAPE = {"frame_shape": (5,), "num_envs": 2, "stack": 2, "n_step": 2, "dtype": "
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_PIECE", 8 * 2 * (5 * 4 + 9))  # eight ticks
+    monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_CHUNK", 8 * 2 * (5 * 4 + 9))  # eight time steps
 
 
-def saved(tmp_path, ticks=30, **settings):
-    replay = fill(FrameReplay(40, **SHAPE, **settings), ticks, ends={7})
+def saved(tmp_path, time_steps=30, **settings):
+    replay = fill(FrameReplay(40, **SHAPE, **settings), time_steps, ends={7})
     replay.save(tmp_path / "memory")
     return replay, tmp_path / "memory"
 
 
-def more(replay, ticks, seed=0):
+def more(replay, time_steps, seed=0):
     """Append without opening an episode."""
     random, off = np.random.default_rng(seed), np.zeros(2, bool)
-    for _ in range(ticks):
+    for _ in range(time_steps):
         frames = random.random((2, 5)).astype(np.float32)
         replay.append(frames, random.integers(0, 9, 2), random.random(2), off, off, off)
 
@@ -56,10 +56,10 @@ def names(path):
     return {file.name: file.stat().st_ino for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("ticks", [1, 7, 8, 9, 19, 20, 21, 30, 100])
+@pytest.mark.parametrize("time_steps", [1, 7, 8, 9, 19, 20, 21, 30, 100])
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_a_loaded_memory_is_the_saved_one(tmp_path, ticks, prioritized):
-    replay, path = saved(tmp_path, ticks, prioritized=prioritized)
+def test_a_loaded_memory_is_the_saved_one(tmp_path, time_steps, prioritized):
+    replay, path = saved(tmp_path, time_steps, prioritized=prioritized)
     loaded = FrameReplay.load(path)
     assert loaded.settings == replay.settings
     if len(replay):
@@ -73,8 +73,8 @@ def test_saved_again_and_again(tmp_path_factory, rounds):
     """To the same folder or to another, by the memory itself or by one that was loaded meanwhile."""
     root = tmp_path_factory.mktemp("memory")
     replay = fill(FrameReplay(40, **SHAPE, prioritized=True), 3)
-    for number, (ticks, elsewhere, reloaded) in enumerate(rounds):
-        more(replay, ticks, number)
+    for number, (time_steps, elsewhere, reloaded) in enumerate(rounds):
+        more(replay, time_steps, number)
         batch = replay.sample(8)
         replay.update_priorities(batch.index, np.arange(1.0, 9.0))
         path = root / (str(number) if elsewhere else "here")
@@ -82,17 +82,17 @@ def test_saved_again_and_again(tmp_path_factory, rounds):
         verify_saved(path)
         loaded = FrameReplay.load(path)
         same(loaded, replay)
-        assert len(names(path)) <= 2 + 4  # index, priorities, and the pieces that hold 20 ticks
+        assert len(names(path)) <= 2 + 4  # index, priorities, and the chunks that hold 20 time steps
         if reloaded:
             replay = loaded
 
 
 def test_what_has_been_saved_is_linked_not_written(tmp_path, monkeypatch):
-    replay, path = saved(tmp_path, 20)  # two pieces of eight, and half a one
+    replay, path = saved(tmp_path, 20)  # two chunks of eight, and half a one
     before, written = names(path), []
-    write = pydqn.replay.chunks.write_stamped
+    write = pydqn.replay.chunks.write_with_checksum
     monkeypatch.setattr(
-        pydqn.replay.chunks, "write_stamped", lambda file, data: (written.append(file.name), write(file, data))[1]
+        pydqn.replay.chunks, "write_with_checksum", lambda file, data: (written.append(file.name), write(file, data))[1]
     )
     more(replay, 5)  # the third is full now, and a fourth begins
     replay.save(tmp_path / "next")
@@ -240,14 +240,14 @@ def forge(path, **change):
 
 HOSTILE = [
     {"capacity": 1 << 62},
-    {"capacity": 10**12, "ticks": 10**12},
-    {"ticks": 1 << 62},
-    {"ticks": 0, "num_envs": 10**12, "capacity": 10**12},
-    {"ticks": -1},
-    {"ticks": 29},
-    {"ticks": 31},
-    {"ticks": True},
-    {"ticks": 30.0},
+    {"capacity": 10**12, "time_steps": 10**12},
+    {"time_steps": 1 << 62},
+    {"time_steps": 0, "num_envs": 10**12, "capacity": 10**12},
+    {"time_steps": -1},
+    {"time_steps": 29},
+    {"time_steps": 31},
+    {"time_steps": True},
+    {"time_steps": 30.0},
     {"stack": 1 << 62},
     {"n_step": 1 << 62},
     {"gamma": float("nan")},
@@ -270,14 +270,14 @@ HOSTILE = [
     {"extra": 1},
     {"self": 1},
     {"kind": "weights"},
-    {"pieces": None},
-    {"pieces": []},
-    {"pieces": [[0, 30, [10, 10]]]},
-    {"pieces": [["../../../etc/passwd", 30, [10, 10]]]},
-    {"pieces": [[0, 8, ["../../secret", 10]]]},
-    {"pieces": [[10, 1 << 60, [10, 10]]]},
-    {"pieces": [[10, 16, [1 << 60, 10]]] * 3},
-    {"pieces": {"start": 1}},
+    {"chunks": None},
+    {"chunks": []},
+    {"chunks": [[0, 30, [10, 10]]]},
+    {"chunks": [["../../../etc/passwd", 30, [10, 10]]]},
+    {"chunks": [[0, 8, ["../../secret", 10]]]},
+    {"chunks": [[10, 1 << 60, [10, 10]]]},
+    {"chunks": [[10, 16, [1 << 60, 10]]] * 3},
+    {"chunks": {"start": 1}},
     {"changing": [10, 10]},
     {"prioritized": True},
     {"seed": 3},
@@ -322,9 +322,9 @@ def test_what_is_no_index_is_refused(tmp_path):
 def test_pieces_longer_than_ours_are_refused(tmp_path, monkeypatch):
     """Loading holds one at a time."""
     with monkeypatch.context() as larger:
-        larger.setattr("pydqn.replay.saving._BYTES_PER_PIECE", 1 << 20)
+        larger.setattr("pydqn.replay.saving._BYTES_PER_CHUNK", 1 << 20)
         _, path = saved(tmp_path)
-    with pytest.raises(Damaged, match="its pieces are not the rows from 10 to 30"):
+    with pytest.raises(Damaged, match="its chunks are not the rows from 10 to 30"):
         FrameReplay.load(path)
 
 
@@ -334,11 +334,11 @@ def test_a_piece_that_swells_is_refused(tmp_path):
 
     _, path = saved(tmp_path)
     swelling = zstandard.ZstdCompressor().compress(bytes(4 << 20))
-    stamp = pydqn.replay.chunks.Stamp.of(swelling)
-    (start, stop, _), *pieces = json.loads((path / "index.json").read_text())["content"]["pieces"]
-    name = pydqn.replay.chunks.Piece(start, stop, stamp).name
+    checksum = pydqn.replay.chunks.Checksum.of(swelling)
+    (start, stop, _), *chunks = json.loads((path / "index.json").read_text())["content"]["chunks"]
+    name = pydqn.replay.chunks.Chunk(start, stop, checksum).name
     (path / name).write_bytes(swelling)
-    forge(path, pieces=[[start, stop, stamp], *pieces])
+    forge(path, chunks=[[start, stop, checksum], *chunks])
     with pytest.raises(Damaged, match=f"{name}: "):
         FrameReplay.load(path)
 
@@ -364,7 +364,7 @@ def test_a_hostile_memory_takes_little(tmp_path):
 def test_others_settings_are_refused_before_anything_is_taken(tmp_path):
     replay, path = saved(tmp_path)
     FrameReplay.load(path, replay.settings)
-    with pytest.raises(ValueError, match=r"memory: the replay memory has capacity 40, expected 41"):
+    with pytest.raises(ValueError, match=r"memory: the replay buffer has capacity 40, expected 41"):
         FrameReplay.load(path, {**replay.settings, "capacity": 41})
 
 
@@ -382,7 +382,7 @@ def test_a_file_that_never_ends_is_refused(tmp_path):
 
 
 def test_links_out_of_the_folder_bring_nothing_in(tmp_path):
-    """A piece that is a link to some other file is only read, and is not what was written."""
+    """A chunk that is a link to some other file is only read, and is not what was written."""
     _, path = saved(tmp_path)
     victim = sorted(path.glob("*.zst"))[0]
     victim.unlink()

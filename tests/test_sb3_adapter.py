@@ -43,8 +43,8 @@ def collect(env, buffers, steps, seed=0):
         action = random.integers(env.action_space.n, size=env.num_envs)
         after, reward, done, infos = env.step(action)
         next_obs = after.copy()
-        for lane in np.flatnonzero(done):
-            next_obs[lane] = infos[lane]["terminal_observation"]
+        for env_index in np.flatnonzero(done):
+            next_obs[env_index] = infos[env_index]["terminal_observation"]
         for buffer in buffers:
             buffer.add(obs, next_obs, action, reward, done, infos)
         obs = after
@@ -52,17 +52,17 @@ def collect(env, buffers, steps, seed=0):
 
 def assert_same_transitions(ours, theirs):
     """All that their (full) buffer holds, ours holds, and nothing else."""
-    indices = ours.transitions.memory.valid_indices()
+    indices = ours.transitions.frame_replay.valid_indices()
     assert len(ours) == theirs.size() * theirs.n_envs == len(indices)
-    for lane in range(ours.n_envs):
-        of_lane = indices[indices % ours.n_envs == lane]
+    for env_index in range(ours.n_envs):
+        of_lane = indices[indices % ours.n_envs == env_index]
         places = (theirs.pos + np.arange(theirs.size())) % theirs.size() if theirs.full else np.arange(theirs.size())
         samples = ours._get_samples(of_lane)
-        np.testing.assert_array_equal(samples.observations.numpy(), theirs.observations[places, lane])
-        np.testing.assert_array_equal(samples.next_observations.numpy(), theirs.next_observations[places, lane])
-        np.testing.assert_array_equal(samples.actions.numpy(), theirs.actions[places, lane])
-        np.testing.assert_array_equal(samples.rewards.numpy()[:, 0], theirs.rewards[places, lane])
-        dones = theirs.dones[places, lane] * (1 - theirs.timeouts[places, lane])
+        np.testing.assert_array_equal(samples.observations.numpy(), theirs.observations[places, env_index])
+        np.testing.assert_array_equal(samples.next_observations.numpy(), theirs.next_observations[places, env_index])
+        np.testing.assert_array_equal(samples.actions.numpy(), theirs.actions[places, env_index])
+        np.testing.assert_array_equal(samples.rewards.numpy()[:, 0], theirs.rewards[places, env_index])
+        dones = theirs.dones[places, env_index] * (1 - theirs.timeouts[places, env_index])
         np.testing.assert_array_equal(samples.dones.numpy()[:, 0], dones)
     assert theirs.timeouts.any(), "a stream without truncations proves little"
     assert (theirs.dones > theirs.timeouts).any()
@@ -93,7 +93,7 @@ def test_atari_equals_their_buffer(channels_first):
     ours, theirs = ReplayBuffer(*arguments), TheirBuffer(*arguments)
     collect(env, [ours, theirs], 400)
     assert_same_transitions(ours, theirs)  # lives lost are terminations
-    assert ours.transitions.memory.stack == 4
+    assert ours.transitions.frame_replay.stack == 4
     assert ours.transitions.nbytes < 0.2 * (theirs.observations.nbytes + theirs.next_observations.nbytes)
 
 
@@ -106,7 +106,7 @@ def test_n_step_returns_equal_theirs(n_steps):
     collect(env, [ours, theirs], 700)
     places = (theirs.pos + np.arange(400)) % 400
     expected = theirs._get_samples(places)
-    samples = ours._get_samples(ours.transitions.memory.valid_indices())
+    samples = ours._get_samples(ours.transitions.frame_replay.valid_indices())
     open_windows = 400 - (len(samples.rewards) - (n_steps - 1))  # ours has some older ones instead
     assert 0 <= open_windows - 1 < 2 * n_steps
     count = min(len(samples.rewards), 400) - n_steps
@@ -220,7 +220,7 @@ def test_windows_end_with_the_episode(end, n_steps, how):
 @pytest.mark.parametrize("n_steps", [3, 5])
 def test_windows_stop_at_the_newest(n_steps):
     buffer = numbered(n_steps, 13)  # round once
-    held = buffer.transitions.memory.valid_indices()
+    held = buffer.transitions.frame_replay.valid_indices()
     samples = buffer._get_samples(held)
     assert held.max() == 13 - n_steps
     assert (samples.discounts == np.float32(0.98**n_steps)).all()
@@ -265,7 +265,7 @@ def test_observation_spaces(space):
         obs, next_obs = next_obs, np.stack([space.sample(), space.sample()])
         for buffer in (ours, theirs):
             buffer.add(obs, next_obs, np.array([0, 1]), np.ones(2), np.array([False, True]), [{}, {}])
-    indices = ours.transitions.memory.valid_indices()
+    indices = ours.transitions.frame_replay.valid_indices()
     samples = ours._get_samples(indices[indices % 2 == 1])
     np.testing.assert_array_equal(samples.observations.numpy(), theirs.observations[:, 1])
     np.testing.assert_array_equal(samples.next_observations.numpy(), theirs.next_observations[:, 1])
@@ -342,9 +342,9 @@ def test_quantile_regression():
 def test_priorities_follow_errors():
     """Errors become priorities, weights compensate, and beta rises."""
     model = model_of(PrioritizedDQN, replay_buffer_kwargs={"beta": 0.5}).learn(400)
-    memory = model.replay_buffer.transitions.memory
+    memory = model.replay_buffer.transitions.frame_replay
     assert memory.beta > 0.9
-    priorities = memory._core.export_priorities(0, memory.lane_ticks[0])
+    priorities = memory._core.export_priorities(0, memory.env_time_steps[0])
     assert len(np.unique(priorities[priorities > 0])) > 100
     _, weight, index = model.replay_buffer.sample_weighted(64)
     assert weight.shape == (64, 1)
@@ -356,7 +356,7 @@ def test_without_priorities_the_prioritized_algorithm_is_the_plain_one():
     plain = model_of().learn(400)
     uniform = model_of(PrioritizedDQN, replay_buffer_kwargs={"prioritized": True, "alpha": 0.0}).learn(400)
     # Not the same draws, but the same algorithm: equal where the draws are.
-    index = plain.replay_buffer.transitions.memory.valid_indices()[-32:]
+    index = plain.replay_buffer.transitions.frame_replay.valid_indices()[-32:]
     batch = plain.replay_buffer._get_samples(index)
     for model in (plain, uniform):
         model.q_net.load_state_dict(plain.q_net.state_dict())

@@ -63,7 +63,7 @@ def test_samples_share_no_memory(kind, n_steps):
     buffer = filled(kind, n_steps)
     drawn = [buffer.sample(16)]
     if kind == "sb3":
-        drawn += [buffer.sample_weighted(16)[0], buffer._get_samples(buffer.transitions.memory.valid_indices())]
+        drawn += [buffer.sample_weighted(16)[0], buffer._get_samples(buffer.transitions.frame_replay.valid_indices())]
     for samples in drawn:
         before = samples.next_observations.clone(), samples.observations.clone()
         samples.observations[:] = 0
@@ -72,7 +72,7 @@ def test_samples_share_no_memory(kind, n_steps):
         assert (samples.observations == 0).all()
         assert samples.observations.is_contiguous()
         assert samples.next_observations.is_contiguous()
-    again = buffer.transitions.gather(buffer.transitions.memory.valid_indices())
+    again = buffer.transitions.gather(buffer.transitions.frame_replay.valid_indices())
     np.testing.assert_array_equal(again.obs[:, None], images(10)[0][: len(again.obs)])  # nor with the buffer
 
 
@@ -90,10 +90,10 @@ def test_the_first_windows_are_cut_short_as_theirs(steps, n_envs):
         row = (random.integers(2, size=n_envs), random.normal(size=n_envs), np.zeros(n_envs, bool), [{}] * n_envs)
         for buffer in (ours, theirs):
             buffer.add(obs[step].copy(), obs[step + 1].copy(), *row)
-    start, lane = (grid.ravel() for grid in np.meshgrid(np.arange(steps), np.arange(n_envs)))
-    mine = ours._cut_short(start, lane, None)
+    start, env_index = (grid.ravel() for grid in np.meshgrid(np.arange(steps), np.arange(n_envs)))
+    mine = ours._cut_short(start, env_index, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np.random, "randint", lambda *_, **__: lane)
+        patch.setattr(np.random, "randint", lambda *_, **__: env_index)
         their = theirs._get_samples(start)
     for name, one, other in zip(mine._fields, mine, their, strict=True):
         assert one.dtype == other.dtype, name
@@ -139,8 +139,8 @@ def test_the_prioritized_buffer_has_the_models_settings(settings, loaded, tmp_pa
             model = PrioritizedDQN.load(tmp_path / "model", env=model.get_env(), device="cpu")
             model.learn(60, reset_num_timesteps=False)
     buffer = model.replay_buffer
-    assert (buffer.n_steps, buffer.gamma, buffer.transitions.memory.gamma) == (3, 0.9, 0.9)
-    assert buffer.transitions.memory.n_step == 3
+    assert (buffer.n_steps, buffer.gamma, buffer.transitions.frame_replay.gamma) == (3, 0.9, 0.9)
+    assert buffer.transitions.frame_replay.n_step == 3
     assert model.n_steps == settings.get("n_steps", 1)
     samples = buffer.sample(200)
     windows = {round(float(value), 4) for value in samples.discounts}
@@ -202,7 +202,7 @@ def test_a_saved_buffer_is_taken_over(kind, tmp_path):
     assert other.replay_buffer.size() == held
     other.learn(50, reset_num_timesteps=False)
     assert len(other.replay_buffer) > held
-    with pytest.raises(ValueError, match="the replay memory has max_transitions 500, expected 20"):
+    with pytest.raises(ValueError, match="the replay buffer has max_transitions 500, expected 20"):
         model_of(kind, **{**settings, "buffer_size": 20}).replay_buffer.restore(tmp_path / "buffer")
 
 

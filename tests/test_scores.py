@@ -140,6 +140,6 @@ def test_protocols_are_as_published():
         "evaluation_epsilon": 0.01,
         "noop_max_frames": 0,
         "sticky_actions": 0.25,
-        "life_loss": False,
+        "terminal_on_life_loss": False,
         "max_episode_frames": 30 * 60 * second,
     }

@@ -73,13 +73,13 @@ def feed(streams, rows, numbers, with_names, steps=None):
 
 
 def numbers_of(streams, index, steps=0):
-    return streams.columns[("number",)].numpy()[streams.places_at(index, steps)]
+    return streams.columns[("number",)].numpy()[streams.slots_at(index, steps)]
 
 
 def assert_right(streams, rows, n_step, gamma, whole=True):
-    memory = streams.replay.memory
+    memory = streams.transitions.frame_replay
     held = memory.valid_indices()
-    batch, k = streams.replay.gather(held), memory.windows(held).steps
+    batch, k = streams.transitions.gather(held), memory.windows(held).steps
     first, last = numbers_of(streams, held), numbers_of(streams, held, k - 1)
     wanted = rows.windows(n_step, gamma)
     for row in range(len(held)):
@@ -116,14 +116,16 @@ def test_any_order(envs, n_step, layout, with_names, capacity, seed):
             numbers = np.array([[rows.step(env) for env in range(envs)] for _ in range(length)])
             numbers = (numbers if layout == "steps" else numbers.T).ravel().tolist()
         index = feed(streams, rows, numbers, with_names, length if layout == "marked" else None)
-        held = np.isin(index, replay.memory.valid_indices())
+        held = np.isin(index, replay.frame_replay.valid_indices())
         np.testing.assert_array_equal(numbers_of(streams, index[held]), np.array(numbers)[held])
     found = assert_right(streams, rows, n_step, 0.9)
     assert len(set(found)) == len(found) == len(replay)
     if capacity > 40:
         assert sorted(found) == sorted(rows.windows(n_step, 0.9))
         done = sum(row[4] for row in rows.rows)
-        assert sum(replay.memory.lane_ticks) <= len(rows.rows) + done + envs  # a frame each, and those that open
+        assert (
+            sum(replay.frame_replay.env_time_steps) <= len(rows.rows) + done + envs
+        )  # a frame each, and those that open
 
 
 def test_more_environments_than_lanes():
@@ -145,7 +147,7 @@ def test_names_tell_environments_that_look_alike():
     for step, order in enumerate([[0, 1], [1, 0], [0, 1]]):  # rewards tell them apart
         reward, names = 10.0**step * np.array([[1, 5][env] for env in order]), np.array(order)
         streams.extend(alike, alike, reward, never, never, openings(alike, alike, names), names, {})
-    held = streams.replay.gather(streams.replay.memory.valid_indices())
+    held = streams.transitions.gather(streams.transitions.frame_replay.valid_indices())
     assert sorted(held.reward.tolist()) == [11, 55, 110, 550]
 
 
@@ -184,7 +186,7 @@ def test_saved_and_loaded(tmp_path):
     assert notes == {"about": ["frames", 3]}
     again, notes = Streams.from_state(loaded.state({}), 60, **{**made, "stack": None})
     assert notes == {}
-    drawn = streams.replay.sample(20).index.tolist()
+    drawn = streams.transitions.sample(20).index.tolist()
     for one in (loaded, again):
         assert_right(one, rows, 3, 0.9)
         assert one.replay.sample(20).index.tolist() == drawn
@@ -201,7 +203,7 @@ def test_damage_is_found(tmp_path):
     feed(streams, rows, [rows.step(0) for _ in range(10)], False)
     streams.save(tmp_path, {})
     feed(streams, rows, [rows.step(0) for _ in range(10)], False)
-    streams.replay.memory.save(tmp_path / "memory-1")
+    streams.transitions.frame_replay.save(tmp_path / "memory-1")
     with pytest.raises(Damaged, match="were not saved together"):
         Streams.load(tmp_path, 60)
     save_weights(tmp_path / "columns-1.safetensors", {"a": torch.zeros(1)}, {"b": 1})

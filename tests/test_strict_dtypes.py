@@ -196,13 +196,13 @@ def test_columns_are_kept_or_refused(place, name, value):
     rows_of(place, "reward", np.array([True]))
 
 
-@pytest.mark.parametrize("lanes", [[0.0], [True], [2], [-1], [[0]], [None]])
-def test_environments_are_named_by_integers(lanes):
+@pytest.mark.parametrize("env_indices", [[0.0], [True], [2], [-1], [[0]], [None]])
+def test_environments_are_named_by_integers(env_indices):
     buffer = TransitionReplay(10, (2,), "float32", num_envs=2)
     obs = np.zeros((1, 2), np.float32)
-    with pytest.raises(ValueError, match="^lanes: expected different integers from 0 to 1"):
-        buffer.add(obs, obs, [0], [0.0], [False], [False], lanes=lanes)
-    assert buffer.add(obs, obs, [0], [0.0], [False], [False], lanes=np.array([1], np.uint64)).dtype == np.int64
+    with pytest.raises(ValueError, match="^environments: expected different integers from 0 to 1"):
+        buffer.add(obs, obs, [0], [0.0], [False], [False], env_indices=env_indices)
+    assert buffer.add(obs, obs, [0], [0.0], [False], [False], env_indices=np.array([1], np.uint64)).dtype == np.int64
 
 
 def test_a_refused_transition_does_not_join_two_episodes():
@@ -212,7 +212,7 @@ def test_a_refused_transition_does_not_join_two_episodes():
     with pytest.raises(ValueError, match="action"):
         buffer.add(other, other, [-1], [0.0], [False], [False])
     buffer.add(two, one, [0], [0.0], [False], [False])
-    batch = buffer.gather(buffer.memory.valid_indices())
+    batch = buffer.gather(buffer.frame_replay.valid_indices())
     assert batch.obs.ravel().tolist() == [1.0, 2.0]
     assert batch.next_obs.ravel().tolist() == [2.0, 1.0]
 

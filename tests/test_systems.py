@@ -42,10 +42,10 @@ PUBLISHED = {
         "gamma": 0.99,
         "replay_capacity_frames": 10_000,
         "batch_size": 32,
-        "steps_per_update": 1.0,
+        "train_period_steps": 1.0,
         "learning_starts_steps": 32,
-        "target_sync_episodes": 1,
-        "target_sync_updates": 0,
+        "target_update_period_episodes": 1,
+        "target_update_period": 0,
         "total_episodes": 500,
         "max_episode_steps": 200,
         "skip_first_steps": 10,
@@ -57,7 +57,7 @@ PUBLISHED = {
     "pong-book": {
         "env_id": "ALE/Pong-v5",
         "sticky_actions": 0.0,
-        "life_loss": False,
+        "terminal_on_life_loss": False,
         "clip_rewards": False,
         "noop_max_frames": 30,
         "frame_skip": 4,
@@ -78,8 +78,8 @@ PUBLISHED = {
         "gamma": 0.99,
         "replay_capacity_frames": 10_000,
         "learning_starts_steps": 10_000,
-        "steps_per_update": 1.0,
-        "target_sync_updates": 1_000,
+        "train_period_steps": 1.0,
+        "target_update_period": 1_000,
         "mean_episodes": 100,
         "log_every_episodes": 1,
         "max_grad_norm": 0.0,
@@ -89,7 +89,7 @@ PUBLISHED = {
         "sticky_actions": 0.25,
         "frame_skip": 2,
         "frame_skip_max": 4,
-        "full_action_set": False,
+        "full_action_space": False,
         "preprocess": "crop_nearest",
         "padding": "first",
         "network": "nature",
@@ -102,9 +102,9 @@ PUBLISHED = {
         "gamma": 0.99,
         "replay_capacity_frames": 500_000,
         "learning_starts_steps": 50_000,
-        "target_sync_updates": 10_000,
+        "target_update_period": 10_000,
         "batch_size": 32,
-        "steps_per_update": 1.0,
+        "train_period_steps": 1.0,
         "total_episodes": 10_000,
         "double": False,
         "checkpoint_every_episodes": 1,
@@ -123,11 +123,11 @@ PUBLISHED = {
         "learning_rate": 1e-5,
         "replay_capacity_frames": 1_000_000,
         "learning_starts_steps": 50_000,
-        "target_sync_updates": 10_000,
+        "target_update_period": 10_000,
         "total_steps": 25_000_000,
         "noop_max_frames": 20,
         "max_episode_steps": 18_000,
-        "life_loss": True,
+        "terminal_on_life_loss": True,
         "evaluation_epsilon": 0.01,
         "video_every_episodes": 50,
         "video_format": "gif",
@@ -139,10 +139,10 @@ PUBLISHED = {
         "batch_size": 32,
         "replay_capacity_frames": 1_000_000,
         "stack": 4,
-        "target_sync_updates": 10_000,
+        "target_update_period": 10_000,
         "gamma": 0.99,
         "frame_skip": 4,
-        "steps_per_update": 4.0,
+        "train_period_steps": 4.0,
         "optimizer": "rmsprop_centered",
         "learning_rate": 2.5e-4,
         "rmsprop_decay": 0.95,
@@ -152,7 +152,7 @@ PUBLISHED = {
         "noop_max_frames": 30,
         "clip_rewards": True,
         "loss": "huber",
-        "life_loss": True,
+        "terminal_on_life_loss": True,
         "total_steps": 50_000_000,
         "evaluation_protocol": "nature",
         "double": False,
@@ -171,7 +171,7 @@ def test_settings_are_those_published(name):
 def test_presets_differ_where_they_say():
     assert set(PRESETS) == {*PUBLISHED, "pong", "breakout-double"}
     assert preset("breakout-double") == dataclasses.replace(preset("breakout"), double=True)
-    # 17 of 20 games is the first mean above 0.80, 1,901 points in 100 games the first above 19.
+    # 17 of 20 episodes is the first mean above 0.80, 1,901 points in 100 episodes the first above 19.
     assert preset("frozenlake").stop_evaluation_return == 17 / 20
     assert preset("pong-book").stop_return == 19.01
 
@@ -186,7 +186,7 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
         learning_starts_steps=40,
         replay_capacity_frames=1_000,
         max_episode_steps=60,
-        target_sync_updates=5,
+        target_update_period=5,
         batch_size=4,
         evaluation_every_steps=0,
         mean_episodes=2,
@@ -195,7 +195,7 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
         before = {key: value.clone() for key, value in run.learner.online.state_dict().items()}
         for _ in run.reports():
             pass
-        assert run.learner.updates == int((130 - 1 - 40) / config.steps_per_update)
+        assert run.learner.updates == int((130 - 1 - 40) / config.train_period_steps)
         after = run.learner.online.state_dict()
         # The value stream's bias alone may stand still: it moves all actions alike.
         assert all(not torch.equal(before[key], after[key]) for key in before)
@@ -212,15 +212,15 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
 
 @pytest.mark.parametrize("preprocess", ["resize_area", "crop_nearest"])
 def test_every_nth_game_is_filmed(tiny, tmp_path, preprocess):
-    """Two lanes, of which the first one is filmed: 320x420 at 30 pictures a second, from the opening to the end."""
+    """Two environments, of which the first one is filmed: 320x420 at 30 images a second, from the opening to the end."""
     config = dataclasses.replace(
         tiny, preprocess=preprocess, max_episode_steps=30, total_steps=600, video_every_episodes=4
     )
     train(config, tmp_path)
     games = read_csv(tmp_path / "episodes.csv")
-    first_lane = [total for total, lane in zip(games["return"], games["lane"], strict=True) if lane == 0]
+    first_lane = [total for total, env_index in zip(games["return"], games["env_index"], strict=True) if env_index == 0]
     videos = sorted((tmp_path / "videos").iterdir())
-    # The first game of lane 0 and then each second one: two lanes finish four games in two rounds.
+    # The first episode of environment 0 and then each second one: two environments finish four episodes in two rounds.
     assert len(videos) in (len(first_lane) // 2, len(first_lane) // 2 + 1)
     for number, video in enumerate(videos):
         frames, total = re.fullmatch(r"frame-(\d{12})-return-(.+)\.mp4", video.name).groups()
@@ -281,14 +281,14 @@ def test_the_target_moves_at_each_episodes_start(tmp_path):
     config = preset("cartpole", **QUICK, total_steps=400)
     moves = []
     with Run(config, tmp_path) as run:
-        sync = run.learner.sync_target
-        run.learner.sync_target = lambda: (moves.append(run.steps), sync())
+        sync = run.learner.update_target
+        run.learner.update_target = lambda: (moves.append(run.steps), sync())
         list(run.reports())
     assert moves == [int(steps) for steps in read_csv(tmp_path / "episodes.csv")["steps"]]
 
 
 def ending(tmp_path, **options):
-    """Run on made-up games: returns the number of games after which the run ended."""
+    """Run on made-up episodes: returns the number of episodes after which the run ended."""
     totals = options.pop("totals")
     lengths = options.pop("lengths", [10] * len(totals))
     with Run(preset("cartpole", **QUICK, **options), tmp_path) as run:
@@ -325,10 +325,10 @@ def test_a_total_of_episodes(tmp_path):
 
 
 def test_wrappers_can_be_switched_for_any_game(tmp_path):
-    """Each option of the book's wrappers, the other way round than in its preset, on another game."""
+    """Each option of the book's wrappers, the other way round than in its preset, on another episode."""
     options = {
         "env_id": "space_invaders",
-        "life_loss": True,
+        "terminal_on_life_loss": True,
         "clip_rewards": True,
         "noop_max_frames": 0,
         "frame_skip": 3,

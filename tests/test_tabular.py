@@ -49,7 +49,7 @@ def test_a_model_is_what_the_environment_publishes():
 
 @pytest.mark.parametrize("env_id", ["Taxi-v4", "CliffWalking-v1", "FrozenLake-v1"])
 def test_the_modelled_task_is_the_environment(env_id):
-    """Greedy all along, so that only the model and the environment draw: the same tables, games and test means."""
+    """Greedy all along, so that only the model and the environment draw: the same tables, episodes and test means."""
     options = {"is_slippery": False} if env_id.startswith("Frozen") else {}
     config = preset("frozenlake", env_id=env_id, epsilon_start=0.0, epsilon_end=0.0, max_episode_steps=40)
     envs = StateEnv(config, 0), StateEnv(config, 1)
@@ -78,7 +78,7 @@ def test_the_modelled_task_is_the_environment(env_id):
 
 
 def test_chance_is_that_of_the_model():
-    """Slippery ice at random: both kinds of task visit cells and end games equally often."""
+    """Slippery ice at random: both kinds of task visit cells and end episodes equally often."""
     config = preset("frozenlake")
     envs = StateEnv(config, 0), StateEnv(config, 1)
     tasks = [ModelledTask(envs[0].model(), 100, config, generators(2)), SteppedTask(envs, config, generators(3))]
@@ -93,7 +93,7 @@ def test_chance_is_that_of_the_model():
         lengths.append(np.mean(steps))
         successes.append(np.mean(returns))
         values.append(table[14].max())
-    # About 7,800 games: three standard errors are 0.25 steps and 0.6 % of the games.
+    # About 7,800 episodes: three standard errors are 0.25 steps and 0.6 % of the episodes.
     assert abs(lengths[0] - lengths[1]) < 0.35
     assert abs(successes[0] - successes[1]) < 0.008
     assert abs(values[0] - values[1]) < 0.25
@@ -101,7 +101,7 @@ def test_chance_is_that_of_the_model():
 
 @pytest.mark.parametrize("kind", ["modelled", "stepped"])
 def test_nothing_is_bootstrapped_beyond_the_end(kind):
-    """Every game ends at once, in the very state in which it began: its row is not that of an unvisited end."""
+    """Every episode ends at once, in the very state in which it began: its row is not that of an unvisited end."""
 
     class OneStep:
         def reset(self):
@@ -162,7 +162,7 @@ def test_other_tasks(env_id, tmp_path):
 
 
 def test_blackjack_is_learned_step_by_step(tmp_path):
-    """About -0.05 a game for the best play, -0.4 for random play."""
+    """About -0.05 an episode for the best play, -0.4 for random play."""
     config = preset(
         "frozenlake",
         env_id="Blackjack-v1",

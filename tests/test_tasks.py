@@ -14,9 +14,9 @@ from gymnasium import spaces
 
 from pydqn import Config, evaluate, preset, resume, train
 from pydqn.cli.main import main
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.envs.tasks import described, resolved
-from pydqn.evaluation.play import watch
+from pydqn.evaluation.play import play_episode
 from pydqn.presets import PRESETS
 from pydqn.runs.layout import load_run
 from pydqn.runs.stopping import Standing, ending
@@ -191,11 +191,11 @@ def test_rewards_are_clipped_in_atari_games_alone(name, env_id, clips):
 
 @pytest.mark.parametrize(("asked", "expected"), [({}, 10.0), ({"clip_rewards": True}, 1.0)])
 def test_what_the_learner_sees(coins, asked, expected):
-    lanes = make_lanes(Config(env_id=coins, **asked), 1, 0)
+    envs = make_envs(Config(env_id=coins, **asked), 1, 0)
     frames = np.zeros((1, 2), np.float32)
-    lanes.reset(frames)
-    lanes.send(np.array([1]))
-    assert lanes.recv(frames).reward[0] == expected
+    envs.reset(frames)
+    envs.send(np.array([1]))
+    assert envs.recv(frames).reward[0] == expected
 
 
 def test_the_choice_is_written_down_and_older_choices_can_be_read(coins, tmp_path):
@@ -289,4 +289,4 @@ def test_elsewhere_it_is_not_known_and_what_works_is_named(coins, tmp_path, caps
     finally:
         gymnasium.registry[coins] = spec
     with pytest.raises(RuntimeError, match="render"):
-        list(watch(tmp_path))
+        list(play_episode(tmp_path))

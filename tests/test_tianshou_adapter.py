@@ -46,39 +46,39 @@ KINDS = {
 class World:
     """Environments of random frames; `expected` is what each position has to hold, by the slowest of ways."""
 
-    def __init__(self, kind, lanes, lane_size, seed, unsaid=0.0, ends=0.1, frame=None):
+    def __init__(self, kind, env_indices, lane_size, seed, unsaid=0.0, ends=0.1, frame=None):
         self.options, self.frame, self.dtype, self.given, self.out, paddings = KINDS[kind]
         self.frame = frame or self.frame
         self.padding = paddings[seed % len(paddings)]
         self.random = np.random.default_rng(seed)
         self.lane_size, self.unsaid, self.ends = lane_size, unsaid, ends
-        self.frames = [None] * lanes
-        self.counts = [0] * lanes
+        self.frames = [None] * env_indices
+        self.counts = [0] * env_indices
         self.expected = {}
         self.after = {}  # the position of the next step of the same episode
-        for lane in range(lanes):
-            self._reset(lane)
+        for env_index in range(env_indices):
+            self._reset(env_index)
 
     def _new(self):
         return np.asarray(self.random.integers(256 if self.dtype == "uint8" else 1 << 24, size=self.frame)).astype(
             self.dtype
         )
 
-    def _reset(self, lane):
+    def _reset(self, env_index):
         frame = self._new()
         before = frame if self.padding == "first" else np.zeros_like(frame)
-        self.frames[lane] = [*[before] * 3, frame]
-        self.last = {**getattr(self, "last", {}), lane: None}
+        self.frames[env_index] = [*[before] * 3, frame]
+        self.last = {**getattr(self, "last", {}), env_index: None}
 
-    def _seen(self, lane, depth):
-        return np.stack(self.frames[lane][-depth:]) if depth else self.frames[lane][-1].copy()
+    def _seen(self, env_index, depth):
+        return np.stack(self.frames[env_index][-depth:]) if depth else self.frames[env_index][-1].copy()
 
-    def step(self, lanes):
+    def step(self, env_indices):
         """Return a batch for `add`."""
         rows = []
-        for lane in lanes:
-            given, out = self._seen(lane, self.given), self._seen(lane, self.out)
-            self.frames[lane].append(self._new())
+        for env_index in env_indices:
+            given, out = self._seen(env_index, self.given), self._seen(env_index, self.out)
+            self.frames[env_index].append(self._new())
             terminated, truncated = self.random.random(2) < self.ends
             row = {
                 "act": int(self.random.integers(5)),
@@ -88,18 +88,18 @@ class World:
                 "info": {"lives": int(self.random.integers(9)), "deep": {"x": float(self.random.normal())}},
                 "policy": {},
             }
-            rows.append({"obs": given, "obs_next": self._seen(lane, self.given), **row})
-            position = lane * self.lane_size + self.counts[lane] % self.lane_size
-            self.counts[lane] += 1
+            rows.append({"obs": given, "obs_next": self._seen(env_index, self.given), **row})
+            position = env_index * self.lane_size + self.counts[env_index] % self.lane_size
+            self.counts[env_index] += 1
             self.expected.pop(position, None)
             done = bool(terminated or truncated)
-            self.expected[position] = {"obs": out, "obs_next": self._seen(lane, self.out), "done": done, **row}
-            if self.last[lane] is not None:
-                self.after[self.last[lane]] = position
-            self.last[lane] = position
+            self.expected[position] = {"obs": out, "obs_next": self._seen(env_index, self.out), "done": done, **row}
+            if self.last[env_index] is not None:
+                self.after[self.last[env_index]] = position
+            self.last[env_index] = position
             self.after.pop(position, None)
             if done or self.random.random() < self.unsaid:
-                self._reset(lane)
+                self._reset(env_index)
         return Batch(rows)
 
     def returns(self, position, n_step):
@@ -115,9 +115,11 @@ class World:
     def play(self, buffers, steps, check=lambda: None, some=True):
         count = len(self.frames)
         for step in range(steps):
-            lanes = self.random.permutation(count)[: self.random.integers(1, count + 1)] if some else np.arange(count)
-            batch = self.step(lanes)
-            added = [buffer.add(copy.copy(batch), lanes if some else None) for buffer in buffers]
+            env_indices = (
+                self.random.permutation(count)[: self.random.integers(1, count + 1)] if some else np.arange(count)
+            )
+            batch = self.step(env_indices)
+            added = [buffer.add(copy.copy(batch), env_indices if some else None) for buffer in buffers]
             for one in added:
                 same(one, added[0])
             if step % 13 == 0:
@@ -231,11 +233,11 @@ def rows(obs, obs_next, terminated=False, truncated=False, rew=1.0):
     return Batch(obs=obs, obs_next=obs_next, act=np.zeros(count, int), rew=np.full(count, rew), info=Batch(), **flags)
 
 
-def counting(make, lanes, steps, cut=(), broken=(), **options):
-    """A buffer of lanes that count: lane i from 100 i on. Episodes end, at some steps, truncated or without a word."""
-    buffer = make(10 * lanes, lanes, **options)
+def counting(make, env_indices, steps, cut=(), broken=(), **options):
+    """A buffer of environments that count: environment i from 100 i on. Episodes end, at some steps, truncated or without a word."""
+    buffer = make(10 * env_indices, env_indices, **options)
     for step in range(steps):
-        seen = 100.0 * np.arange(lanes)[:, None] + step + 50 * sum(step > other for other in (*cut, *broken))
+        seen = 100.0 * np.arange(env_indices)[:, None] + step + 50 * sum(step > other for other in (*cut, *broken))
         buffer.add(rows(seen, seen + 1, truncated=step in cut))
     return buffer
 
@@ -271,8 +273,8 @@ def test_images_of_short_episodes_are_given_up_before_their_positions(name):
 
 def test_draws_are_uniform_or_in_proportion():
     buffer = ours.VectorReplayBuffer(30, 3)
-    for step, lanes in enumerate([[0], [0, 2], [2], [2, 1]] * 3):  # unequal, none full
-        buffer.add(rows([[step]] * len(lanes), [[step + 1]] * len(lanes)), lanes)
+    for step, env_indices in enumerate([[0], [0, 2], [2], [2, 1]] * 3):  # unequal, none full
+        buffer.add(rows([[step]] * len(env_indices), [[step + 1]] * len(env_indices)), env_indices)
     at, counts = np.unique(buffer.sample_indices(60_000), return_counts=True)
     assert sorted(at) == sorted(buffer.sample_indices(0)) == [*range(6), *range(10, 13), *range(20, 29)]
     np.testing.assert_allclose(counts / 60_000, 1 / len(at), rtol=0.08)

@@ -41,7 +41,7 @@ def test_a_stack_begins_anew_though_the_observation_is_the_same(kind, way):
         buffer.reset()
     (position,), *_ = buffer.add(rows([[1.0]], [[2.0]]))
     assert buffer[position].obs.ravel().tolist() == [1, 1, 1]
-    assert kind is theirs or buffer.transitions.memory.padding == "first"
+    assert kind is theirs or buffer.transitions.frame_replay.padding == "first"
 
 
 def test_returns():
@@ -62,10 +62,10 @@ def test_chance():
     ]
     mine, other = ([each(seed).sample_indices(100).tolist() for seed in (1, 1, 2)] for each in make)
     assert mine[0] == mine[1] != mine[2]
-    first, second = (np.array(other[0])[[index // 10 == lane for index in other[0]]] % 10 for lane in (0, 1))
+    first, second = (np.array(other[0])[[index // 10 == env_index for index in other[0]]] % 10 for env_index in (0, 1))
     count = min(len(first), len(second))
-    assert first[:count].tolist() == second[:count].tolist()  # both lanes, the same steps
-    first, second = (np.array(mine[0])[[index // 10 == lane for index in mine[0]]] % 10 for lane in (0, 1))
+    assert first[:count].tolist() == second[:count].tolist()  # both environments, the same steps
+    first, second = (np.array(mine[0])[[index // 10 == env_index for index in mine[0]]] % 10 for env_index in (0, 1))
     assert first[:count].tolist() != second[:count].tolist()
     every = make[0](1).sample_indices(None)
     assert sorted(every) == [*range(20)] != every.tolist()

@@ -87,11 +87,11 @@ def test_update_that_is_refused_midway_leaves_the_statistics():
         other.add(batch)
     batch.obs = batch.obs_next = np.array([0], np.uint8)
     mine.add(batch)
-    before = [(lane._ep_return, lane._ep_len, lane._ep_start_idx) for lane in mine.buffers]
+    before = [(env_index._ep_return, env_index._ep_len, env_index._ep_start_idx) for env_index in mine.buffers]
     with pytest.raises(ValueError, match="^obs: expected uint8"):
         mine.update(other)
     assert len(mine) == 3
-    assert [(lane._ep_return, lane._ep_len, lane._ep_start_idx) for lane in mine.buffers] == before
+    assert [(env_index._ep_return, env_index._ep_len, env_index._ep_start_idx) for env_index in mine.buffers] == before
 
 
 def test_update_of_oneself_takes_what_was_there():

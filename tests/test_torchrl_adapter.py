@@ -44,8 +44,8 @@ STREAMS = {
     "cartpole": (cartpole, {}),
     "integer actions": (lambda seed: cartpole(seed, one_hot=False), {}),
     "film": (film, {}),
-    "film, last axis": (lambda seed: film(seed, -1), {}),
-    "film of floats": (lambda seed: film(seed, dtype=np.float32), {"stack": 4}),
+    "video, last axis": (lambda seed: film(seed, -1), {}),
+    "video of floats": (lambda seed: film(seed, dtype=np.float32), {"stack": 4}),
 }
 
 
@@ -83,10 +83,10 @@ def test_transitions_equal_theirs(name, envs, layout):
     assert (ends & ~cut).any()
     assert (cut & ~ends).any()
     assert (done == (ends | cut)).all()
-    memory = ours.storage.memory
+    memory = ours.storage.frame_replay
     assert memory.stack == (4 if "film" in name else 1)
     episodes = int(done.sum()) + envs  # the last ones go on
-    assert sum(memory.lane_ticks) <= every.numel() + episodes  # a frame each, and the first ones
+    assert sum(memory.env_time_steps) <= every.numel() + episodes  # a frame each, and the first ones
 
 
 def windows(rows, n_step, gamma):
@@ -122,7 +122,7 @@ def test_n_step_returns(make, layout):
         if layout == "nameless":
             del batch["collector"]
         rb.extend(batch.clone() if layout == "blocks" else batch.reshape(-1))
-    assert rb.storage.memory.num_envs == 3
+    assert rb.storage.frame_replay.num_envs == 3
     wanted = torch.cat([expected(rows, 3, 0.9) for rows in torch.cat(batches, -1).unbind(0)])
     wanted = wanted[wanted["number"].argsort()]
     held = rb[:]
@@ -219,9 +219,9 @@ def test_priorities():
     scheduler = LinearScheduler(rb, "beta", final_value=1.0, num_steps=10)
     for _ in range(10):
         scheduler.step()
-    assert rb.sampler.beta == rb.storage.memory.beta == 1.0
+    assert rb.sampler.beta == rb.storage.frame_replay.beta == 1.0
     rb.add(batch[0].clone())  # gets the largest so far
-    assert rb.storage.memory._core.largest_priority == pytest.approx(21)
+    assert rb.storage.frame_replay._core.largest_priority == pytest.approx(21)
     weight = [float(sample["priority_weight"].min() / sample["priority_weight"].max()) for sample in [rb.sample(2000)]]
     assert weight[0] == pytest.approx(1 / 21)
 
@@ -294,7 +294,7 @@ def test_one_small_priority_does_not_lower_all_weights(prioritized_buffers):
 
 
 def learn(rb, frames=4_000, seed=1):
-    """TorchRL's DQN, as in its sota-implementations; returns the mean return of the last games."""
+    """TorchRL's DQN, as in its sota-implementations; returns the mean return of the last episodes."""
     env = TransformedEnv(GymWrapper(gym.make("CartPole-v1")), RewardSum())
     env.set_seed(seed)
     torch.manual_seed(seed)
@@ -331,7 +331,7 @@ def test_the_same_draws_teach_the_same(monkeypatch):
     """Bit for bit: all else that a loss sees of our buffer is as with theirs."""
 
     def draw(storage, batch_size):
-        held = storage.memory.valid_indices()
+        held = storage.frame_replay.valid_indices()
         return torch.from_numpy(held)[torch.randint(0, len(held), (batch_size,))], None
 
     monkeypatch.setattr("pydqn.adapters.torchrl.FrameStorage.draw", draw)

@@ -103,7 +103,7 @@ def test_no_transition_is_lost(envs, steps, order, named, ends, n_step, seed):
         rb = ReplayBuffer(1000, num_envs=envs, n_step=n_step, gamma=0.9)
         rb.extend(first.clone())
     assert asked == (steps == 1 < envs and order != "shaped" and not named) or ends
-    found = rb.storage.memory.num_envs
+    found = rb.storage.frame_replay.num_envs
     assert found == envs or (ends and found < envs)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -131,7 +131,7 @@ def test_two_environments_of_a_hundred_steps(order, named):
     world, rb = World(2, 0, 0.0), ReplayBuffer(1000)
     for _ in range(10):
         rb.extend(world.batch(100, order, named))
-    assert rb.storage.memory.num_envs == 2
+    assert rb.storage.frame_replay.num_envs == 2
     assert sorted(rb[:]["number"].tolist()) == sorted([*world.of[0][-500:], *world.of[1][-500:]])
 
 
@@ -147,7 +147,7 @@ def test_what_collectors_give(make, envs, order, named):
         if envs > 1 and order != "shaped":
             batch = (batch if order == "blocks" else batch.transpose(0, 1)).reshape(-1)
         rb.extend(batch.clone())
-    assert rb.storage.memory.num_envs == envs
+    assert rb.storage.frame_replay.num_envs == envs
     every = sum(batch.numel() for batch in batches)
     going_on = envs * (1 - batches[-1].reshape(envs, -1)["next", "done"][:, -1].float().mean())
     assert len(rb) == every - round(float(going_on))
@@ -166,7 +166,7 @@ def test_collectors_that_reset_in_between(envs):
         last += batch["number"].reshape(envs, -1)[:, -2:][~batch.reshape(envs, -1)["next", "done"][:, -2:, 0]].tolist()
         rb.extend(batch.reshape(-1))
     collector.shutdown()
-    assert rb.storage.memory.num_envs == envs
+    assert rb.storage.frame_replay.num_envs == envs
     held = set(rb[:]["number"].tolist())
     assert set(range(count)) - held <= set(last)  # the windows of an episode that was broken off never close
 
@@ -185,7 +185,7 @@ def test_fewer_frames_than_environments():
                 ReplayBuffer(100).extend(nameless)
         ReplayBuffer(100, num_envs=3).extend(nameless)
     collector.shutdown()
-    assert rb.storage.memory.num_envs == 3
+    assert rb.storage.frame_replay.num_envs == 3
     assert sorted(rb[:]["number"].tolist()) == list(range(60))
 
 

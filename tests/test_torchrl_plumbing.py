@@ -38,7 +38,7 @@ def test_collectors_can_write_to_it(envs, whole):
     collector.shutdown()
     assert len(rb) == rb.write_count == 100 * envs
     episodes = len(rb[:]["collector", "traj_ids"].unique())
-    assert sum(rb.storage.memory.lane_ticks) == 100 * envs + episodes
+    assert sum(rb.storage.frame_replay.env_time_steps) == 100 * envs + episodes
     assert rb.sample().shape == (8,)
 
 
@@ -126,7 +126,7 @@ def test_lives_end_windows():
     assert held["steps_to_next_obs"].tolist() == [3, 2, 1, 3]
     assert held["next", "reward"].flatten().tolist() == [1.75, 1.5, 1.0, 1.75]
     assert held["next", "end-of-life"].flatten().tolist() == [True, True, True, False]
-    assert rb.storage.memory.lane_ticks == [7]  # the episode goes on
+    assert rb.storage.frame_replay.env_time_steps == [7]  # the episode goes on
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16, torch.float64])
@@ -147,7 +147,7 @@ def test_environments_are_counted_in_blocks():
     for given, count in ((batch, 3), (batch.reshape(-1), 1)):
         rb = ReplayBuffer(100)
         rb.extend(given.clone())
-        assert rb.storage.memory.num_envs == count
+        assert rb.storage.frame_replay.num_envs == count
 
 
 def test_blocks_of_environments_that_look_alike():
@@ -164,7 +164,7 @@ def test_samples_can_be_stored_again():
     one, other = ReplayBuffer(100, batch_size=7, prioritized=True, beta=0.5), ReplayBuffer(100, num_envs=1)
     one.sampler.beta = 0.9
     one.extend(rows())
-    assert one.storage.memory.beta == 0.9
+    assert one.storage.frame_replay.beta == 0.9
     sample = one.sample()
     assert_same(other[other.extend(sample.clone())], sample)
 
@@ -175,8 +175,8 @@ def test_images_that_are_no_stacks():
     batch["pixels"], batch["next", "pixels"] = images[:-1], images[1:]
     rb = ReplayBuffer(100)
     assert_same(rb[rb.extend(batch.clone())], batch)
-    assert rb.storage.memory.stack == 1
-    assert rb.storage.memory.lane_ticks == [51]
+    assert rb.storage.frame_replay.stack == 1
+    assert rb.storage.frame_replay.env_time_steps == [51]
 
 
 def test_it_is_small():
@@ -265,7 +265,7 @@ def test_what_cannot_be_loaded(tmp_path):
         with pytest.raises(ValueError, match=message):
             ReplayBuffer(150, prioritized=True, **settings).loads(tmp_path / "one")
     rb.extend(stream(cartpole, 3)[0])
-    rb.storage.memory.save(tmp_path / "one" / "storage" / "memory-1")
+    rb.storage.frame_replay.save(tmp_path / "one" / "storage" / "memory-1")
     again = ReplayBuffer(150, prioritized=True, n_step=2)
     with pytest.raises(ValueError, match="not saved together"):
         again.loads(tmp_path / "one")

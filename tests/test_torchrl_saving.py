@@ -38,10 +38,10 @@ def change(folder, tensors=None, **values):
     columns, state = load_weights(path)
     columns |= tensors or {}
     state |= values
-    stamp = save_weights(
+    checksum = save_weights(
         path, {k: v for k, v in columns.items() if v is not None}, {k: v for k, v in state.items() if v != "gone"}
     )
-    write_index(folder / "streams.json", "pydqn-streams", {**manifest, "columns": stamp})
+    write_index(folder / "streams.json", "pydqn-streams", {**manifest, "columns": checksum})
 
 
 PLACES = torch.zeros(203, dtype=torch.int64)
@@ -68,8 +68,8 @@ NONE = "fit memory-1 .*"
         ({"counts": [-1]}, NONE + "counts: expected an integer of at least 0"),
         ({"counts": [10**30]}, NONE + "counts: expected an integer of at most"),
         ({"counts": [1, 2]}, "no columns .counts: expected 1, got 2"),
-        ({"ticks": [3]}, "were not saved together"),
-        ({"ticks": "gone"}, NONE + "'ticks'"),
+        ({"time_steps": [3]}, "were not saved together"),
+        ({"time_steps": "gone"}, NONE + "'time_steps'"),
         ({"notes": "gone"}, NONE + "'notes'"),
         ({"tensors": {"places": None}}, "no columns .places"),
         ({"tensors": {"places": PLACES[:-1]}}, "no columns .places: got torch.int64 of shape"),
@@ -147,12 +147,12 @@ def test_alpha_may_be_scheduled():
     scheduler = LinearScheduler(ours, "alpha", final_value=0.8, num_steps=4)
     for step in range(1, 6):
         scheduler.step()
-        assert ours.sampler.alpha == ours.storage.memory.alpha == pytest.approx(min(0.4 + 0.1 * step, 0.8))
+        assert ours.sampler.alpha == ours.storage.frame_replay.alpha == pytest.approx(min(0.4 + 0.1 * step, 0.8))
         assert ours.sampler.default_priority == pytest.approx(20)
-    held = ours.storage.memory._core.export_priorities(0, 31)[:20]
+    held = ours.storage.frame_replay._core.export_priorities(0, 31)[:20]
     np.testing.assert_allclose(held, np.arange(1.0, 21.0) ** 0.8, rtol=1e-7)
     ours.extend(rows(2))  # the newest get the largest so far
-    held = ours.storage.memory._core.export_priorities(0, 34)
+    held = ours.storage.frame_replay._core.export_priorities(0, 34)
     assert held.max() == pytest.approx(20**0.8)
     for wrong in (1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match="alpha: expected a number from 0 to 1"):
@@ -160,7 +160,7 @@ def test_alpha_may_be_scheduled():
     before = ReplayBuffer(100, batch_size=16, **MADE)  # an empty one
     before.sampler.alpha = 0.9
     before.extend(rows(5))
-    assert before.sampler.alpha == before.storage.memory.alpha == 0.9
+    assert before.sampler.alpha == before.storage.frame_replay.alpha == 0.9
     before.empty()
     assert before.sampler.alpha == 0.9
 
@@ -169,12 +169,12 @@ def test_alpha_away_from_zero():
     """What is held stays uniform until it is updated; what comes gets the largest that there has been."""
     rb = filled(alpha=0.5)
     rb.sampler.alpha = 0.0
-    assert set(rb.storage.memory._core.export_priorities(0, 31).tolist()) == {0.0, 1.0}
+    assert set(rb.storage.frame_replay._core.export_priorities(0, 31).tolist()) == {0.0, 1.0}
     rb.sampler.alpha = 1.0
-    held = rb.storage.memory._core.export_priorities(0, 31)
+    held = rb.storage.frame_replay._core.export_priorities(0, 31)
     assert set(held.tolist()) == {0.0, 1.0}
     rb.update_priority(torch.tensor([4]), torch.tensor([9.0]))
-    assert rb.storage.memory._core.export_priorities(0, 31)[4] == pytest.approx(9)
+    assert rb.storage.frame_replay._core.export_priorities(0, 31)[4] == pytest.approx(9)
     assert rb.sampler.default_priority == pytest.approx(20)
 
 

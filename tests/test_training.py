@@ -19,7 +19,7 @@ from pydqn._util.weights import load_weights
 from pydqn.config import Config
 from pydqn.envs.base import Episode
 from pydqn.evaluation.evaluate import evaluate, evaluate_policy
-from pydqn.evaluation.play import Moment, open_episodes
+from pydqn.evaluation.play import PolicyStep, start_episodes
 from pydqn.learning.policy import resolve_precision
 from pydqn.runs.layout import load_run
 from pydqn.runs.logs import GROUPS, Report, read_csv
@@ -61,7 +61,7 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert tiny.total_steps <= result.steps < tiny.total_steps + tiny.num_envs
     assert result.frames == 4 * result.steps
     # The updates due are those of the steps before the last one, while which the learner ran.
-    due = [(result.steps - back - tiny.learning_starts_steps) // tiny.steps_per_update for back in (1, 2)]
+    due = [(result.steps - back - tiny.learning_starts_steps) // tiny.train_period_steps for back in (1, 2)]
     assert result.updates in due
     assert run.learner.updates == result.updates > 70
     assert reports[-1].updates == result.updates
@@ -72,7 +72,7 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     for name, before in start.items():
         assert (weights[name] != before).any(), name
 
-    # The table of returns: 100 steps to a game, two lanes, every game in it.
+    # The table of returns: 100 steps to an episode, two environments, every episode in it.
     with open(tmp_path / "episodes.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["return"]) for row in rows] == result.returns
@@ -86,11 +86,11 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert np.isfinite(progress["loss"][1:]).all()
     board = EventAccumulator(str(tmp_path)).Reload()
     scalars = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
-    games = {"each game/return", "each game/length_steps", "each game/epsilon"}
-    assert set(board.Tags()["scalars"]) == (scalars - {"games/evaluation_return"}) | games
+    games = {"each episode/return", "each episode/length_steps", "each episode/epsilon"}
+    assert set(board.Tags()["scalars"]) == (scalars - {"episodes/evaluation_return"}) | games
     assert set(board.Tags()["histograms"]) == {"learning/loss_per_sample", "learning/q_values"}
     assert [event.step for event in board.Scalars("speed/updates")] == progress["steps"]
-    assert [event.value for event in board.Scalars("each game/return")] == result.returns
+    assert [event.value for event in board.Scalars("each episode/return")] == result.returns
     histogram = board.Histograms("learning/loss_per_sample")[-1].histogram_value
     assert histogram.num == tiny.batch_size
     assert histogram.sum / histogram.num == pytest.approx(reports[-1].loss, rel=1e-4)
@@ -108,11 +108,13 @@ def test_a_prioritized_run(tiny, tmp_path, monkeypatch, pixels, at_once):
     config = (
         tiny
         if pixels
-        else preset("cartpole", **{**CARTPOLE, "total_steps": 200, "learning_starts_steps": 50, "steps_per_update": 1})
+        else preset(
+            "cartpole", **{**CARTPOLE, "total_steps": 200, "learning_starts_steps": 50, "train_period_steps": 1}
+        )
     )
     config = dataclasses.replace(config, prioritized=True, priority_alpha=1.0, batch_size=8)
     if at_once > 1:
-        config = dataclasses.replace(config, num_envs=6, steps_per_update=2.0)
+        config = dataclasses.replace(config, num_envs=6, train_period_steps=2.0)
     with Run(config, tmp_path) as run:
         expected = {}
         update, sample, drawn = run.replay.update_priorities, run.replay.sample, []
@@ -165,7 +167,7 @@ def test_where_frames_are_kept_changes_nothing(tiny, tmp_path, prioritized):
 
 def test_updates_at_once_are_the_same_run(tiny, tmp_path, monkeypatch):
     """All updates of a step drawn, sent and taken together, as on a GPU: nothing changes where sampling is uniform."""
-    config = dataclasses.replace(tiny, num_envs=6, steps_per_update=2.0, total_steps=300)
+    config = dataclasses.replace(tiny, num_envs=6, train_period_steps=2.0, total_steps=300)
     train(config, tmp_path / "one")
     assert training.updates_at_once(config, torch.device("cuda")) == 3
     monkeypatch.setattr(training, "updates_at_once", lambda config, device: 3)
@@ -183,9 +185,9 @@ def test_every_number_has_its_chart():
 
 
 def test_the_replay_ratio_does_not_drift(tiny, tmp_path):
-    config = dataclasses.replace(tiny, steps_per_update=0.7, total_steps=150, learning_starts_steps=37)
+    config = dataclasses.replace(tiny, train_period_steps=0.7, total_steps=150, learning_starts_steps=37)
     with Run(config, tmp_path) as run:
-        open_episodes(run.lanes, run.replay)
+        start_episodes(run.envs, run.replay)
         for _ in range(60):
             before = run.steps
             run.step()
@@ -193,13 +195,13 @@ def test_the_replay_ratio_does_not_drift(tiny, tmp_path):
 
 
 def test_openings_are_not_counted_as_steps(tmp_path):
-    """A lane whose game is over takes one step of the emulator to open the next: no decision, no transition."""
+    """An environment whose episode is over takes one step of the emulator to open the next: no step, no transition."""
     config = preset("pong", **CARTPOLE, num_envs=3, total_steps=200, learning_starts_steps=1000)
     with Run(config, tmp_path) as run:
         list(run.reports())
         finished = len(run.returns)
         assert finished >= 6
-        # Every decision became a transition, but those whose n-step window is still open: at most one per lane.
+        # Every step became a transition, but those whose n-step window is still open: at most one per environment.
         assert run.steps - 3 <= len(run.replay) <= run.steps
     with open(tmp_path / "episodes.csv") as file:
         rows = list(csv.DictReader(file))
@@ -226,10 +228,10 @@ def test_cartpole_is_learned(tmp_path):
         learning_starts_steps=1000,
         learning_rate=1e-3,
         optimizer_epsilon=1e-8,
-        steps_per_update=2.0,
+        train_period_steps=2.0,
         double=True,
         dueling=False,
-        target_sync_updates=200,
+        target_update_period=200,
         epsilon_decay_steps=10_000,
         seed=1,
     )
@@ -273,14 +275,14 @@ def test_an_interruption_between_reports_loses_no_row(tiny, tmp_path):
 
 
 def test_every_lane_plays_its_share_of_an_evaluation(tiny, monkeypatch):
-    """Lane 0's games last one step, lane 1's five: half of the returns are still lane 1's."""
+    """Environment 0's episodes last one step, environment 1's five: half of the returns are still environment 1's."""
 
-    def steps_of(*_):
-        for tick in itertools.count(1):
-            ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (tick % 5 == 0)
-            yield Moment(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), np.zeros(2), ended)
+    def policy_steps(*_):
+        for time_step in itertools.count(1):
+            ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (time_step % 5 == 0)
+            yield PolicyStep(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), np.zeros(2), ended)
 
-    monkeypatch.setattr("pydqn.evaluation.evaluate.steps_of", steps_of)
+    monkeypatch.setattr("pydqn.evaluation.evaluate.policy_steps", policy_steps)
     monkeypatch.setattr("pydqn.evaluation.evaluate._MOST_LANES", 2)
     assert evaluate_policy(tiny, None, 4, 0) == [1.0, 1.0, 5.0, 5.0]
     assert evaluate_policy(tiny, None, 5, 0) == [1.0, 1.0, 1.0, 5.0, 5.0]

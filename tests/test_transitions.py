@@ -50,26 +50,28 @@ class Stacker:
 
 
 def play(memory, envs, random, steps, some_lanes):
-    """Add transitions; return, per lane, all that were added, with their indices."""
+    """Add transitions; return, per environment, all that were added, with their indices."""
     added = [[] for _ in envs]
     now = [env.reset() for env in envs]
     for _ in range(steps):
-        lanes = [lane for lane in random.permutation(len(envs)) if not some_lanes or random.random() < 0.7]
-        if not lanes:
+        env_indices = [
+            env_index for env_index in random.permutation(len(envs)) if not some_lanes or random.random() < 0.7
+        ]
+        if not env_indices:
             continue
-        lanes = lanes if some_lanes else sorted(lanes)
+        env_indices = env_indices if some_lanes else sorted(env_indices)
         rows = []
-        for lane in lanes:
+        for env_index in env_indices:
             terminated, truncated = random.random(2) < 0.08
-            obs, next_obs = now[lane], envs[lane].step()
+            obs, next_obs = now[env_index], envs[env_index].step()
             rows.append((obs, next_obs, int(random.integers(5)), float(random.normal()), terminated, truncated))
-            now[lane] = next_obs
+            now[env_index] = next_obs
             if terminated or truncated or random.random() < 0.03:  # the last: nobody is told
-                now[lane] = envs[lane].reset()
+                now[env_index] = envs[env_index].reset()
         columns = [np.array(column) for column in zip(*rows, strict=True)]
-        indices = memory.add(*columns, lanes=np.array(lanes) if some_lanes else None)
-        for lane, row, index in zip(lanes, rows, indices.tolist(), strict=True):
-            added[lane].append((index, row))
+        indices = memory.add(*columns, env_indices=np.array(env_indices) if some_lanes else None)
+        for env_index, row, index in zip(env_indices, rows, indices.tolist(), strict=True):
+            added[env_index].append((index, row))
     return added
 
 
@@ -130,23 +132,23 @@ def test_stacks_are_told_by_their_shape(shape, dtype, stack, expected):
     st.integers(0, 2**32),
     st.integers(3, 200),
 )
-def test_what_comes_out_is_what_went_in(kind, lanes, n_step, gamma, some_lanes, resets, seed, capacity):
+def test_what_comes_out_is_what_went_in(kind, env_indices, n_step, gamma, some_lanes, resets, seed, capacity):
     shape, dtype, stack, stacks = kind
     random = np.random.default_rng(seed)
     memory = TransitionReplay(
-        capacity, shape, dtype, stack=stack, num_envs=lanes, n_step=n_step, gamma=gamma, seed=seed
+        capacity, shape, dtype, stack=stack, num_envs=env_indices, n_step=n_step, gamma=gamma, seed=seed
     )
-    envs = [Stacker(stacks, shape, dtype, random, resets) for _ in range(lanes)]
+    envs = [Stacker(stacks, shape, dtype, random, resets) for _ in range(env_indices)]
     added = play(memory, envs, random, 60, some_lanes)
     indices = memory.memory.valid_indices()
     assert len(memory) == len(indices)
     expected = {}
-    for number, lane in enumerate(added):
-        expected |= (of_lane := windows(lane, n_step, gamma))
-        kept = [index for index in indices.tolist() if index % lanes == number]
+    for number, env_index in enumerate(added):
+        expected |= (of_lane := windows(env_index, n_step, gamma))
+        kept = [index for index in indices.tolist() if index % env_indices == number]
         assert kept == [*of_lane][len(of_lane) - len(kept) :]  # the newest
         if stacks.stack == 1 or resets == ["zero"]:  # others may take more frames than are set aside
-            assert len(kept) == min(len(of_lane), capacity // lanes)
+            assert len(kept) == min(len(of_lane), capacity // env_indices)
     if not len(memory):
         return
     for batch in (memory.gather(indices), memory.sample(20), copy.deepcopy(memory).sample(20)):
@@ -169,7 +171,7 @@ def test_each_frame_is_stored_once(reset, padding):
     (added,) = play(memory, [env], random, 300, False)
     assert memory.memory.padding == padding
     breaks = sum(not np.array_equal(one[1][1], two[1][0]) for one, two in itertools.pairwise(added))
-    assert memory.memory.lane_ticks == [300 + 1 + breaks]
+    assert memory.memory.env_time_steps == [300 + 1 + breaks]
     assert memory.nbytes < 1.1 * 1000 * (84 * 84 + 12)
 
 
@@ -226,7 +228,7 @@ def test_gray_stacks_that_begin_as_colours_are_refused_with_advice():
 
 
 def test_other_images_are_not_taken_for_gray_stacks():
-    """Colours, black at first and then one colour after the other; and stacks that are stored as such."""
+    """Palette, black at first and then one colour after the other; and stacks that are stored as such."""
     random = np.random.default_rng(0)
     colours = random.integers(0, 255, (20, 3, 16, 17)).astype(np.uint8)
     colours[:8] = 0
@@ -247,16 +249,16 @@ def test_other_images_are_not_taken_for_gray_stacks():
 
 
 @pytest.mark.parametrize("padding", ["zero", "first"])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_saved_and_restored(tmp_path, padding, lanes):
+@pytest.mark.parametrize("env_indices", [1, 2])
+def test_saved_and_restored(tmp_path, padding, env_indices):
     random = np.random.default_rng(0)
 
     def make(capacity=60, **settings):
-        settings = {"num_envs": lanes, "n_step": 3, "gamma": 0.9, "prioritized": True, "seed": 3} | settings
+        settings = {"num_envs": env_indices, "n_step": 3, "gamma": 0.9, "prioritized": True, "seed": 3} | settings
         return TransitionReplay(capacity, (4, 8, 8), **settings)
 
     saved, restored = make(), make()
-    envs = [Stacker(saved.stacks, (4, 8, 8), np.uint8, random, [padding]) for _ in range(lanes)]
+    envs = [Stacker(saved.stacks, (4, 8, 8), np.uint8, random, [padding]) for _ in range(env_indices)]
     play(saved, envs, random, 50, False)
     saved.update_priorities(saved.memory.valid_indices()[:5], np.arange(1, 6))
     saved.save(tmp_path)
@@ -266,8 +268,8 @@ def test_saved_and_restored(tmp_path, padding, lanes):
         np.testing.assert_array_equal(one, other)
     more = play(restored, envs, random, 20, False)  # other episodes begin
     held = restored.memory.valid_indices()
-    for lane in more:
-        expected = windows(lane, 3, 0.9)
+    for env_index in more:
+        expected = windows(env_index, 3, 0.9)
         newest = [index for index in expected if index in held]
         assert newest
         batch = restored.gather(newest)
@@ -276,9 +278,12 @@ def test_saved_and_restored(tmp_path, padding, lanes):
     for other, message in [
         (make(n_step=1), "n_step 3, expected 1"),
         (make(gamma=0.5), "gamma 0.9, expected 0.5"),
-        (make(70), f"max_transitions 60, expected {70 // lanes * lanes}"),
+        (make(70), f"max_transitions 60, expected {70 // env_indices * env_indices}"),
         (make(stack=1), "stack 4, expected 1"),
-        (TransitionReplay(60, (4, 6, 6), num_envs=lanes, n_step=3, gamma=0.9, prioritized=True), "frames of shape"),
+        (
+            TransitionReplay(60, (4, 6, 6), num_envs=env_indices, n_step=3, gamma=0.9, prioritized=True),
+            "frames of shape",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             other.restore(tmp_path)
@@ -307,8 +312,8 @@ def test_begun_again_it_is_empty():
 
 def test_a_lane_that_begins_with_zeros_begins():
     memory = TransitionReplay(10, (2,), "float32", num_envs=2)
-    for lane in (0, 1):
-        memory.add(np.zeros((1, 2)), np.ones((1, 2)), [0], [1.0], [False], [False], lanes=[lane])
+    for env_index in (0, 1):
+        memory.add(np.zeros((1, 2)), np.ones((1, 2)), [0], [1.0], [False], [False], env_indices=[env_index])
     assert len(memory) == 2
 
 
@@ -346,7 +351,7 @@ GOOD = {"action": [0, 0], "reward": [0.0, 0.0], "terminated": [False, False], "t
         {"reward": ["1", "1"]},
         {"terminated": [2, 0]},
         {"truncated": [False]},
-        {"lanes": [1, 1]},
+        {"env_indices": [1, 1]},
     ],
 )
 @pytest.mark.parametrize("shape", [(2,), (4, 8, 8)])
@@ -368,7 +373,7 @@ def test_refused_transitions_push_nothing_out(shape, bad):
         with pytest.raises(ValueError, match=f"^{next(iter(bad))}: expected"):
             memory.add(start, start, **{**GOOD, **bad})
     assert len(memory) == 8
-    assert memory.memory.lane_ticks == expected.memory.lane_ticks
+    assert memory.memory.env_time_steps == expected.memory.env_time_steps
     for one, other in zip(memory.sample(20), expected.sample(20), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -1,4 +1,4 @@
-"""Lanes that do not step together, episodes taken up in the middle, at most so many transitions: against the twin."""
+"""Environments that do not step together, episodes taken up in the middle, at most so many transitions: against the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Entry, EpisodeReplay
+from reference import Entry, EpisodeReplay
 from test_replay import assert_same
 
 from pydqn import DeviceReplay, FrameReplay
@@ -18,16 +18,16 @@ from pydqn import DeviceReplay, FrameReplay
 
 @st.composite
 def shapes(draw):
-    lanes, stack, n_step = (draw(st.integers(1, 4)) for _ in range(3))
-    capacity = draw(st.integers(lanes * (stack + n_step), 50))
+    env_indices, stack, n_step = (draw(st.integers(1, 4)) for _ in range(3))
+    capacity = draw(st.integers(env_indices * (stack + n_step), 50))
     return {
         "capacity": capacity,
-        "num_envs": lanes,
+        "num_envs": env_indices,
         "stack": stack,
         "n_step": n_step,
         "gamma": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "padding": draw(st.sampled_from(["zero", "first"])),
-        "max_transitions": draw(st.none() | st.integers(lanes, capacity)),
+        "max_transitions": draw(st.none() | st.integers(env_indices, capacity)),
         "prioritized": draw(st.booleans()),
     }
 
@@ -41,21 +41,21 @@ def twin_of(shape):
 
 
 def step(replay, twin, random):
-    """Append to some of the lanes, in any order, a frame of any kind."""
-    lanes = random.permutation(replay.num_envs)[: random.integers(0, replay.num_envs + 1)]
+    """Append to some of the environments, in any order, a frame of any kind."""
+    env_indices = random.permutation(replay.num_envs)[: random.integers(0, replay.num_envs + 1)]
     entries = []
-    for lane in lanes:
+    for env_index in env_indices:
         kind = random.choice(["step", "step", "step", "first", "history", "terminated", "truncated"])
-        first = kind == "first" or not twin.history[lane]
+        first = kind == "first" or not twin.history[env_index]
         history = kind == "history" and not first
         flags = kind == "terminated", kind == "truncated", first
         frame = random.integers(1, 200, replay.frame_shape).astype(replay.dtype)
         entries.append((Entry(frame, int(random.integers(5)), float(random.normal()), *flags), history))
     if entries:
         columns = [np.array(column) for column in zip(*(entry for entry, _ in entries), strict=True)]
-        replay.append_to(lanes, *columns, history=[history for _, history in entries])
-        for lane, (entry, history) in zip(lanes, entries, strict=True):
-            twin.append_to(lane, entry, history)
+        replay.append_to(env_indices, *columns, history=[history for _, history in entries])
+        for env_index, (entry, history) in zip(env_indices, entries, strict=True):
+            twin.append_to(env_index, entry, history)
 
 
 @settings(max_examples=150, deadline=None)
@@ -103,19 +103,19 @@ def test_saved_copied_and_pickled_it_goes_on_the_same(tmp_path_factory, shape, s
 
 @pytest.mark.parametrize("reload", [False, True])
 def test_lanes_that_meet_again_are_saved_as_they_are(tmp_path, monkeypatch, reload):
-    """Rows of a file are counted from the lanes' common end, which moves: no piece of before may be linked then."""
-    monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_PIECE", 4 * 2 * (1 + 9))  # four ticks
+    """Rows of a file are counted from the environments' common end, which moves: no chunk of before may be linked then."""
+    monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_CHUNK", 4 * 2 * (1 + 9))  # four time steps
     replay = FrameReplay(100, (1,), num_envs=2, stack=1)
     off = np.zeros(1, bool)
 
-    def add(lane, count):
+    def add(env_index, count):
         for _ in range(count):
-            ticks = replay._core.lane_ticks[lane]
-            frame = np.full((1, 1), 100 * lane + ticks, np.uint8)
-            replay.append_to([lane], frame, [0], [0.0], off, off, np.array([ticks == 0]))
+            time_steps = replay._core.env_time_steps[env_index]
+            frame = np.full((1, 1), 100 * env_index + time_steps, np.uint8)
+            replay.append_to([env_index], frame, [0], [0.0], off, off, np.array([time_steps == 0]))
 
-    for lane, count in ((0, 8), (1, 6), (1, 2), (0, 2), (1, 2), (0, 9), (1, 9)):
-        add(lane, count)
+    for env_index, count in ((0, 8), (1, 6), (1, 2), (0, 2), (1, 2), (0, 9), (1, 9)):
+        add(env_index, count)
         replay.save(tmp_path / "memory")
         loaded = FrameReplay.load(tmp_path / "memory")
         indices = replay.valid_indices()
@@ -141,8 +141,8 @@ def test_windows_say_how_transitions_end():
 
 def test_only_the_newest_transitions_are_kept():
     replay = FrameReplay(50, (1,), stack=1, max_transitions=10)
-    for tick in range(200):
-        replay.append(np.full((1, 1), tick, np.uint8), [0], [0.0], [False], [False], [tick % 20 == 0])
+    for time_step in range(200):
+        replay.append(np.full((1, 1), time_step, np.uint8), [0], [0.0], [False], [False], [time_step % 20 == 0])
         assert len(replay) <= 10
     assert replay.valid_indices().tolist() == [*range(189, 199)]
     assert replay.gather(replay.valid_indices()).obs.ravel().tolist() == [*range(189, 199)]
@@ -152,35 +152,35 @@ ONE = (np.zeros((1, 1), np.uint8), [0], [0.0], [False], [False])
 
 
 @pytest.mark.parametrize(
-    ("lanes", "message"),
+    ("env_indices", "message"),
     [
-        ([2], "lanes: expected different integers from 0 to 1"),
-        ([-1], "lanes: expected different integers"),
-        ([0.0], "lanes: expected a list of integers"),
-        (0, "lanes: expected a list of integers"),
+        ([2], "env_indices: expected different integers from 0 to 1"),
+        ([-1], "env_indices: expected different integers"),
+        ([0.0], "env_indices: expected a list of integers"),
+        (0, "env_indices: expected a list of integers"),
         ([0, 1], "frame: expected shape (2, 1), got shape (1, 1)"),
     ],
 )
-def test_bad_lanes(lanes, message):
+def test_bad_lanes(env_indices, message):
     replay = FrameReplay(20, (1,), stack=1, num_envs=2)
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        replay.append_to(lanes, *ONE, [True])
-    assert replay._core.lane_ticks == [0, 0]
+        replay.append_to(env_indices, *ONE, [True])
+    assert replay._core.env_time_steps == [0, 0]
 
 
 def test_bad_calls():
     replay = FrameReplay(20, (1,), stack=1, num_envs=2)
     two = np.zeros((2, 1), np.uint8)
-    with pytest.raises(ValueError, match="lanes: expected different integers"):
+    with pytest.raises(ValueError, match="env_indices: expected different integers"):
         replay.append_to([1, 1], two, [0, 0], [0, 0], [False] * 2, [False] * 2, [True] * 2)
     with pytest.raises(ValueError, match="first: expected True"):
         replay.append_to([0], *ONE, [False], [True])
     replay.append_to([0], *ONE, [True])
     with pytest.raises(ValueError, match="history: expected booleans"):
         replay.append_to([0], *ONE, [False], [1])
-    with pytest.raises(ValueError, match="action: expected integers from 0 to 2147483647, got -1 in lane 0"):
+    with pytest.raises(ValueError, match="action: expected integers from 0 to 2147483647, got -1 in environment 0"):
         replay.append_to([0], ONE[0], [-1], *ONE[2:], [False])
-    with pytest.raises(RuntimeError, match="next_slot: the lanes"):
+    with pytest.raises(RuntimeError, match="next_slot: the environments"):
         replay.next_slot()
     with pytest.raises(RuntimeError, match="latest"):
         replay.latest()

@@ -22,7 +22,7 @@ from torchrl.envs import (
 from torchrl.modules import RandomPolicy
 
 
-class Film(gym.Env):
+class EpisodeVideos(gym.Env):
     """Random frames; ends by itself, and is cut off after 30 steps."""
 
     action_space = gym.spaces.Discrete(3)
@@ -46,7 +46,7 @@ class Film(gym.Env):
 
 
 def film(seed, dim=-3, dtype=np.uint8):
-    env = TransformedEnv(GymWrapper(Film(seed, dtype=dtype)), UnsqueezeTransform(dim, in_keys=["observation"]))
+    env = TransformedEnv(GymWrapper(EpisodeVideos(seed, dtype=dtype)), UnsqueezeTransform(dim, in_keys=["observation"]))
     env.append_transform(CatFrames(N=4, dim=dim, in_keys=["observation"]))
     env.append_transform(RewardSum())
     return env

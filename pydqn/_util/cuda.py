@@ -26,7 +26,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class Inbox:
+class HostToDevice:
     """Arrays on their way to the device: packed in pinned memory, sent in one copy, unpacked by being views.
 
     `tensors` stay where they are, so that a graph may read them. On a CPU nothing is copied: `tensors` are the arrays
@@ -90,7 +90,7 @@ class Inbox:
             self._sent.record()
 
 
-class Outbox:
+class DeviceToHost:
     """A tensor on its way to the host: the copy is launched by `put`, and only `get` waits for it."""
 
     def __init__(self, device: torch.device) -> None:

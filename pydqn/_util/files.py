@@ -2,7 +2,7 @@
 
 Each is written beside its final name, flushed to the disk and renamed, so that a crash at any moment leaves the file
 before or the new one, never half of one. An *index* is a JSON file that carries its own checksum; others are named in
-an index by their size and checksum (a `Stamp`), and the index is written after them: what it names is there and whole.
+an index by their size and checksum (a `Checksum`), and the index is written after them: what it names is there and whole.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Damaged(ValueError):
     """A file is not what was written to it; the message names the file and what is wrong."""
 
 
-class Stamp(NamedTuple):
+class Checksum(NamedTuple):
     """What a file has to be."""
 
     nbytes: int
     checksum: int  # CRC-32
 
     @classmethod
-    def of(cls, data: bytes) -> Stamp:
-        """Return the stamp of a file with this content."""
+    def of(cls, data: bytes) -> Checksum:
+        """Return the checksum of a file with this content."""
         return cls(len(data), zlib.crc32(data))
 
     @classmethod
-    def parse(cls, value: object) -> Stamp:
-        """Read what JSON has made of a stamp; raises ValueError when it is none."""
+    def parse(cls, value: object) -> Checksum:
+        """Read what JSON has made of a checksum; raises ValueError when it is none."""
         if not isinstance(value, list) or len(value) != 2 or not all(type(part) is int for part in value):
             raise ValueError(f"expected a size and a checksum, got {value!r}")
         return cls(*value)
@@ -96,7 +96,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file in one piece, so that those of several processes do not mix.
+    """Append a line to a file in one write, so that those of several processes do not mix.
 
     Half a line that an earlier crash, or a full disk, has left at the end stays a line of its own.
     """
@@ -114,31 +114,31 @@ def append_line(path: Path, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def write_stamped(path: Path, data: bytes) -> Stamp:
-    """Write a file, atomically, and return its stamp."""
+def write_with_checksum(path: Path, data: bytes) -> Checksum:
+    """Write a file, atomically, and return its checksum."""
     with atomic_write(path) as file:
         file.write(data)
-    return Stamp.of(data)
+    return Checksum.of(data)
 
 
-def read_stamped(path: Path, stamp: Stamp) -> bytes:
-    """Return a file's content. Raises `Damaged` when that is not what the stamp says."""
+def read_with_checksum(path: Path, checksum: Checksum) -> bytes:
+    """Return a file's content. Raises `Damaged` when that is not what the checksum says."""
     with _opened(path) as file:
-        _require_size(path, file, stamp)
-        data = file.read(stamp.nbytes)
-    if Stamp.of(data) != stamp:
+        _require_size(path, file, checksum)
+        data = file.read(checksum.nbytes)
+    if Checksum.of(data) != checksum:
         raise Damaged(f"{path}: {_NO_MATCH}")
     return data
 
 
-def check_stamped(path: Path, stamp: Stamp) -> None:
-    """Raise `Damaged` when a file is not what the stamp says. Takes no memory for it."""
+def verify_checksum(path: Path, checksum: Checksum) -> None:
+    """Raise `Damaged` when a file is not what the checksum says. Takes no memory for it."""
     crc = 0
     with _opened(path) as file:
-        _require_size(path, file, stamp)
+        _require_size(path, file, checksum)
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
-    if crc != stamp.checksum:
+    if crc != checksum.checksum:
         raise Damaged(f"{path}: {_NO_MATCH}")
 
 
@@ -182,11 +182,11 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _require_size(path: Path, file: IO[bytes], stamp: Stamp) -> None:
+def _require_size(path: Path, file: IO[bytes], checksum: Checksum) -> None:
     """Before a byte is read: a file may be of any size."""
     size = os.fstat(file.fileno()).st_size
-    if size != stamp.nbytes:
-        raise Damaged(f"{path}: expected {stamp.nbytes} bytes, got {size}")
+    if size != checksum.nbytes:
+        raise Damaged(f"{path}: expected {checksum.nbytes} bytes, got {size}")
 
 
 def _checksum(content: dict[str, Any]) -> int:

@@ -8,13 +8,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydqn._util.files import Damaged, Stamp, atomic_write
+from pydqn._util.files import Checksum, Damaged, atomic_write
 
 if TYPE_CHECKING:
     import torch
 
 
-def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Stamp:
+def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Checksum:
     """Write named tensors and JSON metadata to a `.safetensors` file, atomically."""
     from safetensors.torch import save
 
@@ -24,7 +24,7 @@ def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor],
     data: bytes = save(tensors, {"pydqn": f"{_checksum(tensors, text)} {text}"})
     with atomic_write(path) as file:
         file.write(data)
-    return Stamp.of(data)
+    return Checksum.of(data)
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -117,8 +117,8 @@ def take(buffer: Any, other: Any) -> NDArray[np.int64]:
         if one.stack_num > 1 or one._save_only_last_obs or getattr(one, "_newest_alone", False):
             raise ValueError(f"update: expected neither stack_num nor save_only_last_obs, got one in {name}")
     positions = other.sample_indices(0) if len(other) else np.zeros(0, np.int64)
-    lane, added = buffer.buffers[0], []
-    statistics = lane._ep_return, lane._ep_len, lane._ep_start_idx
+    own, added = buffer.buffers[0], []
+    statistics = own._ep_return, own._ep_len, own._ep_start_idx
     part = _ROWS if other is not buffer else max(len(positions), 1)  # which would write over what is still to be read
     try:
         for start in range(0, len(positions), part):
@@ -127,7 +127,7 @@ def take(buffer: Any, other: Any) -> NDArray[np.int64]:
             rows.__dict__.pop("weight", None)  # a prioritized buffer's, for a batch
             added += [buffer.add(rows[number])[0][0] for number in range(len(some))]
     finally:
-        lane._ep_return, lane._ep_len, lane._ep_start_idx = statistics
+        own._ep_return, own._ep_len, own._ep_start_idx = statistics
     return np.array(added, np.int64)
 
 

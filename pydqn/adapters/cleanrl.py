@@ -1,4 +1,4 @@
-"""pydqn's replay memory in CleanRL's scripts: only the import of the buffer changes."""
+"""pydqn's replay buffer in CleanRL's scripts: only the import of the buffer changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PrioritizedBatch(NamedTuple):
     discounts: Tensor  # (B, 1) float32: gamma^k, or 0 after termination; use it in place of gamma^n * (1 - dones)
 
 
-class _Lanes:
+class _Steps:
     """Makes of a script's transitions what they were in the environments, and stores them."""
 
     def __init__(self, transitions: TransitionReplay, next_step_autoreset: bool) -> None:
@@ -57,11 +57,11 @@ class _Lanes:
         keep = ~(self._next_step & self._over)
         # Scripts put in the final observation only where an episode was truncated. After a termination the first one
         # of the next episode stands there, which no value depends on: its newest frame takes the final frame's place.
-        for lane in np.flatnonzero(keep & ~moved & ends):
-            frames = ours.stacks.split(before[lane : lane + 1])
-            newest = ours.stacks.split(after[lane : lane + 1])[:, -1:]
+        for env_index in np.flatnonzero(keep & ~moved & ends):
+            frames = ours.stacks.split(before[env_index : env_index + 1])
+            newest = ours.stacks.split(after[env_index : env_index + 1])[:, -1:]
             after = after.copy()
-            after[lane] = ours.stacks.join(np.concatenate([frames[:, 1:], newest], axis=1), ours.shape)[0]
+            after[env_index] = ours.stacks.join(np.concatenate([frames[:, 1:], newest], axis=1), ours.shape)[0]
         jumps = keep & ~moved & ~ends
         if (jumps & self._jumped).any():
             raise ValueError(
@@ -73,12 +73,12 @@ class _Lanes:
         # autoreset): its action was never carried out.
         keep &= ~jumps
         self._over, self._jumped = (ends | cuts) & keep, jumps
-        lanes = np.flatnonzero(keep)
-        if len(lanes):
+        env_indices = np.flatnonzero(keep)
+        if len(env_indices):
             obs, next_obs, action, reward, ended, cut = (
-                column[lanes] for column in (before, after, actions, rewards, ends, cuts)
+                column[env_indices] for column in (before, after, actions, rewards, ends, cuts)
             )
-            ours.add(obs, next_obs, action, reward, ended, cut, None if keep.all() else lanes)
+            ours.add(obs, next_obs, action, reward, ended, cut, None if keep.all() else env_indices)
 
     def flags(self, name: str, value: ArrayLike) -> NDArray[np.bool_]:
         """Return one bool per environment, (num_envs,), whatever shape they come in."""
@@ -91,7 +91,7 @@ class _Lanes:
             array = array[None]
         if array.shape != expected:
             raise ValueError(f"{name}: expected shape {expected}, got shape {array.shape}")
-        return converted(name, array, ours.memory.dtype, rounded=True)
+        return converted(name, array, ours.frame_replay.dtype, rounded=True)
 
     def _column(self, name: str, value: ArrayLike) -> NDArray[Any]:
         array, count = np.asarray(value), self.transitions.num_envs
@@ -157,7 +157,7 @@ class ReplayBuffer:
             num_envs=n_envs,
             **{"gamma": 1.0, **settings},
         )
-        self._lanes = _Lanes(self.transitions, next_step_autoreset)
+        self._steps = _Steps(self.transitions, next_step_autoreset)
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled now."""
@@ -188,13 +188,13 @@ class ReplayBuffer:
             infos: Gymnasium's dictionary, which is not read, or a list of one each.
             truncated: (n_envs,), where it is known.
         """
-        done, cuts = self._lanes.flags("done", done), np.zeros(self.n_envs, bool)
+        done, cuts = self._steps.flags("done", done), np.zeros(self.n_envs, bool)
         if truncated is not None:
-            cuts = self._lanes.flags("truncated", truncated)
+            cuts = self._steps.flags("truncated", truncated)
         if self.handle_timeout_termination and isinstance(infos, (list, tuple)) and len(infos) == self.n_envs:
             timeout = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
             done, cuts = done & ~timeout, cuts | timeout
-        self._lanes.add(obs, next_obs, action, reward, done, cuts)
+        self._steps.add(obs, next_obs, action, reward, done, cuts)
 
     def sample(self, batch_size: int, env: None = None) -> ReplayBufferSamples:
         """Draw `batch_size` transitions: tensors on the device."""
@@ -253,7 +253,7 @@ class PrioritizedReplayBuffer:
         self.transitions = TransitionReplay(
             capacity, obs_shape, n_step=n_step, gamma=gamma, prioritized=True, alpha=alpha, beta=beta, **settings
         )
-        self._lanes = _Lanes(self.transitions, next_step_autoreset=False)
+        self._steps = _Steps(self.transitions, next_step_autoreset=False)
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled now."""
@@ -262,11 +262,11 @@ class PrioritizedReplayBuffer:
     @property
     def beta(self) -> float:
         """Exponent of the importance weights, from 0 to 1."""
-        return self.transitions.memory.beta
+        return self.transitions.frame_replay.beta
 
     @beta.setter
     def beta(self, value: float) -> None:
-        self.transitions.memory.beta = value
+        self.transitions.frame_replay.beta = value
 
     def add(
         self,
@@ -278,9 +278,9 @@ class PrioritizedReplayBuffer:
         truncated: ArrayLike | None = None,
     ) -> None:
         """Store a transition of each environment (see `ReplayBuffer.add`; mind the order)."""
-        done = self._lanes.flags("done", done)
-        cuts = np.zeros_like(done) if truncated is None else self._lanes.flags("truncated", truncated)
-        self._lanes.add(obs, next_obs, action, reward, done, cuts)
+        done = self._steps.flags("done", done)
+        cuts = np.zeros_like(done) if truncated is None else self._steps.flags("truncated", truncated)
+        self._steps.add(obs, next_obs, action, reward, done, cuts)
 
     def sample(self, batch_size: int) -> PrioritizedBatch:
         """Draw `batch_size` transitions by their priorities: tensors on the device."""

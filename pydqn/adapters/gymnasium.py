@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 else:  # not every supported version of Gymnasium has the same type parameters
     _Wrapper, _VectorWrapper = gymnasium.Wrapper, VectorWrapper
 
-_LOOK_AWAY = (PassiveEnvChecker, OrderEnforcing, RecordEpisodeStatistics, TimeLimit)  # never act on a picture
-_SPARE = 4  # stacks that fit into a lane's memory before it begins anew
+_LOOK_AWAY = (PassiveEnvChecker, OrderEnforcing, RecordEpisodeStatistics, TimeLimit)  # never act on an image
+_SPARE = 4  # stacks that fit into an environment's memory before it begins anew
 
 
 class AtariPreprocessing(_Wrapper, RecordConstructorArgs):
@@ -38,7 +38,7 @@ class AtariPreprocessing(_Wrapper, RecordConstructorArgs):
     last observations (Machado et al. 2018). Seeds, actions, rewards, flags, infos and observations are those of
     Gymnasium's pair, bit for bit, but for this:
 
-    * Where an episode or a life ends inside a skip, Gymnasium takes no picture: it returns the observation before, as
+    * Where an episode or a life ends inside a skip, Gymnasium takes no image: it returns the observation before, as
       it was or mixed with a newer frame, and what is bootstrapped from a truncated episode's end is the value of a
       wrong state. Here the last observation is the maximum of the last two frames, too; only where a game or a life
       is over at a frame of the skip that is neither the first nor the last, it is that one frame alone.
@@ -196,7 +196,7 @@ class AtariPreprocessing(_Wrapper, RecordConstructorArgs):
             self._kernel(np.maximum(self._newest, self._previous) if pooled else self._newest, out=out)
 
     def _frames_left(self) -> int:
-        """Frames to the next limit: the one before the last is worth a picture, and taking one costs time."""
+        """Frames to the next limit: the one before the last is worth an image, and taking one costs time."""
         ale = self._game.ale
         cap = ale.getInt("max_num_frames_per_episode")
         left = [cap - ale.getEpisodeFrameNumber()] if cap > 0 else []
@@ -205,9 +205,9 @@ class AtariPreprocessing(_Wrapper, RecordConstructorArgs):
 
 
 class AtariVectorFrames(_VectorWrapper):
-    """Native frames of many lanes to 84x84 with one call of a kernel, and to stacks of them.
+    """Native frames of many environments to 84x84 with one call of a kernel, and to stacks of them.
 
-    Over lanes that skip and pool themselves, this is what `SyncVectorEnv` of `AtariPreprocessing` returns. ALE's own
+    Over environments that skip and pool themselves, this is what `SyncVectorEnv` of `AtariPreprocessing` returns. ALE's own
     is told to leave its frames as they are (a few games have more rows: `gymnasium.make(...).observation_space`):
 
         env = gymnasium.make_vec(
@@ -220,8 +220,8 @@ class AtariVectorFrames(_VectorWrapper):
 
     With next-step autoreset, the observation that opens an episode is its first frame with its padding. With
     same-step autoreset, so is that of the step in which the episode before ended, whose last observation is in
-    `infos["final_obs"]`: an array of objects, or one of uint8 (zeros in lanes that go on), whichever `env` gives.
-    Without autoreset, `reset(options={"reset_mask": mask})` opens episodes and leaves the other lanes' stacks.
+    `infos["final_obs"]`: an array of objects, or one of uint8 (zeros in environments that go on), whichever `env` gives.
+    Without autoreset, `reset(options={"reset_mask": mask})` opens episodes and leaves the other environments' stacks.
 
     Args:
         env: a `gymnasium.vector.VectorEnv` of gray (H, W) or (1, H, W) uint8 frames. The kernels that crop take
@@ -256,7 +256,7 @@ class AtariVectorFrames(_VectorWrapper):
                 f"them with stack_num=1, grayscale={not channels}), got {single}"
             )
         if batch.shape != (env.num_envs, *shape):
-            raise ValueError(f"env: expected observations of all {env.num_envs} lanes in each step, got {batch}")
+            raise ValueError(f"env: expected observations of all {env.num_envs} environments in each step, got {batch}")
         # Of `metadata` alone one cannot know: AtariVectorEnv's are one dictionary, the latest instance's mode for all.
         mode = getattr(env.unwrapped, "autoreset_mode", None) or env.metadata.get("autoreset_mode")
         if not isinstance(mode, AutoresetMode):
@@ -269,21 +269,21 @@ class AtariVectorFrames(_VectorWrapper):
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Frames, dict[str, Any]]:
-        """Open an episode in every lane, or in those of `options["reset_mask"]`.
+        """Open an episode in every environment, or in those of `options["reset_mask"]`.
 
         Returns:
             Observations of shape (num_envs, stack, 84, 84), and the environment's infos.
         """
         mask = None if options is None else options.get("reset_mask")  # SyncVectorEnv takes it out of `options`
         frames, infos = self.env.reset(seed=seed, options=options)
-        lanes = slice(None) if mask is None else mask
-        self._stack.newest[lanes] = self._shrunk(frames)[lanes]
-        self._stack.begin(lanes)
-        self._over[lanes] = False
+        env_indices = slice(None) if mask is None else mask
+        self._stack.newest[env_indices] = self._shrunk(frames)[env_indices]
+        self._stack.begin(env_indices)
+        self._over[env_indices] = False
         return self._stack.observations(), infos
 
     def step(self, actions: Any) -> tuple[Frames, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Take one step in every lane.
+        """Take one step in every environment.
 
         Returns:
             Observations of shape (num_envs, stack, 84, 84), and all else as the environment returned it.
@@ -305,60 +305,60 @@ class AtariVectorFrames(_VectorWrapper):
         small: Frames = self._kernel(np.asarray(frames).reshape(-1, *self._screen), out=out)
         return small
 
-    def _last(self, frames: Any, lanes: NDArray[np.int64]) -> NDArray[Any]:
+    def _last(self, frames: Any, env_indices: NDArray[np.int64]) -> NDArray[Any]:
         """Turn the last frames of episodes into last observations. The next frames may be written over them."""
-        self._stack.newest[lanes] = self._shrunk(np.stack([frames[lane] for lane in lanes]))
-        observations = self._stack.observations(lanes)
+        self._stack.newest[env_indices] = self._shrunk(np.stack([frames[env_index] for env_index in env_indices]))
+        observations = self._stack.observations(env_indices)
         if frames.dtype != object:
             last = np.zeros((self.num_envs, *self._stack.shape), np.uint8)
-            last[lanes] = observations
+            last[env_indices] = observations
             return last
         apart: NDArray[Any] = np.full(self.num_envs, None, object)
-        for lane, observation in zip(lanes, observations, strict=True):
-            apart[lane] = observation
+        for env_index, observation in zip(env_indices, observations, strict=True):
+            apart[env_index] = observation
         return apart
 
 
 class _Stack:
-    """The latest pictures of some lanes. Each is written once, into memory that is seen nowhere else."""
+    """The latest images of some environments. Each is written once, into memory that is seen nowhere else."""
 
-    def __init__(self, lanes: int, stack: int | None, padding: str) -> None:
+    def __init__(self, num_envs: int, stack: int | None, padding: str) -> None:
         depth = 1 if stack is None else integer("stack", stack, 1)
         if padding not in ("reset", "zero"):
             raise ValueError(f"padding: expected 'reset' or 'zero', got {padding!r}")
-        self.shape = (SIZE, SIZE) if stack is None else (depth, SIZE, SIZE)  # of one lane's observation
+        self.shape = (SIZE, SIZE) if stack is None else (depth, SIZE, SIZE)  # of one environment's observation
         self._older = depth - 1
         self._repeat = padding == "reset"
-        self._memory = np.zeros((lanes, _SPARE * depth, SIZE, SIZE), np.uint8)
-        self._at = self._older  # of the newest picture
+        self._memory = np.zeros((num_envs, _SPARE * depth, SIZE, SIZE), np.uint8)
+        self._at = self._older  # of the newest image
 
     @property
     def newest(self) -> Frames:
-        """The memory of the newest pictures, (lanes, 84, 84), to write into."""
+        """The memory of the newest images, (environments, 84, 84), to write into."""
         return self._memory[:, self._at]
 
     def advance(self) -> None:
-        """Make place for a picture in every lane."""
+        """Make place for an image in every environment."""
         self._at += 1
         if self._at == self._memory.shape[1]:
             self._memory[:, : self._older] = self._memory[:, self._at - self._older : self._at]
             self._at = self._older
 
-    def begin(self, lanes: Any = slice(None)) -> None:
-        """Say that the newest pictures of these lanes open an episode."""
-        padding = self._memory[lanes, self._at, None] if self._repeat else 0
-        self._memory[lanes, self._at - self._older : self._at] = padding
+    def begin(self, env_indices: Any = slice(None)) -> None:
+        """Say that the newest images of these environments open an episode."""
+        padding = self._memory[env_indices, self._at, None] if self._repeat else 0
+        self._memory[env_indices, self._at - self._older : self._at] = padding
 
-    def observations(self, lanes: Any = slice(None)) -> Frames:
-        """Return a copy of the stacks of these lanes."""
-        return np.array(self._memory[lanes, self._at - self._older : self._at + 1]).reshape(-1, *self.shape)
+    def observations(self, env_indices: Any = slice(None)) -> Frames:
+        """Return a copy of the stacks of these environments."""
+        return np.array(self._memory[env_indices, self._at - self._older : self._at + 1]).reshape(-1, *self.shape)
 
 
 class _Unseen:
-    """While this is entered, a game's `step` and `reset` return unwritten memory in place of a picture.
+    """While this is entered, a game's `step` and `reset` return unwritten memory in place of an image.
 
     To draw one takes a third as long as to emulate the frame. Should ALE's method one day have another name, then
-    pictures are drawn again, and nothing else changes.
+    images are drawn again, and nothing else changes.
     """
 
     def __init__(self, game: Any) -> None:
@@ -376,7 +376,7 @@ class _Unseen:
 
 
 def _unseen(env: Any) -> AbstractContextManager[None]:
-    """Return an `_Unseen` where nothing on the way to the game looks at pictures."""
+    """Return an `_Unseen` where nothing on the way to the game looks at images."""
     *wrappers, game = _chain(env)
     known = all(type(wrapper) in _LOOK_AWAY for wrapper in wrappers)
     ours = (type(game).__module__, type(game).__name__) == ("ale_py.env", "AtariEnv")

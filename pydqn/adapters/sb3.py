@@ -1,4 +1,4 @@
-"""pydqn's replay memory in Stable-Baselines3: `DQN(..., replay_buffer_class=ReplayBuffer)`."""
+"""pydqn's replay buffer in Stable-Baselines3: `DQN(..., replay_buffer_class=ReplayBuffer)`."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class ReplayBuffer(TheirBuffer):
             array = array[:, None]
         if array.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
-        return converted(name, array, self.transitions.memory.dtype, rounded=True)
+        return converted(name, array, self.transitions.frame_replay.dtype, rounded=True)
 
     def _column(self, name: str, value: ArrayLike) -> NDArray[Any]:
         array = np.asarray(value)
@@ -250,7 +250,7 @@ class ReplayBuffer(TheirBuffer):
         return np.random.randint(len(self._open), size=size), np.random.randint(self.n_envs, size=size)  # noqa: NPY002
 
     def _cut_short(
-        self, start: NDArray[np.int64], lane: NDArray[np.int64], env: VecNormalize | None
+        self, start: NDArray[np.int64], env_index: NDArray[np.int64], env: VecNormalize | None
     ) -> ReplayBufferSamples:
         """Return transitions whose windows end at the newest step, as SB3 does."""
         obs, next_obs, action, reward = (np.stack(column) for column in zip(*self._open, strict=True))
@@ -258,11 +258,11 @@ class ReplayBuffer(TheirBuffer):
         steps = len(self._open) - start
         window = np.arange(len(self._open)) - start[:, None]
         weight = np.where(window >= 0, discounts[np.maximum(window, 0)], 0)
-        total = (weight * reward[:, lane].T.astype(np.float32)).sum(axis=1, dtype=np.float64)
+        total = (weight * reward[:, env_index].T.astype(np.float32)).sum(axis=1, dtype=np.float64)
         return ReplayBufferSamples(
-            self._tensor(self._normalize_obs(obs[start, lane], env)),
-            self._tensor(action[start, lane].astype(self.action_space.dtype, copy=False)[:, None]),
-            self._tensor(self._normalize_obs(next_obs[-1, lane], env)),
+            self._tensor(self._normalize_obs(obs[start, env_index], env)),
+            self._tensor(action[start, env_index].astype(self.action_space.dtype, copy=False)[:, None]),
+            self._tensor(self._normalize_obs(next_obs[-1, env_index], env)),
             self._tensor(np.zeros((len(start), 1), np.float32)),  # an episode's end would make windows whole
             self._tensor(self._normalize_reward(total.astype(np.float32)[:, None], env)),
             self._tensor(discounts[steps].astype(np.float32)[:, None]),
@@ -332,7 +332,7 @@ class PrioritizedDQN(DQN):
         self._update_learning_rate(self.policy.optimizer)
         buffer, losses = self.replay_buffer, []
         progress = min(max(1 - self._current_progress_remaining, 0.0), 1.0)
-        buffer.transitions.memory.beta = self.priority_beta + (1 - self.priority_beta) * progress
+        buffer.transitions.frame_replay.beta = self.priority_beta + (1 - self.priority_beta) * progress
         for _ in range(gradient_steps):
             batch, weight, index = buffer.sample_weighted(batch_size, self._vec_normalize_env)
             with torch.no_grad():
@@ -352,4 +352,4 @@ class PrioritizedDQN(DQN):
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", np.mean(losses))
-        self.logger.record("train/priority_beta", buffer.transitions.memory.beta)
+        self.logger.record("train/priority_beta", buffer.transitions.frame_replay.beta)

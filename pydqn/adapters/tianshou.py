@@ -1,4 +1,4 @@
-"""pydqn's replay memory in Tianshou: the buffers of `tianshou.data` by their own names (see `VectorReplayBuffer`)."""
+"""pydqn's replay buffer in Tianshou: the buffers of `tianshou.data` by their own names (see `VectorReplayBuffer`)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
     Positions, columns, statistics and what comes out are Tianshou's own, but for this:
 
     * `obs_next` is always what a step led to. With `ignore_obs_next`, Tianshou returns `obs` once more where an episode
-      was cut off, and at each lane's newest step.
+      was cut off, and at each environment's newest step.
     * With `stack_num`, stacks are those that a wrapper around the environment would give. Tianshou's begin anew at the
       oldest step that is left, and those of `obs_next` at an episode's second observation.
     * An episode ends where the next one begins, even if nobody said so: a trainer resets its collector, for example,
       after random steps have been collected. `next`, `prev` and `unfinished_index` know, and so n-step returns do.
-    * `random_seed` counts. Tianshou's own draws the same steps from lanes of equal length.
+    * `random_seed` counts. Tianshou's own draws the same steps from environments of equal length.
     * `sample_indices(None)` is all in random order; slices of a buffer that is not full hold transitions only.
     * `hasnull`, which a trainer calls after each collection, makes no copy of everything.
     * A copy, pickled or not, goes on as the buffer would.
@@ -46,8 +46,8 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
     runs what it holds: load only those of people whom you trust.
 
     Args:
-        total_size: transitions over all lanes; each keeps its newest `ceil(total_size / buffer_num)`.
-        buffer_num: lanes, one for each environment.
+        total_size: transitions over all environments; each keeps its newest `ceil(total_size / buffer_num)`.
+        buffer_num: how many environments there are.
         stack_num: observations in a stack; 1 to return them as they come.
         save_only_last_obs: observations come as stacks along their first axis, and the newest of each is what counts.
             Where they come `stack_num` at a time they are returned as they came.
@@ -82,7 +82,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         self._stack = stack
         self._newest_alone, self._save_only_last_obs = save_only_last_obs, False  # it would cut indices, too
         self._breaks = np.zeros(self.maxsize, bool)  # where episodes end though nobody said so
-        self._least = np.zeros(self.buffer_num, np.int64)  # the index, per lane, from which on all is held
+        self._least = np.zeros(self.buffer_num, np.int64)  # the index, per environment, from which on all is held
         self._seen_nan = False
 
     def __len__(self) -> int:
@@ -91,33 +91,35 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return int(self._lengths.sum() if self._held(oldest).all() else self._held(self._indices).sum())
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {len(self)} of {self.maxsize} transitions in {self.buffer_num} lanes>"
+        return f"<{type(self).__name__}: {len(self)} of {self.maxsize} transitions in {self.buffer_num} environments>"
 
     def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
-        """Store a transition of each lane; return Tianshou's positions, and returns, lengths, starts of ended episodes.
+        """Store a transition of each environment; return Tianshou's positions, and returns, lengths, starts of ended episodes.
 
         Args:
             batch: n rows of obs, obs_next (at the end of an episode its last), act, rew, terminated and truncated;
                 info and policy, if there are any. Observations are arrays of numbers.
-            buffer_ids: (n,) different lanes; None for all.
+            buffer_ids: (n,) different environments; None for all.
 
         Raises:
             ValueError: observations are missing, no arrays of numbers, of another shape than the first ones, or
                 `obs_next` is not `obs` moved on by a frame (then make the buffer with `stack=1`).
         """
-        lanes = np.arange(self.buffer_num) if buffer_ids is None else np.asarray(buffer_ids)
-        obs, obs_next = (self._observations(batch, name, len(lanes)) for name in SEEN)
+        env_indices = np.arange(self.buffer_num) if buffer_ids is None else np.asarray(buffer_ids)
+        obs, obs_next = (self._observations(batch, name, len(env_indices)) for name in SEEN)
         done = np.logical_or(batch.terminated, batch.truncated)
-        last, known = self.last_index[lanes], len(self._meta.get_keys()) > 0
-        before, ended = (self._meta.obs[last], self._meta.done[last]) if known else (np.full(len(lanes), -1), done)
+        last, known = self.last_index[env_indices], len(self._meta.get_keys()) > 0
+        before, ended = (
+            (self._meta.obs[last], self._meta.done[last]) if known else (np.full(len(env_indices), -1), done)
+        )
         kept = self._meta.act if known else None
         act = batch.act
         if isinstance(kept, np.ndarray):
             act = exactly("act", np.asarray(to_numpy(act)), kept.dtype, rounded=True)
-        index = self._store(obs, obs_next, done, lanes)
+        index = self._store(obs, obs_next, done, env_indices)
         rest = Batch()
         rest.__dict__.update({key: batch[key] for key in batch.get_keys() if key not in SEEN}, act=act, obs=index)
-        added: tuple[NDArray[Any], ...] = super().add(rest, lanes)
+        added: tuple[NDArray[Any], ...] = super().add(rest, env_indices)
         if not known:
             self._meta.obs[np.delete(self._indices, added[0])] = -1
         self._breaks[last] = (before >= 0) & (index != before + self.buffer_num) & ~ended
@@ -147,31 +149,33 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         self._stacks_here = depth > 1 and not (self._newest_alone and shape[0] == depth)
         kept, stack = ((depth, math.prod(frame)), depth) if depth > 1 or self._newest_alone else (shape, self._stack)
         padding = "first" if self._stacks_here else None
-        lanes = self.buffer_num
-        self.transitions = TransitionReplay(self.maxsize, kept, dtype, num_envs=lanes, stack=stack, padding=padding)
-        self._latest = np.zeros((lanes, *self._out), dtype)  # stacks that the lanes' latest steps led to
-        self._open = np.zeros(lanes, bool)  # whether episodes go on from there
+        num_envs = self.buffer_num
+        self.transitions = TransitionReplay(self.maxsize, kept, dtype, num_envs=num_envs, stack=stack, padding=padding)
+        self._latest = np.zeros((num_envs, *self._out), dtype)  # stacks that the environments' latest steps led to
+        self._open = np.zeros(num_envs, bool)  # whether episodes go on from there
 
-    def _store(self, obs: NDArray[Any], obs_next: NDArray[Any], done: NDArray[Any], lanes: NDArray[Any]) -> _Positions:
+    def _store(
+        self, obs: NDArray[Any], obs_next: NDArray[Any], done: NDArray[Any], env_indices: NDArray[Any]
+    ) -> _Positions:
         """Hand observations to the memory; return the transitions' indices there, (n,)."""
-        memory, count = self.transitions, len(lanes)
+        memory, count = self.transitions, len(env_indices)
         assert memory is not None
         if self._newest_alone and (self._stacks_here or self.stack_num == 1):
             obs, obs_next = obs[:, -1], obs_next[:, -1]
         if self._stacks_here:
-            before = self._latest[lanes]
-            follows = self._open[lanes] & (obs == before[:, -1]).reshape(count, -1).all(axis=1)
+            before = self._latest[env_indices]
+            follows = self._open[env_indices] & (obs == before[:, -1]).reshape(count, -1).all(axis=1)
             before[~follows] = obs[~follows, None]
             obs, obs_next = before, np.concatenate([before[:, 1:], obs_next[:, None]], axis=1)
         obs, obs_next = obs.reshape(count, *memory.shape), obs_next.reshape(count, *memory.shape)
         nothing, no = np.zeros(count, np.int64), np.zeros(count, bool)  # Tianshou's columns hold whatever there is
-        every = np.array_equal(lanes, np.arange(self.buffer_num))
-        index = memory.add(obs, obs_next, nothing, nothing, no, no, None if every else lanes)
+        every = np.array_equal(env_indices, np.arange(self.buffer_num))
+        index = memory.add(obs, obs_next, nothing, nothing, no, no, None if every else env_indices)
         if self._stacks_here:  # behind what may refuse them
-            self._latest[lanes], self._open[lanes] = obs_next.reshape(count, *self._out), ~done
+            self._latest[env_indices], self._open[env_indices] = obs_next.reshape(count, *self._out), ~done
         # Frames fall out one by one. What is newer by less than a stack may still be whole, but need not.
-        lost = index // self.buffer_num + 2 - memory.memory.capacity // self.buffer_num
-        self._least[lanes] = np.where(lost > 0, (lost + memory.stacks.stack - 1) * self.buffer_num, 0)
+        lost = index // self.buffer_num + 2 - memory.frame_replay.capacity // self.buffer_num
+        self._least[env_indices] = np.where(lost > 0, (lost + memory.stacks.stack - 1) * self.buffer_num, 0)
         return index
 
     def __getitem__(self, index: Any) -> Any:
@@ -218,7 +222,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         """Draw positions of transitions, with replacement.
 
         Args:
-            batch_size: how many; 0 for all, by lane and in order of time; None for all in random order.
+            batch_size: how many; 0 for all, by environment and in order of time; None for all in random order.
 
         Raises:
             ValueError: nothing is held.
@@ -234,7 +238,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         if not self._lengths.any():
             raise ValueError(f"batch_size: expected 0 as long as nothing is held, got {batch_size}")
         drawn = self._draw(batch_size)
-        while (lost := ~self._held(drawn)).any():  # a lane's newest transitions always are
+        while (lost := ~self._held(drawn)).any():  # an environment's newest transitions always are
             drawn[lost] = self._draw(int(lost.sum()))
         return drawn
 
@@ -247,7 +251,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return np.asarray(numbers + (self._offset - ends + self._lengths)[np.searchsorted(ends, numbers, side="right")])
 
     def _oldest(self) -> NDArray[np.int64]:
-        """Return where each lane's oldest transition is, from the lane's first position on."""
+        """Return where each environment's oldest transition is, from the environment's first position on."""
         full = self._lengths == self._lane_size
         return np.where(full, (self.last_index - self._offset + 1) % self._lane_size, 0)
 
@@ -284,13 +288,13 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return self._seen_nan or any(Batch(column=column[rows]).hasnull() for column in odd)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "buffers": [{**lane.__dict__, "_meta": Batch()} for lane in self.buffers]}
+        return {**self.__dict__, "buffers": [{**env_index.__dict__, "_meta": Batch()} for env_index in self.buffers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, buffers=np.empty(len(state["buffers"]), object))
         for number, values in enumerate(state["buffers"]):
-            self.buffers[number] = lane = Lane.__new__(Lane)
-            lane.__dict__.update(values)
+            self.buffers[number] = env_index = Lane.__new__(Lane)
+            env_index.__dict__.update(values)
         if self._meta.get_keys():  # what is a part of a column has to be one again
             self._set_batch_for_children()
 
@@ -364,8 +368,8 @@ class ReplayBuffer(VectorReplayBuffer):
 
     def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
         """Store a transition; without `buffer_ids`, its arrays have no axis of rows."""
-        rows, lanes = (Batch.stack([batch]), [0]) if buffer_ids is None else (batch, buffer_ids)
-        added = super().add(rows, lanes)
+        rows, env_indices = (Batch.stack([batch]), [0]) if buffer_ids is None else (batch, buffer_ids)
+        added = super().add(rows, env_indices)
         add_others(self, added[0], rows)
         return added
 

@@ -1,4 +1,4 @@
-"""The frame-indexed replay memory for TorchRL: `ReplayBuffer` takes the place of `TensorDictReplayBuffer`.
+"""The frame-indexed replay buffer for TorchRL: `ReplayBuffer` takes the place of `TensorDictReplayBuffer`.
 
 It is TorchRL's own buffer over three parts of ours, a storage, its sampler and its writer; transforms, prefetching,
 pinned memory and `update_tensordict_priority` are TorchRL's. What is sampled is what TorchRL would have sampled, entry
@@ -146,7 +146,7 @@ class FrameStorage(Storage):
 
     Attributes:
         written: how many transitions have been appended.
-        streams: the transitions without their observations, and (`streams.replay`) these; None before the first batch.
+        streams: the transitions without their observations, and (`streams.transitions`) these; None before the first batch.
     """
 
     device = torch.device("cpu")
@@ -166,7 +166,7 @@ class FrameStorage(Storage):
             settings["num_envs"] = integer("num_envs", num_envs, 1, self.max_size)
         shape = (settings["stack"],) if isinstance(settings.get("stack"), int) else (1,)
         trial = TransitionReplay(num_envs or 1, shape, "float32", **settings)  # says what is wrong with the settings
-        self._before, self._settings = trial.memory, settings
+        self._before, self._settings = trial.frame_replay, settings
         self._observation = None if observation_key is None else key(observation_key)
         self._terminated = ("next", *key(terminated_key))
         self._keys = None if keys is None else [key(name) for name in keys]
@@ -175,12 +175,12 @@ class FrameStorage(Storage):
         self._drawn: tuple[torch.Tensor, Batch] | None = None
 
     @property
-    def memory(self) -> FrameReplay:
+    def frame_replay(self) -> FrameReplay:
         """Where the frames are, and the priorities; an empty one before the first batch."""
-        return self._before if self.streams is None else self.streams.replay.memory
+        return self._before if self.streams is None else self.streams.transitions.frame_replay
 
     def __len__(self) -> int:
-        return len(self.memory)
+        return len(self.frame_replay)
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +198,11 @@ class FrameStorage(Storage):
         if not count:
             raise ValueError(f"data: expected at least one transition, got shape {tuple(data.shape)}")
         seen, leaves = self._leaves(data)
-        like = None if self.streams is None else (self.streams.replay.shape, self.streams.replay.memory.dtype)
+        like = (
+            None
+            if self.streams is None
+            else (self.streams.transitions.shape, self.streams.transitions.frame_replay.dtype)
+        )
         obs, next_obs = (observations(name, leaves.pop(name), like) for name in (seen, ("next", *seen)))
         reward = numbers(_REWARD, leaves[_REWARD].double())
         ends, done = (flags(name, leaves[name]) for name in (self._terminated, _DONE))
@@ -207,7 +211,7 @@ class FrameStorage(Storage):
             names = block_names(tuple(data.shape), obs, next_obs, done, names)
         streams = self.streams
         if streams is None:
-            settings = {**self._settings, "alpha": self.memory.alpha, "beta": self.memory.beta}
+            settings = {**self._settings, "alpha": self.frame_replay.alpha, "beta": self.frame_replay.beta}
             if "num_envs" not in settings:
                 found = count // data.shape[-1] if blocks else environments(obs, next_obs, done, names)
                 settings["num_envs"] = min(found, self.max_size)
@@ -223,7 +227,7 @@ class FrameStorage(Storage):
 
     def draw(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return B transitions' int64 indices, which `get` finds ready, and float32 weights. RuntimeError: none yet."""
-        memory, size = self.memory, integer("batch_size", batch_size, 1)
+        memory, size = self.frame_replay, integer("batch_size", batch_size, 1)
         if not len(memory):
             raise RuntimeError("Cannot sample from an empty storage. No transition can be sampled yet.")  # TorchRL's
         batch = memory.sample(size, memory.empty_batch(size, apart=True))  # whoever gets them may write to them
@@ -235,16 +239,16 @@ class FrameStorage(Storage):
         drawn, self._drawn = self._drawn, None
         if drawn is not None and index is drawn[0]:
             return self._tensordict(drawn[1])
-        wanted = self.memory.valid_indices()[index] if isinstance(index, slice) else np.asarray(index)
-        out = self.memory.empty_batch(wanted.size, apart=True) if wanted.size else None
-        return self._tensordict(self.memory.gather(wanted.reshape(-1), out)).reshape(wanted.shape)
+        wanted = self.frame_replay.valid_indices()[index] if isinstance(index, slice) else np.asarray(index)
+        out = self.frame_replay.empty_batch(wanted.size, apart=True) if wanted.size else None
+        return self._tensordict(self.frame_replay.gather(wanted.reshape(-1), out)).reshape(wanted.shape)
 
     def set(self, *_: Any, **__: Any) -> None:
         """Raise RuntimeError: what is held is never changed, and `append` alone adds to it."""
         raise RuntimeError("FrameStorage: expected a FrameWriter to write to it, got something else")
 
     def __iter__(self) -> Iterator[TensorDict]:
-        yield from (self.get(index) for index in self.memory.valid_indices().tolist())
+        yield from (self.get(index) for index in self.frame_replay.valid_indices().tolist())
 
     def dumps(self, path: str | Path) -> None:
         """Write everything to a folder, without pickle. Saving there again writes only frames that are new."""
@@ -298,18 +302,18 @@ class FrameStorage(Storage):
     def _tensordict(self, batch: Batch) -> TensorDict:
         assert self.streams is not None
         assert self._observation is not None
-        replay, places = self.streams.replay, self.streams.places_at
+        replay, places = self.streams.transitions, self.streams.slots_at
         leaves: dict[Key, Any] = {}
         for name, frames in ((self._observation, batch.obs), (("next", *self._observation), batch.next_obs)):
             leaves[name] = torch.from_numpy(np.ascontiguousarray(replay.stacks.join(frames, replay.shape)))
         first = last = torch.from_numpy(places(batch.index))
-        if replay.memory.n_step > 1:
+        if replay.frame_replay.n_step > 1:
             steps = replay.windows(batch.index).steps
             leaves[("steps_to_next_obs",)] = torch.from_numpy(steps)
             last = torch.from_numpy(places(batch.index, steps - 1))
         for name, column in self.streams.columns.items():
             leaves[name] = column.index_select(0, last if name[0] == "next" else first)
-        if replay.memory.n_step > 1:
+        if replay.frame_replay.n_step > 1:
             kind = torch.promote_types(leaves[_REWARD].dtype, torch.float32)  # a discounted sum is no integer
             leaves[_REWARD] = torch.from_numpy(batch.reward).to(kind).reshape(leaves[_REWARD].shape)
         return TensorDict(leaves, [len(first)], device=self.device)
@@ -317,8 +321,8 @@ class FrameStorage(Storage):
     def _empty(self) -> None:
         if self.streams is not None:
             columns = self.streams.columns
-            self.streams.replay.clear()
-            self.streams = Streams(self.streams.replay)
+            self.streams.transitions.clear()
+            self.streams = Streams(self.streams.transitions)
             self.streams.columns = columns
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,42 +338,44 @@ class FrameSampler(PrioritizedSampler):
         self._frames, self.reduction = storage, "max"
 
     def __repr__(self) -> str:
-        return f"FrameSampler(prioritized={self._frames.memory.prioritized}, alpha={self.alpha}, beta={self.beta})"
+        return (
+            f"FrameSampler(prioritized={self._frames.frame_replay.prioritized}, alpha={self.alpha}, beta={self.beta})"
+        )
 
     @property
     def alpha(self) -> float:
         """Exponent of the priorities, from 0 to 1; setting it changes those that are held (see `FrameReplay`)."""
-        return self._frames.memory.alpha
+        return self._frames.frame_replay.alpha
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self._frames.memory.alpha = float(value)
+        self._frames.frame_replay.alpha = float(value)
 
     @property
     def beta(self) -> float:
         """Exponent of the weights, from 0 to 1."""
-        return self._frames.memory.beta
+        return self._frames.frame_replay.beta
 
     @beta.setter
     def beta(self, value: float) -> None:
-        self._frames.memory.beta = float(value)
+        self._frames.frame_replay.beta = float(value)
 
     @property
     def default_priority(self) -> float:
         """The largest so far, which is what a new transition gets."""
-        return max(float(self._frames.memory._core.largest_priority ** (1 / (self.alpha or 1))) - _EPS, 0.0)
+        return max(float(self._frames.frame_replay._core.largest_priority ** (1 / (self.alpha or 1))) - _EPS, 0.0)
 
     def sample(self, storage: FrameStorage, batch_size: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return (B,) int64 indices and, if prioritized, "priority_weight", (B,) float32."""
         index, weight = storage.draw(batch_size)
-        return index, {"priority_weight": weight} if storage.memory.prioritized else {}
+        return index, {"priority_weight": weight} if storage.frame_replay.prioritized else {}
 
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Set priorities; those of transitions that are gone are passed over, and all where sampling is uniform."""
-        if self._frames.memory.prioritized:
+        if self._frames.frame_replay.prioritized:
             wanted = torch.as_tensor(index).cpu().numpy().reshape(-1)
             values = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)
-            self._frames.memory.update_priorities(wanted, np.broadcast_to(values, wanted.shape) + _EPS)
+            self._frames.frame_replay.update_priorities(wanted, np.broadcast_to(values, wanted.shape) + _EPS)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -23,8 +23,8 @@ from pydqn.presets import PRESETS, preset, preset_and_note
 
 if TYPE_CHECKING:
     from pydqn.cli.progress import ProgressBar
-    from pydqn.evaluation.play import Game
-    from pydqn.runs.locks import Claim
+    from pydqn.evaluation.play import PlayedEpisode
+    from pydqn.runs.locks import FolderLock
     from pydqn.runs.logs import Report
     from pydqn.training.base import BaseRun
 
@@ -148,10 +148,12 @@ def _train(arguments: argparse.Namespace) -> int:
     code = _AGAIN if run.stopped else 0
     result = run.result()
     recent = result.returns[-config.mean_episodes :]
-    mean = f"mean return of the last {len(recent)}: {sum(recent) / len(recent):.2f}" if recent else "no game finished"
+    mean = (
+        f"mean return of the last {len(recent)}: {sum(recent) / len(recent):.2f}" if recent else "no episode finished"
+    )
     state = "interrupted" if code else "done"
     print(
-        f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} games "
+        f"{state}: {result.steps:,} steps, {result.updates:,} updates, {len(result.returns)} episodes "
         f"in {result.seconds / 60:.1f} min; {mean}"
     )
     if not code:
@@ -176,7 +178,7 @@ class _Start(NamedTuple):
     """What `pydqn train` was asked for."""
 
     config: Config
-    logdir: Path | Claim
+    logdir: Path | FolderLock
     resume: bool | Path
     note: str = ""  # which settings were reset
 
@@ -194,7 +196,7 @@ def _to_resume(arguments: argparse.Namespace, path: str | Path) -> _Start:
 def _to_start(arguments: argparse.Namespace) -> _Start:
     """Return what to run and where; an unfinished run that is there already may go on instead."""
     from pydqn.runs.checkpoint import latest_checkpoint, read_state
-    from pydqn.runs.locks import claim_numbered, holder_of
+    from pydqn.runs.locks import lock_holder, lock_numbered
 
     config, note = preset_and_note(arguments.preset, _given(arguments))
     task = arguments.preset if config.env_id == preset(arguments.preset).env_id else config.env_id.split("/")[-1]
@@ -202,7 +204,7 @@ def _to_start(arguments: argparse.Namespace) -> _Start:
     checkpoint, state = latest_checkpoint(logdir), {}
     with suppress(ValueError, OSError):  # a damaged one is not offered, nor one of a run that is going on
         state = {} if checkpoint is None else read_state(checkpoint)
-    if state.get("finished") is False and holder_of(logdir) is None:
+    if state.get("finished") is False and lock_holder(logdir) is None:
         offer = f"{logdir} can go on from step {state['steps']:,}"
         if sys.stdin.isatty() and sys.stderr.isatty():
             with suppress(EOFError):  # Ctrl-D
@@ -210,11 +212,11 @@ def _to_start(arguments: argparse.Namespace) -> _Start:
                     return _to_resume(arguments, logdir)
         else:
             print(f"{offer}: {_command('train', '--resume', logdir)}", file=sys.stderr)
-    return _Start(config, logdir if arguments.logdir else claim_numbered(logdir), False, note)
+    return _Start(config, logdir if arguments.logdir else lock_numbered(logdir), False, note)
 
 
 def _follow(run: BaseRun, bar: ProgressBar) -> None:
-    """Run to the end, with a progress bar and a line for every so many games."""
+    """Run to the end, with a progress bar and a line for every so many episodes."""
     config = run.config
     episodes, best = run.episodes, -math.inf
     for report in run.reports():
@@ -230,7 +232,7 @@ def _follow(run: BaseRun, bar: ProgressBar) -> None:
 
 def _line(report: Report) -> str:
     parts = [
-        f"game {report.episodes:,}",
+        f"episode {report.episodes:,}",
         f"step {report.steps:,}",
         f"return {report.last_return:g}",
         f"length {report.last_length_steps:g}",
@@ -248,7 +250,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _play(arguments: argparse.Namespace) -> None:
-    from pydqn.evaluation.play import Game, watch
+    from pydqn.evaluation.play import PlayedEpisode, play_episode
     from pydqn.plotting.action_values import beside
     from pydqn.plotting.images import Caption
     from pydqn.plotting.recording import Recorder
@@ -258,50 +260,50 @@ def _play(arguments: argparse.Namespace) -> None:
     most_steps = math.inf if arguments.most_steps is None else arguments.most_steps
     show = (not arguments.record and sys.stdout.isatty()) if arguments.show is None else arguments.show
     if show:
-        sys.stdout.write("\x1b[2J")  # each picture is drawn over the one before
+        sys.stdout.write("\x1b[2J")  # each image is drawn over the one before
     recorder: Recorder | None = None
     with ExitStack() as stack:
         due = time.perf_counter()
         options = {"weights": arguments.weights, "seed": arguments.seed, **_overrides(arguments)}
         images = bool(show or arguments.record)
-        for scene in watch(arguments.folder, most_steps=most_steps, images=images, **options):
-            if isinstance(scene, Game):
-                _print_game(scene)
+        for step in play_episode(arguments.folder, most_steps=most_steps, images=images, **options):
+            if isinstance(step, PlayedEpisode):
+                _print_game(step)
                 break
-            names, picture, fps = scene.action_names, scene.picture, arguments.fps or scene.fps
-            if scene.picture is None or picture is None:
+            names, image, fps = step.action_names, step.image, arguments.fps or step.fps
+            if step.image is None or image is None:
                 continue
             if arguments.q_values:
-                picture = beside(picture, names, scene.values, scene.action)
+                image = beside(image, names, step.values, step.action)
             if arguments.record:
                 page = Path(arguments.record).suffix == ".html"  # shows the action values in any case
                 if recorder is None:
                     title = Path(arguments.folder).name
                     recorder = stack.enter_context(Recorder(arguments.record, fps, title=title, action_names=names))
                 recorder.add(
-                    scene.picture if page else picture,
-                    Caption(names[scene.action], scene.reward, scene.total, scene.values),
+                    step.image if page else image,
+                    Caption(names[step.action], step.reward, step.total, step.values),
                 )
             if show:
-                _draw(picture)
+                _draw(image)
                 due = max(due + 1 / fps, time.perf_counter())
                 time.sleep(due - time.perf_counter() if due > time.perf_counter() else 0)
     if arguments.record:
         print(f"recorded: {arguments.record}")
 
 
-def _print_game(game: Game) -> None:
+def _print_game(game: PlayedEpisode) -> None:
     total = "unfinished" if math.isnan(game.total) else f"{game.total:g}"
     counts = " ".join(f"{action}:{count}" for action, count in game.action_counts.items())
     print(f"total reward {total} in {game.steps} steps; actions {counts}")
 
 
-def _draw(picture: Any) -> None:
-    """Draw a picture in the terminal, two pixels to a character cell."""
+def _draw(image: Any) -> None:
+    """Draw an image in the terminal, two pixels to a character cell."""
     columns, rows = shutil.get_terminal_size()
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     shrink = max(1, math.ceil(width / columns), math.ceil(height / (2 * (rows - 1))))
-    small = picture[::shrink, ::shrink]
+    small = image[::shrink, ::shrink]
     small = small[: len(small) // 2 * 2]
     lines = [
         "".join(
@@ -333,7 +335,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     spread = statistics.stdev(returns) if len(returns) > 1 else 0.0
     normalized = result.human_normalized_percent
     print(
-        f"{len(returns)} games: mean return {result.mean_return:.2f}, standard deviation {spread:.2f}, "
+        f"{len(returns)} episodes: mean return {result.mean_return:.2f}, standard deviation {spread:.2f}, "
         f"from {min(returns):g} to {max(returns):g}" + ("" if normalized is None else f"; {normalized:.1f}% of human")
     )
     print(f"protocol {result.protocol}: {', '.join(f'{name} {value}' for name, value in result.settings.items())}")

@@ -48,39 +48,39 @@ def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | N
     _add_config_options(command)
     command.set_defaults(run=commands_of["train"])
 
-    command = commands.add_parser("play", help="watch a trained agent play one game, and record it")
+    command = commands.add_parser("play", help="watch a trained agent play one episode, and record it")
     _add_run_options(command)
     command.add_argument(
         "--record",
         metavar="FILE",
-        help="write a video, .mp4 or .gif, or a page that plays the game in a browser, .html",
+        help="write a video, .mp4 or .gif, or a page that plays the episode in a browser, .html",
     )
     command.add_argument(
         "--fps",
         type=int,
-        help="images per second (default: the environment's own, Atari's is 30; a game of Atari makes 60 / frame-skip "
-        "decisions a second)",
+        help="images per second (default: the environment's own, Atari's is 30; an episode of Atari makes 60 / frame-skip "
+        "steps a second)",
     )
-    command.add_argument("--most-steps", type=int, metavar="N", help="stop after N decisions")
-    command.add_argument("--q-values", action="store_true", help="draw the action values beside the picture")
+    command.add_argument("--most-steps", type=int, metavar="N", help="stop after N steps")
+    command.add_argument("--q-values", action="store_true", help="draw the action values beside the image")
     command.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
-        help="draw the game in the terminal (as it does anyway when not recording); --no-show needs no images",
+        help="draw the episode in the terminal (as it does anyway when not recording); --no-show needs no images",
     )
     command.set_defaults(run=commands_of["play"])
 
-    command = commands.add_parser("evaluate", help="play whole games with a run's best weights")
+    command = commands.add_parser("evaluate", help="play whole episodes with a run's best weights")
     _add_run_options(command)
     command.add_argument(
         "--protocol", choices=list(PROTOCOLS), help="published rules of evaluation (default: the run's own choice)"
     )
-    command.add_argument("--episodes", type=int, help="whole games (default: as many as the protocol says)")
+    command.add_argument("--episodes", type=int, help="whole episodes (default: as many as the protocol says)")
     command.set_defaults(run=commands_of["evaluate"])
 
     command = commands.add_parser("plot", help="draw the learning curves of one or more runs, or a value function")
     command.add_argument("runs", nargs="+", metavar="RUN")
-    command.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="image to write: .png, .svg or .pdf")
     command.add_argument("--panels", nargs="+", metavar="NAME", help="some of: " + ", ".join(_PANELS))
     command.add_argument(
         "--each", action="store_true", help="every run is a curve of its own, also seeds of one setting"

@@ -42,9 +42,9 @@ class ProgressBar:
         self._bar.refresh()
 
     def saving(self, share: float) -> None:
-        """Say how much of the replay memory has been saved; at 1, what was there before."""
+        """Say how much of the replay buffer has been saved; at 1, what was there before."""
         if self._bar is not None:
-            self._bar.set_postfix_str(self._text if share >= 1 else f"saving the replay memory: {share:.0%}")
+            self._bar.set_postfix_str(self._text if share >= 1 else f"saving the replay buffer: {share:.0%}")
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""

@@ -1,4 +1,4 @@
-"""Atari games as lanes. The only room that knows ale_py."""
+"""Atari games as environments. The only room that knows ale_py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pydqn._util.machine import usable_cores
 from pydqn.config import Config
-from pydqn.envs.base import BYTES, Returns, Step
+from pydqn.envs.base import BYTE_RANGE, Returns, Step
 from pydqn.preprocess import KERNELS, SIZE
 
 _NO_CAP = 2**31 - 1  # ALE counts in 32 bits
@@ -25,14 +25,14 @@ def games() -> dict[str, str]:
     return {name: rom for rom in roms.get_all_rom_ids() for name in (rom, rom.title().replace("_", ""))}
 
 
-class AtariLanes:
+class AtariEnvs:
     """ALE's own vector environment: C++ threads, no GIL, raw max-pooled frames, shrunk by one of our kernels.
 
-    The caps are counted here, not by ALE: ALE stops in the middle of a skip then, before it takes the picture, and
+    The caps are counted here, not by ALE: ALE stops in the middle of a skip then, before it takes the image, and
     returns a stale frame where a bootstrap needs the true one. Ours lets ALE run on for one frame more, which opens
     and closes an episode of its own and so is part of no transition.
 
-    Where FIRE opens a game, a lane presses it and then action 2 for one step each (as the old Gym wrapper does); the
+    Where FIRE opens a game, an environment presses it and then action 2 for one step each (as the old Gym wrapper does); the
     frames before and between are marked `first`, too, and so are part of no transition.
     """
 
@@ -44,17 +44,17 @@ class AtariLanes:
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         console = ale_py.ALEInterface()
         console.loadROM(roms.get_rom_path(rom))
-        actions = console.getLegalActionSet() if config.full_action_set else console.getMinimalActionSet()
+        actions = console.getLegalActionSet() if config.full_action_space else console.getMinimalActionSet()
         self.action_names = tuple(action.name for action in actions)
         self.num_actions = len(actions)
         self._height, self._width = console.getScreenDims()
         self.num_envs = num_envs
         self.frame_shape: tuple[int, ...] = (SIZE, SIZE)
         self.dtype = np.dtype(np.uint8)
-        self.input_range = BYTES
+        self.input_range = BYTE_RANGE
         self._kernel = KERNELS[config.preprocess]
         self._gray = config.preprocess == "resize_area"
-        self._life_loss = config.life_loss
+        self._terminal_on_life_loss = config.terminal_on_life_loss
         self._clip = bool(config.clip_rewards)
         self._max_steps = config.max_episode_steps or config.max_episode_frames
         self._max_frames = config.max_episode_frames
@@ -73,7 +73,7 @@ class AtariLanes:
                 num_threads=min(num_envs, config.emulator_threads or usable_cores()),
                 max_num_frames_per_episode=cap,
                 repeat_action_probability=config.sticky_actions,
-                full_action_space=config.full_action_set,
+                full_action_space=config.full_action_space,
                 img_height=self._height,
                 img_width=self._width,
                 grayscale=grayscale,
@@ -88,8 +88,8 @@ class AtariLanes:
         def emulators(num_envs: int, grayscale: bool) -> Any:
             if not self._random_skip:
                 return vector(num_envs, grayscale, self._skip, config.max_pool, most_frames)
-            lanes = [vector(1, grayscale, 1, False, _NO_CAP) for _ in range(num_envs)]
-            return _RandomSkip(lanes, self._skip, self._most_skip, config.max_pool)
+            emulators_ = [vector(1, grayscale, 1, False, _NO_CAP) for _ in range(num_envs)]
+            return _RandomSkip(emulators_, self._skip, self._most_skip, config.max_pool)
 
         self.fps = 30  # as ALE's own environment says
         self._emulators, self._render = emulators, render
@@ -100,10 +100,10 @@ class AtariLanes:
         """Make the emulators: a seed does not take ALE's back to how they began."""
         num_envs = self.num_envs
         self._env = self._emulators(num_envs, self._gray)
-        # A person wants colour where the learner wants gray: a second console that gets lane 0's seed and actions.
+        # A person wants colour where the learner wants gray: a second console that gets environment 0's seed and actions.
         self._camera = self._emulators(1, False) if self._render and self._gray else None
         self._seed = seed
-        self._picture = np.zeros((self._height, self._width, 3), np.uint8)
+        self._image = np.zeros((self._height, self._width, 3), np.uint8)
         self._seeds = np.random.SeedSequence(seed).generate_state(num_envs).astype(np.int64) % (2**31 - 1)
         self._lives = np.zeros(num_envs, np.int64)
         self._steps = np.zeros(num_envs, np.int64)
@@ -141,10 +141,10 @@ class AtariLanes:
         with self._reporting():
             frames, reward, terminated, truncated, info = self._env.recv()
         if self._camera is not None:
-            pictures, camera_reward, *_ = self._camera.recv()
+            images, camera_reward, *_ = self._camera.recv()
             if camera_reward[0] != reward[0]:
-                raise RuntimeError("render: the picture has come apart from the game it shows")
-            self._show(frames, pictures)
+                raise RuntimeError("render: the image has come apart from the game it shows")
+            self._show(frames, images)
         else:
             self._show(frames, None)
         self._kernel(frames[:, 0], out=out)
@@ -165,15 +165,15 @@ class AtariLanes:
         episodes = self._returns.add(reward, first, terminated | capped)
         return Step(
             reward=np.sign(reward) if self._clip else reward,
-            terminated=terminated | (life_lost if self._life_loss else np.False_),
+            terminated=terminated | (life_lost if self._terminal_on_life_loss else np.False_),
             truncated=capped,
             first=first,
             episodes=episodes,
             frames=int(np.sum(skips * ~first)),
         )
 
-    def picture(self) -> NDArray[np.uint8]:
-        return self._picture
+    def image(self) -> NDArray[np.uint8]:
+        return self._image
 
     def close(self) -> None:
         self._env.close()
@@ -186,50 +186,50 @@ class AtariLanes:
         try:
             yield
         except RuntimeError as error:
-            lanes = ", ".join(f"{lane} (seed {seed})" for lane, seed in enumerate(self._seeds))
-            raise RuntimeError(f"env_id: {self._rom} failed in one of the lanes {lanes}: {error}") from error
+            envs = ", ".join(f"{env_index} (seed {seed})" for env_index, seed in enumerate(self._seeds))
+            raise RuntimeError(f"env_id: {self._rom} failed in one of the environments {envs}: {error}") from error
 
-    def _show(self, frames: NDArray[np.uint8], pictures: NDArray[np.uint8] | None) -> None:
-        """Keep lane 0's colours: the camera's, or those of the lane's own frame."""
-        if pictures is not None:
-            self._picture = pictures[0, 0]
+    def _show(self, frames: NDArray[np.uint8], images: NDArray[np.uint8] | None) -> None:
+        """Keep environment 0's colours: the camera's, or those of the environment's own frame."""
+        if images is not None:
+            self._image = images[0, 0]
         elif not self._gray:
-            self._picture = frames[0, 0]
+            self._image = frames[0, 0]
 
 
 class _RandomSkip:
-    """Decisions that last a random number of frames: `AtariVectorEnv` for one lane each, stepped frame by frame."""
+    """Decisions that last a random number of frames: `AtariVectorEnv` for one environment each, stepped frame by frame."""
 
-    def __init__(self, lanes: list[Any], least: int, most: int, max_pool: bool) -> None:
-        self._lanes = lanes
+    def __init__(self, emulators: list[Any], least: int, most: int, max_pool: bool) -> None:
+        self._emulators = emulators
         self._least, self._most = least, most
         self._max_pool = max_pool
         self._generators: list[np.random.Generator] = []
-        self._action: NDArray[np.int64] = np.zeros(len(lanes), np.int64)
+        self._action: NDArray[np.int64] = np.zeros(len(emulators), np.int64)
         self._opening: dict[int, _Answer] = {}
-        self._skips = np.zeros(len(lanes), np.int64)
+        self._skips = np.zeros(len(emulators), np.int64)
 
     def reset(self, seed: NDArray[np.int64]) -> tuple[NDArray[np.uint8], dict[str, NDArray[Any]]]:
         self._generators = [np.random.default_rng(int(own)) for own in seed]
-        answers = [lane.reset(seed=seed[number : number + 1]) for number, lane in enumerate(self._lanes)]
+        answers = [emulator.reset(seed=seed[number : number + 1]) for number, emulator in enumerate(self._emulators)]
         lives = np.concatenate([info["lives"] for _, info in answers])
         return np.concatenate([frames for frames, _ in answers]), {"lives": lives}
 
     def send(self, action: NDArray[np.int64], over: NDArray[np.bool_]) -> None:
-        """Open a game in lanes that are `over`, and start the first frame of a step in the others."""
+        """Open a game in environments that are `over`, and start the first frame of a step in the others."""
         self._action = action
         self._opening = {}
-        for number, lane in enumerate(self._lanes):
+        for number, emulator in enumerate(self._emulators):
             self._skips[number] = self._generators[number].integers(self._least, self._most + 1)
             if over[number]:
-                frames, info = lane.reset()
+                frames, info = emulator.reset()
                 nothing = np.zeros(1, np.bool_)
                 self._opening[number] = (frames, np.zeros(1), nothing, nothing, info)
             else:
-                lane.send(action[number : number + 1])
+                emulator.send(action[number : number + 1])
 
     def recv(self) -> _Answer:
-        answers = [self._opening.get(number) or self._finish(number) for number in range(len(self._lanes))]
+        answers = [self._opening.get(number) or self._finish(number) for number in range(len(self._emulators))]
         frames, reward, terminated, truncated = (
             np.concatenate([answer[part] for answer in answers]) for part in range(4)
         )
@@ -237,13 +237,13 @@ class _RandomSkip:
         return frames, reward, terminated, truncated, {"lives": lives, "skips": self._skips.copy()}
 
     def _finish(self, number: int) -> _Answer:
-        """Run the frames that are left of a lane's step, and add up their rewards."""
-        lane, total = self._lanes[number], np.zeros(1)
+        """Run the frames that are left of an environment's step, and add up their rewards."""
+        emulator, total = self._emulators[number], np.zeros(1)
         before = None
         for frame in range(self._skips[number]):
             if frame:
-                lane.send(self._action[number : number + 1])
-            frames, reward, terminated, truncated, info = lane.recv()
+                emulator.send(self._action[number : number + 1])
+            frames, reward, terminated, truncated, info = emulator.recv()
             total += reward
             if terminated[0]:
                 self._skips[number] = frame + 1
@@ -255,5 +255,5 @@ class _RandomSkip:
         return frames, total, terminated, truncated, info
 
     def close(self) -> None:
-        for lane in self._lanes:
-            lane.close()
+        for emulator in self._emulators:
+            emulator.close()

@@ -20,7 +20,7 @@ from pydqn.envs.single import discrete_actions, open_env
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-class GymLanes:
+class GymEnvs:
     """Gymnasium environments with Discrete actions, one after the other in this thread.
 
     Observations are Box, or Discrete, or a Tuple of Discrete ones (one-hot). Steps run inside `recv`: such environments
@@ -102,7 +102,7 @@ class GymLanes:
             index = int(np.argmin(finite.reshape(self.num_envs, -1).all(axis=1)))
             self._checked[index].refuse("returned an observation that is not finite")
 
-    def picture(self) -> NDArray[np.uint8]:
+    def image(self) -> NDArray[np.uint8]:
         return self._checked[0].image()
 
     def close(self) -> None:

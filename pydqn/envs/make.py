@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pydqn.config import Config
-from pydqn.envs.atari import AtariLanes
-from pydqn.envs.base import Lanes
+from pydqn.envs.atari import AtariEnvs
+from pydqn.envs.base import Envs
 from pydqn.envs.ids import rom_of
 from pydqn.envs.tasks import resolved
 
 if TYPE_CHECKING:
     pass
-from pydqn.envs.gym import GymLanes
+from pydqn.envs.gym import GymEnvs
 
 
-def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Lanes:
+def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Envs:
     """Make `num_envs` environments of `config.env_id`, each with its own seed derived from `seed`.
 
     Raises:
@@ -25,8 +25,8 @@ def make_lanes(config: Config, num_envs: int, seed: int, *, render: bool = False
     """
     rom, config = rom_of(config.env_id), resolved(config)
     if rom is not None:
-        return AtariLanes(rom, config, num_envs, seed, render=render)
-    return GymLanes(config, num_envs, seed, render=render)
+        return AtariEnvs(rom, config, num_envs, seed, render=render)
+    return GymEnvs(config, num_envs, seed, render=render)
 
 
 @contextmanager

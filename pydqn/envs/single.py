@@ -28,7 +28,7 @@ def open_env(config: Config, index: int, num_envs: int, seed: int, *, render: bo
         options["max_episode_steps"] = config.max_episode_steps
     if render:
         options["render_mode"] = "rgb_array"
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no display is missed
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # images are drawn in memory, and no display is missed
     spec = spec_of(env_id)
     which = f"env index {index} of {num_envs} (seed {seed})"
     try:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.envs.base import AS_THEY_ARE
+from pydqn.envs.base import UNIT_RANGE
 
 _MOST_ONE_HOT = 2**16  # numbers in a one-hot frame
 _UNBOUNDED = 1e30  # some spaces write their dtype's largest value for no bound
@@ -69,7 +69,7 @@ def frames_of(env_id: str, space: Any) -> Frames:
                 f"env_id: {env_id} has {states.total:,} states ({space}); as one-hot frames a network takes at most "
                 f"{_MOST_ONE_HOT:,}: describe them in numbers, a Box, with a wrapper of your own"
             )
-        return Frames((states.total,), np.dtype(np.float32), AS_THEY_ARE, states)
+        return Frames((states.total,), np.dtype(np.float32), UNIT_RANGE, states)
     if not isinstance(space, spaces.Box) or not space.shape:
         raise ValueError(f"env_id: {env_id} has {space} observations; expected Box or Discrete ones")
     dtype = np.dtype(np.uint8 if space.dtype == np.uint8 else np.float32)
@@ -85,5 +85,5 @@ def _input_range(low: NDArray[Any], high: NDArray[Any], dtype: np.dtype[Any]) ->
     least, most = float(low.min()), float(high.max())
     numbers = low.ndim == 1 and dtype != np.uint8
     if numbers or max(-least, most) > _UNBOUNDED or not least < most or (least >= -1 and most <= 1):
-        return AS_THEY_ARE
+        return UNIT_RANGE
     return least, most

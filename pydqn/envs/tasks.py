@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pydqn.config import Config
-from pydqn.envs.base import AS_THEY_ARE, Lanes
+from pydqn.envs.base import UNIT_RANGE, Envs
 from pydqn.envs.ids import rom_of, spec_of
 
 
@@ -67,7 +67,7 @@ def _text(value: Any) -> str:
 
 
 def episode_limit(config: Config) -> int | None:
-    """Return after how many decisions an episode is truncated; None where neither the config nor Gymnasium limits it.
+    """Return after how many steps an episode is truncated; None where neither the config nor Gymnasium limits it.
 
     (An Atari game is limited in frames, too: `config.max_episode_frames`.)
 
@@ -81,14 +81,14 @@ def episode_limit(config: Config) -> int | None:
     return limit
 
 
-def inputs_of(config: Config, lanes: Lanes) -> str:
+def inputs_of(config: Config, envs: Envs) -> str:
     """Return for a person what a network makes of frames before its first layer."""
-    shape, (low, high) = "x".join(map(str, lanes.frame_shape)), lanes.input_range
+    shape, (low, high) = "x".join(map(str, envs.frame_shape)), envs.input_range
     scaled = f"/ {high:g}" if low == 0 else f"from {low:g}..{high:g} to 0..1"
-    scaled = "as they are" if lanes.input_range == AS_THEY_ARE else scaled
+    scaled = "as they are" if envs.input_range == UNIT_RANGE else scaled
     if config.network != "mlp" and (config.pixel_mean, config.pixel_std) != (0, 1):
         scaled += f" then (x - {config.pixel_mean:g}) / {config.pixel_std:g}"
-    return f"{shape} {lanes.dtype} {scaled}"
+    return f"{shape} {envs.dtype} {scaled}"
 
 
 def described(config: Config, inputs: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from pydqn._util.files import Damaged
 from pydqn._util.weights import load_weights
 from pydqn.config import Config
-from pydqn.envs.base import Lanes
+from pydqn.envs.base import Envs
 from pydqn.learning.networks import QNetwork, Table, make_network
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
@@ -21,33 +21,33 @@ from pydqn.runs.layout import BEST_WEIGHTS, LAST_WEIGHTS
 WEIGHTS = ("best", "last", "checkpoint")
 
 
-def network_for(config: Config, lanes: Lanes, seed: int = 0) -> QNetwork | Table:
-    """Build the network (or table) that `config` describes, for these lanes' frames and actions."""
+def network_for(config: Config, envs: Envs, seed: int = 0) -> QNetwork | Table:
+    """Build the network (or table) that `config` describes, for these environments' frames and actions."""
     if config.agent == "tabular":
-        return Table(lanes.frame_shape[0], lanes.num_actions)
+        return Table(envs.frame_shape[0], envs.num_actions)
     return make_network(
         config.network,
         config.stack,
-        lanes.frame_shape,
-        lanes.num_actions,
+        envs.frame_shape,
+        envs.num_actions,
         hidden_units=config.hidden_units,
         dueling=config.dueling,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
-        input_range=lanes.input_range,
+        input_range=envs.input_range,
         seed=seed,
     )
 
 
-def memory_settings(config: Config, lanes: Lanes) -> dict[str, Any]:
-    """Return what a replay memory for these lanes is made with, so that acting and learning find the same stacks."""
+def replay_settings(config: Config, envs: Envs) -> dict[str, Any]:
+    """Return what a replay buffer for these environments is made with, so that acting and learning find the same stacks."""
     return {
-        "frame_shape": lanes.frame_shape,
+        "frame_shape": envs.frame_shape,
         "stack": config.stack,
         "n_step": config.n_step,
         "gamma": config.gamma,
-        "num_envs": lanes.num_envs,
-        "dtype": lanes.dtype,
+        "num_envs": envs.num_envs,
+        "dtype": envs.dtype,
         "padding": config.padding,
         "prioritized": config.prioritized,
         "alpha": config.priority_alpha,
@@ -56,14 +56,14 @@ def memory_settings(config: Config, lanes: Lanes) -> dict[str, Any]:
 
 
 def load_policy(
-    run: str | os.PathLike[str], config: Config, lanes: Lanes, weights: str | None = None
+    run: str | os.PathLike[str], config: Config, envs: Envs, weights: str | None = None
 ) -> tuple[Policy, dict[str, Any]]:
     """Build the policy of a run.
 
     Args:
         run: folder of the run.
         config: its config.
-        lanes: for the shapes of frames and actions.
+        envs: for the shapes of frames and actions.
         weights: one of `WEIGHTS`; None for the best ones, or where the run was too short to have a best, its newest.
 
     Returns:
@@ -84,7 +84,7 @@ def load_policy(
     if not found:
         raise ValueError(f"run: {str(run)!r} has no {'' if weights is None else weights + ' '}weights yet")
     tensors, metadata = max(found, key=lambda candidate: candidate[1].get("steps", 0))
-    network = network_for(config, lanes)
+    network = network_for(config, envs)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -10,11 +10,11 @@ import numpy as np
 
 from pydqn._util.checks import integer
 from pydqn.config import Config
-from pydqn.envs.base import Lanes
+from pydqn.envs.base import Envs
 from pydqn.envs.ids import rom_of
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.evaluation.build import load_policy
-from pydqn.evaluation.play import steps_of
+from pydqn.evaluation.play import policy_steps
 from pydqn.evaluation.protocols import PROTOCOLS, under_protocol, warn_if_cut
 from pydqn.evaluation.scores import human_normalized
 from pydqn.learning.policy import Policy, torch_threads
@@ -23,13 +23,13 @@ from pydqn.runs.layout import load_run
 _MOST_LANES = 16
 
 
-def evaluation_lanes(config: Config, episodes: int, seed: int) -> Lanes:
-    """Make the environments in which so many games are played under `config.evaluation_protocol`.
+def evaluation_envs(config: Config, episodes: int, seed: int) -> Envs:
+    """Make the environments in which so many episodes are played under `config.evaluation_protocol`.
 
     They are at most as many as the run has: of some simulators no more can exist. (Of Atari's emulators they can.)
     """
     most = _MOST_LANES if rom_of(config.env_id) is not None else min(config.num_envs, _MOST_LANES)
-    return make_lanes(under_protocol(config), min(episodes, most), seed)
+    return make_envs(under_protocol(config), min(episodes, most), seed)
 
 
 def evaluate_policy(
@@ -38,39 +38,39 @@ def evaluate_policy(
     episodes: int,
     seed: int,
     stop: Callable[[], bool] = lambda: False,
-    lanes: Lanes | None = None,
+    envs: Envs | None = None,
 ) -> list[float]:
-    """Play whole games under `config.evaluation_protocol` and return their true returns.
+    """Play whole episodes under `config.evaluation_protocol` and return their true returns.
 
-    Every environment plays a fixed share of the games, so that short games are not preferred.
+    Every environment plays a fixed share of the episodes, so that short episodes are not preferred.
 
     Args:
         config: of the run.
         policy: what plays.
-        episodes: whole games.
+        episodes: whole episodes.
         seed: of the environments and of exploration.
-        stop: once it returns True, the returns of games that have ended so far are returned.
-        lanes: `evaluation_lanes` of these arguments, which stay open; None to make some and release them.
+        stop: once it returns True, the returns of episodes that have ended so far are returned.
+        envs: `evaluation_envs` of these arguments, which stay open; None to make some and release them.
     """
-    if lanes is None:
-        lanes = evaluation_lanes(config, episodes, seed)
+    if envs is None:
+        envs = evaluation_envs(config, episodes, seed)
         try:
-            return evaluate_policy(config, policy, episodes, seed, stop, lanes)
+            return evaluate_policy(config, policy, episodes, seed, stop, envs)
         finally:
-            lanes.close()
+            envs.close()
     own, config = config, under_protocol(config)
-    num_envs = lanes.num_envs
-    left = np.array([len(range(lane, episodes, num_envs)) for lane in range(num_envs)])
+    num_envs = envs.num_envs
+    left = np.array([len(range(env_index, episodes, num_envs)) for env_index in range(num_envs)])
     returns: list[float] = []
-    for moment in steps_of(config, lanes, policy, config.evaluation_epsilon, seed):
-        for episode in moment.episodes:
+    for step in policy_steps(config, envs, policy, config.evaluation_epsilon, seed):
+        for episode in step.episodes:
             warn_if_cut(own, episode.steps)
-            if left[episode.lane] > 0:
-                left[episode.lane] -= 1
+            if left[episode.env_index] > 0:
+                left[episode.env_index] -= 1
                 returns.append(episode.total)
         if stop() or not (left > 0).any():
             return returns
-    raise AssertionError("unreachable: steps_of has no end")
+    raise AssertionError("unreachable: policy_steps has no end")
 
 
 class Score(NamedTuple):
@@ -81,9 +81,9 @@ class Score(NamedTuple):
     settings: dict[str, Any]  # what a protocol fixes, or as the run's own config has it; how many environments played
     seed: int
     trained_steps: int  # how long the weights had been trained
-    returns: list[float]  # true returns of whole games
+    returns: list[float]  # true returns of whole episodes
     mean_return: float
-    human_normalized_percent: float | None  # where the game is among those of Mnih et al. 2015
+    human_normalized_percent: float | None  # where the episode is among those of Mnih et al. 2015
 
 
 def score(
@@ -99,7 +99,7 @@ def score(
 
     Args:
         run: folder of the run.
-        episodes: whole games; None for as many as the protocol says.
+        episodes: whole episodes; None for as many as the protocol says.
         protocol: a name of `pydqn.evaluation.scores.PROTOCOLS`; None for that of the run's config.
         weights: as for `load_policy`.
         seed: of the environments and of exploration.
@@ -120,19 +120,19 @@ def score(
     integer("episodes", games, 1)
     integer("seed", seed, 0)
     played = under_protocol(config)
-    lanes = evaluation_lanes(config, games, seed)
+    envs = evaluation_envs(config, games, seed)
     try:
-        policy, metadata = load_policy(run, played, lanes, weights)
+        policy, metadata = load_policy(run, played, envs, weights)
         with torch_threads(config):
-            returns = evaluate_policy(config, policy, games, seed, lanes=lanes)
+            returns = evaluate_policy(config, policy, games, seed, envs=envs)
     finally:
-        lanes.close()
+        envs.close()
     mean = float(np.mean(returns))
     told = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
     return Score(
         env_id=config.env_id,
         protocol=config.evaluation_protocol,
-        settings={**{name: getattr(played, name) for name in told}, "num_envs": lanes.num_envs},
+        settings={**{name: getattr(played, name) for name in told}, "num_envs": envs.num_envs},
         seed=seed,
         trained_steps=int(metadata.get("steps", 0)),
         returns=returns,
@@ -142,7 +142,7 @@ def score(
 
 
 def evaluate(run: str | os.PathLike[str], episodes: int, *, seed: int = 0, **overrides: Any) -> list[float]:
-    """Return the true returns of `episodes` whole games played with a run's best weights; `score` tells more.
+    """Return the true returns of `episodes` whole episodes played with a run's best weights; `score` tells more.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or `episodes` is not positive.

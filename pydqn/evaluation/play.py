@@ -12,51 +12,51 @@ from numpy.typing import NDArray
 
 from pydqn._util.checks import integer
 from pydqn.config import Config
-from pydqn.envs.base import Episode, Lanes
-from pydqn.envs.make import make_lanes
-from pydqn.evaluation.build import load_policy, memory_settings
+from pydqn.envs.base import Envs, Episode
+from pydqn.envs.make import make_envs
+from pydqn.evaluation.build import load_policy, replay_settings
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
 from pydqn.learning.policy import Policy
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.layout import load_run
 
 
-def open_episodes(lanes: Lanes, memory: FrameReplay, seed: int | None = None) -> None:
-    """Open an episode in every lane (see `Lanes.reset`) and put the first frames into the memory."""
-    slot = memory.next_slot()
-    lanes.reset(slot, seed)
-    nothing, everything = np.zeros(lanes.num_envs, np.int64), np.ones(lanes.num_envs, np.bool_)
-    memory.append(slot, nothing, nothing, ~everything, ~everything, everything)
+def start_episodes(envs: Envs, replay: FrameReplay, seed: int | None = None) -> None:
+    """Open an episode in every environment (see `Envs.reset`) and put the first frames into the replay."""
+    slot = replay.next_slot()
+    envs.reset(slot, seed)
+    nothing, everything = np.zeros(envs.num_envs, np.int64), np.ones(envs.num_envs, np.bool_)
+    replay.append(slot, nothing, nothing, ~everything, ~everything, everything)
 
 
-class Moment(NamedTuple):
-    """One step of `steps_of`."""
+class PolicyStep(NamedTuple):
+    """One step of `policy_steps`."""
 
     action: NDArray[np.int64]  # (num_envs,): what the policy did
     values: NDArray[np.float32]  # (num_envs, num_actions): why
     reward: NDArray[np.float64]  # (num_envs,): what came of it
-    episodes: list[Episode]  # games that ended
+    episodes: list[Episode]  # episodes that ended
 
 
-def steps_of(config: Config, lanes: Lanes, policy: Policy, epsilon: float, seed: int) -> Iterator[Moment]:
+def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, seed: int) -> Iterator[PolicyStep]:
     """Play on and on from that seed, yielding every step. The first frames are there when the first is asked for."""
-    memory = FrameReplay(lanes.num_envs * (config.stack + config.n_step), **memory_settings(config, lanes))
+    replay = FrameReplay(envs.num_envs * (config.stack + config.n_step), **replay_settings(config, envs))
     generator = np.random.default_rng(seed)
-    open_episodes(lanes, memory, seed)
+    start_episodes(envs, replay, seed)
     while True:
-        values = policy.values(memory.latest())
+        values = policy.values(replay.latest())
         action = policy.choose(values, epsilon, generator)
-        lanes.send(action)
-        slot = memory.next_slot()
-        step = lanes.recv(slot)
-        memory.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
-        yield Moment(action, values, step.reward, step.episodes)
+        envs.send(action)
+        slot = replay.next_slot()
+        step = envs.recv(slot)
+        replay.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
+        yield PolicyStep(action, values, step.reward, step.episodes)
 
 
-class Scene(NamedTuple):
-    """One step of a game that is watched."""
+class PlayedStep(NamedTuple):
+    """One step of an episode that is watched."""
 
-    picture: NDArray[np.uint8] | None  # (H, W, 3), unless played without images
+    image: NDArray[np.uint8] | None  # (H, W, 3), unless played without images
     fps: int  # at which the environment's steps are watched
     action: int
     action_names: tuple[str, ...]
@@ -65,15 +65,15 @@ class Scene(NamedTuple):
     total: float  # return so far
 
 
-class Game(NamedTuple):
-    """A game that was watched."""
+class PlayedEpisode(NamedTuple):
+    """An episode that was watched."""
 
     total: float  # NaN when it was broken off
     steps: int
     action_counts: dict[str, int]
 
 
-def watch(
+def play_episode(
     run: str | os.PathLike[str],
     *,
     weights: str | None = None,
@@ -81,15 +81,15 @@ def watch(
     most_steps: float = math.inf,
     images: bool = True,
     **overrides: Any,
-) -> Iterator[Scene | Game]:
-    """Play one game with a run's weights; yields a `Scene` per step, and the `Game` at the end.
+) -> Iterator[PlayedStep | PlayedEpisode]:
+    """Play one episode with a run's weights; yields a `PlayedStep` per step, and the `PlayedEpisode` at the end.
 
     Args:
         run: folder of the run.
         weights: as for `load_policy`.
         seed: of the environment and of exploration.
-        most_steps: break the game off after so many steps.
-        images: whether scenes have pictures; without, any environment will do.
+        most_steps: break the episode off after so many steps.
+        images: whether scenes have images; without, any environment will do.
         overrides: fields of the run's `Config` to replace.
 
     Raises:
@@ -101,22 +101,22 @@ def watch(
         raise ValueError(f"most_steps: expected at least 1, got {most_steps}")
     own = load_run(run, **overrides, clip_rewards=False)
     config = under_protocol(own)
-    lanes = make_lanes(config, 1, seed, render=images)
+    envs = make_envs(config, 1, seed, render=images)
     try:
-        policy, _ = load_policy(run, config, lanes, weights)
-        names = lanes.action_names
+        policy, _ = load_policy(run, config, envs, weights)
+        names = envs.action_names
         counts = dict.fromkeys(names, 0)
         total = 0.0
-        for steps, moment in enumerate(steps_of(config, lanes, policy, config.evaluation_epsilon, seed), 1):
-            action, reward = int(moment.action[0]), float(moment.reward[0])
+        for steps, step in enumerate(policy_steps(config, envs, policy, config.evaluation_epsilon, seed), 1):
+            action, reward = int(step.action[0]), float(step.reward[0])
             counts[names[action]] += 1
             total += reward
-            picture = lanes.picture() if images else None
-            yield Scene(picture, lanes.fps, action, names, tuple(moment.values[0].tolist()), reward, total)
-            if moment.episodes:
+            image = envs.image() if images else None
+            yield PlayedStep(image, envs.fps, action, names, tuple(step.values[0].tolist()), reward, total)
+            if step.episodes:
                 warn_if_cut(own, steps)
-            if moment.episodes or steps >= most_steps:
-                yield Game(moment.episodes[0].total if moment.episodes else math.nan, steps, counts)
+            if step.episodes or steps >= most_steps:
+                yield PlayedEpisode(step.episodes[0].total if step.episodes else math.nan, steps, counts)
                 return
     finally:
-        lanes.close()
+        envs.close()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn._util.cuda import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
+from pydqn._util.cuda import CannotRecordError, DeviceToHost, Graph, HostToDevice, on, unchanged, warm_up
 from pydqn.config import Config
 from pydqn.learning.losses import LOSSES, td_error
 from pydqn.learning.networks import tensors_of
@@ -83,7 +83,7 @@ class Learner:
         network: takes (B, stack, *frame_shape) observations, gives (B, A) values. Any `nn.Module` will do; where it
             has a method `prepare`, observations go through that once for all the networks that see them. All that is
             learned is a parameter of it, float32. The target is a copy of it, and gets its buffers as its parameters.
-        config: the fields of the loss and the optimizer, `batch_size`, `target_sync_updates` and `precision`.
+        config: the fields of the loss and the optimizer, `batch_size`, `target_update_period` and `precision`.
         device: where to learn, as `resolve_device` gives it, or takes it ("auto", "cpu", "cuda", "cuda:N").
         example: the largest batch that will come, for shapes and dtypes: `replay.empty_batch(n * config.batch_size)`,
             where n is the number of steps that `update` may have to take at once.
@@ -133,11 +133,11 @@ class Learner:
         self._loss, self._own_loss = LOSSES[config.loss], loss
         self.frames = frames
         self._most = len(example.action) // config.batch_size  # steps at once
-        self._inbox = Inbox(example, device, names=example._fields)
+        self._to_device = HostToDevice(example, device, names=example._fields)
         self._seen: _Seen | None = None
         self._seen_before = Metrics(*[math.nan] * 4)  # by the run that this one goes on with
         self._errors = torch.zeros(len(example.action), device=device)
-        self._outbox = Outbox(device)  # of errors
+        self._to_host = DeviceToHost(device)  # of errors
         self._graphs: dict[tuple[int, int], Graph[_Seen]] = {}  # by the first step's number and how many
         self._stream = torch.cuda.Stream(device) if captures else None  # to record on
         self._insists = bool(capture)
@@ -160,9 +160,9 @@ class Learner:
                 f"batch: expected 1 to {self._most} times {size} transitions (config.batch_size), "
                 f"got {len(batch.action)}"
             )
-        every = self._config.target_sync_updates
+        every = self._config.target_update_period
         with on(self.device):
-            self._inbox.put(batch)
+            self._to_device.put(batch)
             done = 0
             while done < count:
                 # All at once, unless the target network changes in between.
@@ -172,11 +172,11 @@ class Learner:
                 self.updates += number
                 done += number
                 if number == until and every:
-                    self.sync_target()
-            self._outbox.put(self._errors[: count * size])
+                    self.update_target()
+            self._to_host.put(self._errors[: count * size])
 
     @torch.no_grad()
-    def sync_target(self) -> None:
+    def update_target(self) -> None:
         """Copy the online network to the target network."""
         torch._foreach_copy_(tensors_of(self.target), tensors_of(self._computing))
 
@@ -208,7 +208,9 @@ class Learner:
     def diagnosis(self) -> str:
         """Say what the latest update saw, for a person who has to find out why it diverged (waits for the device)."""
         size = self._config.batch_size
-        obs, _, reward, *_ = (tensor[:size] for tensor in self._inbox.tensors)  # of the first, where there were several
+        obs, _, reward, *_ = (
+            tensor[:size] for tensor in self._to_device.tensors
+        )  # of the first, where there were several
         with on(self.device):
             metrics = self.metrics()
             obs = obs if self.frames is None else look_up(self.frames, obs)
@@ -229,7 +231,7 @@ class Learner:
         With a loss of one's own, what it gave, sign and all: a prioritized memory takes nothing below zero.
         They are on their way since then: asked for after the next actions have come, they cost no wait.
         """
-        return np.zeros(0, np.float32) if self._seen is None else self._outbox.get().copy()
+        return np.zeros(0, np.float32) if self._seen is None else self._to_host.get().copy()
 
     @property
     def learning_rate(self) -> float:
@@ -311,7 +313,7 @@ class Learner:
         """One gradient step on fixed tensors. No branch on data, no wait for the device."""
         size = self._config.batch_size
         part = slice(number * size, (number + 1) * size)
-        obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._inbox.tensors)
+        obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._to_device.tensors)
         batch = Transitions(obs, action, reward, discount, next_obs)
         values: Tensor | None = None
         if self._own_loss is None:

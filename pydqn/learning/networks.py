@@ -1,6 +1,6 @@
 """Q-networks: a torso that turns observations into features, and a head that turns features into action values.
 
-Every network takes the observations as the replay memory holds them (pixels as uint8) and scales inside.
+Every network takes the observations as the replay buffer holds them (pixels as uint8) and scales inside.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pydqn.envs.base import AS_THEY_ARE, BYTES
+from pydqn.envs.base import BYTE_RANGE, UNIT_RANGE
 from pydqn.learning.pixels import to_channels_last
 
 
@@ -51,7 +51,7 @@ class PixelTorso(nn.Module):
         frame_shape: tuple[int, int],
         pixel_mean: float = 0.0,
         pixel_std: float = 1.0,
-        input_range: tuple[float, float] = BYTES,
+        input_range: tuple[float, float] = BYTE_RANGE,
     ) -> None:
         super().__init__()
         layers = []
@@ -114,9 +114,7 @@ class VectorTorso(nn.Module):
     Maps `input_range` to 0..1, as `PixelTorso` does.
     """
 
-    def __init__(
-        self, stack: int, frame_shape: tuple[int, ...], input_range: tuple[float, float] = AS_THEY_ARE
-    ) -> None:
+    def __init__(self, stack: int, frame_shape: tuple[int, ...], input_range: tuple[float, float] = UNIT_RANGE) -> None:
         super().__init__()
         self.features = stack * math.prod(frame_shape)
         self.splits = False
@@ -129,7 +127,7 @@ class VectorTorso(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Return `obs` as one float32 row per sample."""
         x, (low, high) = self.prepare(obs).flatten(1), self.input_range
-        return x if self.input_range == AS_THEY_ARE else (x - low) * (1 / (high - low))
+        return x if self.input_range == UNIT_RANGE else (x - low) * (1 / (high - low))
 
 
 def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
@@ -209,14 +207,14 @@ def make_network(
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU's generator, too
         torso: PixelTorso | VectorTorso
         if name == "mlp":
-            torso = VectorTorso(stack, frame_shape, input_range or AS_THEY_ARE)
+            torso = VectorTorso(stack, frame_shape, input_range or UNIT_RANGE)
         elif name not in _TORSOS:
             raise ValueError(f"network: expected one of {', '.join(_TORSOS)}, mlp, got {name!r}")
         elif len(frame_shape) != 2:
             raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
         else:
             size = frame_shape[0], frame_shape[1]
-            torso = PixelTorso(name, stack, size, pixel_mean, pixel_std, input_range or BYTES)
+            torso = PixelTorso(name, stack, size, pixel_mean, pixel_std, input_range or BYTE_RANGE)
         network = QNetwork(torso, num_actions, hidden_units, dueling)
         if name == _BARE:
             for layer in network.modules():

@@ -1,4 +1,4 @@
-"""Pixels on their way from the replay memory into a convolution."""
+"""Pixels on their way from the replay buffer into a convolution."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn._util.cuda import CannotRecordError, Graph, Inbox, Outbox, on, unchanged, warm_up
+from pydqn._util.cuda import CannotRecordError, DeviceToHost, Graph, HostToDevice, on, unchanged, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
 from pydqn.learning.networks import PixelTorso, Table, VectorTorso, lowered
@@ -116,14 +116,14 @@ class Policy:
 
     @staticmethod
     def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions for (B, A) action values; every lane tosses its own coin."""
+        """Return (B,) epsilon-greedy actions for (B, A) action values; every environment tosses its own coin."""
         explore = generator.random(len(values)) < epsilon
         anything = generator.integers(values.shape[1], size=len(values))
         return np.where(explore, anything, values.argmax(axis=1))
 
 
 class Actor:
-    """A policy for the same number of lanes again and again: on a GPU a graph, for which one wait is all that is lost.
+    """A policy for the same number of environments again and again: on a GPU a graph, for which one wait is all that is lost.
 
     While the graph is being recorded, at the first `values`, no other thread may wait for the device: PyTorch's mode
     that finds such waits is one for the whole process.
@@ -141,7 +141,10 @@ class Actor:
     ) -> None:
         self._policy = policy
         self.frames = frames
-        self._inbox, self._outbox = Inbox([example], policy.device, names=["obs"]), Outbox(policy.device)
+        self._to_device, self._to_host = (
+            HostToDevice([example], policy.device, names=["obs"]),
+            DeviceToHost(policy.device),
+        )
         self._captures = policy.device.type == "cuda" if capture is None else capture
         self._insists = bool(capture)
         self._graph: Graph[Tensor] | None = None
@@ -149,11 +152,11 @@ class Actor:
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
         """Return (num_envs, A) action values; they are good until the next call."""
         with on(self._policy.device):
-            self._inbox.put([obs])
+            self._to_device.put([obs])
             if self._captures and self._graph is None:
                 self._capture()
-            self._outbox.put(self._graph() if self._graph is not None else self._forward())
-            return self._outbox.get()
+            self._to_host.put(self._graph() if self._graph is not None else self._forward())
+            return self._to_host.get()
 
     def _capture(self) -> None:
         """Record the graph. Buffers that a network changes as it runs are changed by none of that."""
@@ -169,5 +172,5 @@ class Actor:
             self._captures = False
 
     def _forward(self) -> Tensor:
-        (obs,) = self._inbox.tensors
+        (obs,) = self._to_device.tensors
         return self._policy.forward(obs if self.frames is None else look_up(self.frames, obs))

@@ -57,7 +57,7 @@ def priority_beta(config: Config, step: int) -> float:
 
 
 class Due:
-    """Says, when asked often, whether another `every` steps or games have gone by (0: never)."""
+    """Says, when asked often, whether another `every` steps or episodes have gone by (0: never)."""
 
     def __init__(self, every: int, now: int) -> None:
         self._every = every

@@ -10,33 +10,33 @@ from numpy.typing import NDArray
 
 from pydqn.plotting.images import enlarged, require_image, require_one_each
 
-# Of the panel that `beside` draws. Few colours, so that a GIF has room for the game's own.
+# Of the panel that `beside` draws. Few colours, so that a GIF has room for the episode's own.
 _PAPER, _BAND, _AXIS, _INK, _BAR, _CHOSEN = "#15181e", "#2a2f3a", "#5b6270", "#c6ccd6", "#5f8fc9", "#ffc24b"
 _CHARACTER = 6  # pixels that Pillow's own bitmap font is wide
 _MARGIN, _TRACK, _NUMBER, _ROW = 6, 64, 8 * _CHARACTER, 18
 
 
 def beside(
-    picture: NDArray[np.uint8], action_names: Sequence[str], values: Sequence[float], chosen: int
+    image: NDArray[np.uint8], action_names: Sequence[str], values: Sequence[float], chosen: int
 ) -> NDArray[np.uint8]:
-    """Return the picture, (H, W, 3) uint8, with bars of the action values drawn right of it, the chosen one marked.
+    """Return the image, (H, W, 3) uint8, with bars of the action values drawn right of it, the chosen one marked.
 
     Bars begin at zero and end at most at a round number (1, 2 or 5 times a power of ten), so that they can be compared
-    from picture to picture. Where rows are too low for text there are bars alone. The width depends only on the names
-    and on the picture's size.
+    from image to image. Where rows are too low for text there are bars alone. The width depends only on the names
+    and on the image's size.
 
     Raises:
-        ValueError: not a picture, not one value for each action, or `chosen` is not the index of one.
+        ValueError: not an image, not one value for each action, or `chosen` is not the index of one.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    require_image(picture)
+    require_image(image)
     require_one_each(action_names, values)
     if not 0 <= chosen < len(values):
         raise ValueError(f"chosen: expected the index of one of {len(values)} actions, got {chosen}")
 
-    zoom = max(1, picture.shape[0] // 200)  # drawn small and enlarged, for the letters have one size
-    height = picture.shape[0] // zoom
+    zoom = max(1, image.shape[0] // 200)  # drawn small and enlarged, for the letters have one size
+    height = image.shape[0] // zoom
     track = _MARGIN + max(map(len, action_names)) * _CHARACTER + _MARGIN
     width = track + _TRACK + _NUMBER + _MARGIN
     panel = Image.new("RGB", (width, height), _PAPER)
@@ -66,8 +66,8 @@ def beside(
             number = f"{value:.{decimals}f}"
             draw.text((width - _MARGIN - len(number) * _CHARACTER, baseline), number, ink, font)
     large = enlarged(np.asarray(panel), zoom)
-    large = np.pad(large, ((0, picture.shape[0] - len(large)), (0, 0), (0, 0)), mode="edge")
-    return np.concatenate([picture, large], axis=1)
+    large = np.pad(large, ((0, image.shape[0] - len(large)), (0, 0), (0, 0)), mode="edge")
+    return np.concatenate([image, large], axis=1)
 
 
 def _round_up(value: float) -> float:

@@ -17,7 +17,7 @@ from pydqn.runs.logs import EPISODES, PROGRESS, read_csv
 
 _APART = ("seed", "torch_threads", "emulator_threads")  # what the runs of a group may differ in
 _POINTS = 400  # on which the seeds of a group are compared
-_MOST_DOTS = 4_000  # more single games than that only slow the drawing down
+_MOST_DOTS = 4_000  # more single episodes than that only slow the drawing down
 _FEW_SEEDS = 5  # below that many the spread is from the lowest to the highest, else one standard deviation
 Columns = dict[str, NDArray[np.float64]]
 
@@ -53,9 +53,9 @@ def plot_runs(
 
     Args:
         runs: folders of runs.
-        output: picture to write: .png, .svg or .pdf.
+        output: image to write: .png, .svg or .pdf.
         panels: names of `PANELS`; None for all of them.
-        smooth_episodes: games over which returns and lengths per game are averaged.
+        smooth_episodes: episodes over which returns and lengths per episode are averaged.
         each: draw every run as a curve of its own.
 
     Raises:
@@ -191,22 +191,22 @@ def _draw(axes: Any, group: Group, color: str, curves: list[tuple[NDArray[np.flo
 
 def _return_frames(axes: Any, group: Group, color: str, smooth: int) -> None:
     _draw(axes, group, color, _pairs(group.progress, "frames", "mean_return", 1e6))
-    axes.set(xlabel="frames (millions)", ylabel="mean return of the latest games")
+    axes.set(xlabel="frames (millions)", ylabel="mean return of the latest episodes")
 
 
 def _return_minutes(axes: Any, group: Group, color: str, smooth: int) -> None:
     _draw(axes, group, color, _pairs(group.progress, "seconds", "mean_return", 60))
-    axes.set(xlabel="wall-clock (minutes)", ylabel="mean return of the latest games")
+    axes.set(xlabel="wall-clock (minutes)", ylabel="mean return of the latest episodes")
 
 
 def _return_episodes(axes: Any, group: Group, color: str, smooth: int) -> None:
     _each_episode(axes, group, color, "return", smooth)
-    axes.set(xlabel="games", ylabel=f"return, mean of {smooth} games")
+    axes.set(xlabel="episodes", ylabel=f"return, mean of {smooth} episodes")
 
 
 def _length_episodes(axes: Any, group: Group, color: str, smooth: int) -> None:
     _each_episode(axes, group, color, "length_steps", smooth)
-    axes.set(xlabel="games", ylabel=f"length (steps), mean of {smooth} games")
+    axes.set(xlabel="episodes", ylabel=f"length (steps), mean of {smooth} episodes")
 
 
 def _each_episode(axes: Any, group: Group, color: str, column: str, smooth: int) -> None:
@@ -220,7 +220,7 @@ def _each_episode(axes: Any, group: Group, color: str, column: str, smooth: int)
 def _episodes_steps(axes: Any, group: Group, color: str, smooth: int) -> None:
     curves = [_thinned(steps, episode) for steps, episode in _pairs(group.episodes, "steps", "episode", 1e3)]
     _draw(axes, group, color, curves)
-    axes.set(xlabel="steps (thousands)", ylabel="games finished")
+    axes.set(xlabel="steps (thousands)", ylabel="episodes finished")
 
 
 def _q_steps(axes: Any, group: Group, color: str, smooth: int) -> None:

@@ -9,36 +9,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.plotting.images import Caption, Writer, enlarged
-from pydqn.plotting.palette import TABLE, Colours, own_colours, pack
+from pydqn.plotting.palette import TABLE, Palette, own_colours, pack
 
-_CLEAR = 255  # the colour number that lets the picture before show through
+_CLEAR = 255  # the colour number that lets the image before show through
 
 
 class GifWriter(Writer):
-    """A GIF in one pass: of each picture only the rectangle that changed, its unchanged pixels see-through.
+    """A GIF in one pass: of each image only the rectangle that changed, its unchanged pixels see-through.
 
-    Pillow compresses. Its own writer holds all pictures until the end and merges those that are alike. All colours go
-    to one table, which is filled in when they are known; a picture with others yet when that is full brings its own.
+    Pillow compresses. Its own writer holds all images until the end and merges those that are alike. All colours go
+    to one table, which is filled in when they are known; an image with others yet when that is full brings its own.
     """
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, height: int, width: int) -> None:
         self._file = file
         self._fps = fps
         self._scale = scale
-        self._colours = Colours(_CLEAR)
+        self._palette = Palette(_CLEAR)
         self._shown: NDArray[np.uint32] | None = None
         self._count = 0
         file.write(struct.pack("<6sHHBBB", b"GIF89a", width * scale, height * scale, 0xF7, 0, 0))
         self._table_at = file.tell()
         file.write(bytes(TABLE) + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeats for ever
 
-    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
-        packed = pack(picture)
+    def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None:
+        packed = pack(image)
         changed = np.ones(packed.shape, np.bool_) if self._shown is None else packed != self._shown
         self._shown = packed
         box = _box(changed)
         packed, changed = packed[box], changed[box]
-        numbers, table = self._colours.numbers(packed), b""
+        numbers, table = self._palette.numbers(packed), b""
         if numbers is None:
             numbers, table = own_colours(packed)
         else:
@@ -54,7 +54,7 @@ class GifWriter(Writer):
         left, top = columns.start * self._scale, rows.start * self._scale
         height, width = numbers.shape
         self._file.write(
-            # Leave the picture as it is when its time is over; without a table of its own there is a clear colour.
+            # Leave the image as it is when its time is over; without a table of its own there is a clear colour.
             struct.pack("<3sBHBB", b"\x21\xf9\x04", 0b100 | (not table), delay, _CLEAR, 0)
             + struct.pack("<sHHHHB", b",", left, top, width, height, 0x87 if table else 0)
             + table
@@ -66,7 +66,7 @@ class GifWriter(Writer):
     def close(self) -> None:
         self._file.write(b";")
         self._file.seek(self._table_at)
-        self._file.write(self._colours.table)
+        self._file.write(self._palette.table)
 
 
 def _box(changed: NDArray[np.bool_]) -> tuple[slice, slice]:

@@ -10,33 +10,33 @@ from numpy.typing import NDArray
 
 
 class Caption(NamedTuple):
-    """What is known about one picture; all for display."""
+    """What is known about one image; all for display."""
 
-    action: str  # name of the action that led to the picture
+    action: str  # name of the action that led to the image
     reward: float
     total: float  # return so far
     values: tuple[float, ...]  # action values that the policy saw when it chose; may be empty
 
 
 class Writer:
-    """Writes one film to a file that is open."""
+    """Writes one video to a file that is open."""
 
-    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None: ...
+    def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None: ...
 
     def close(self) -> None:
-        """Write what comes after the last picture."""
+        """Write what comes after the last image."""
 
     def abandon(self) -> None:
         """Release what is open beside the file, which will not be kept."""
 
 
-def enlarged(picture: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
-    return picture.repeat(scale, axis=0).repeat(scale, axis=1)
+def enlarged(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def require_image(picture: NDArray[np.uint8]) -> None:
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        raise ValueError(f"picture: expected (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
+def require_image(image: NDArray[np.uint8]) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
 
 
 def require_one_each(action_names: Sequence[str], values: Sequence[float]) -> None:

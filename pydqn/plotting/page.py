@@ -13,41 +13,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.plotting.images import Caption, Writer
-from pydqn.plotting.palette import Colours, pack
+from pydqn.plotting.palette import Palette, pack
 
 
 class PageWriter(Writer):
-    """One HTML file: `player.html` with the film inside, as JSON in which every picture is a PNG."""
+    """One HTML file: `player.html` with the video inside, as JSON in which every image is a PNG."""
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, title: str, action_names: list[str]) -> None:
         self._file = file
-        self._colours = Colours(256)
+        self._palette = Palette(256)
         self._captions: list[Any] = []
         before, self._after = resources.files("pydqn").joinpath("player.html").read_text("utf-8").split("@FILM@")
         head = _json({"title": title, "fps": fps, "scale": scale, "actions": action_names})
-        file.write(before.encode() + head.removesuffix("}").encode() + b',"pictures":[')
+        file.write(before.encode() + head.removesuffix("}").encode() + b',"images":[')
 
-    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
-        self._file.write((b',\n"' if self._captions else b'\n"') + base64.b64encode(self._png(picture)) + b'"')
+    def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None:
+        self._file.write((b',\n"' if self._captions else b'\n"') + base64.b64encode(self._png(image)) + b'"')
         self._captions.append(
             caption
             and [caption.action, _plain(caption.reward), _plain(caption.total), [_plain(v) for v in caption.values]]
         )
 
-    def _png(self, picture: NDArray[np.uint8]) -> bytes:
+    def _png(self, image: NDArray[np.uint8]) -> bytes:
         from PIL import Image
 
-        numbers = self._colours.numbers(pack(picture))
+        numbers = self._palette.numbers(pack(image))
         if numbers is None:
-            png = Image.fromarray(picture)
+            png = Image.fromarray(image)
         else:
-            # Only the colours of this picture: a PNG of 16 or less has half a byte per pixel.
+            # Only the colours of this image: a PNG of 16 or less has half a byte per pixel.
             used = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256))
             position = np.zeros(256, np.uint8)
             position[used] = np.arange(len(used))
             height, width = numbers.shape
             png = Image.frombytes("P", (width, height), position[numbers].tobytes())
-            png.putpalette(np.frombuffer(self._colours.table, np.uint8).reshape(256, 3)[used].tobytes())
+            png.putpalette(np.frombuffer(self._palette.table, np.uint8).reshape(256, 3)[used].tobytes())
         buffer = io.BytesIO()
         png.save(buffer, "PNG")
         return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The colours of a film, numbered."""
+"""The colours of a video, numbered."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 TABLE = 256 * 3  # bytes of a GIF's colour table
 
 
-class Colours:
-    """Numbers the colours of a film in the order in which they come up, as long as there is room."""
+class Palette:
+    """Numbers the colours of a video in the order in which they come up, as long as there is room."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -37,10 +37,10 @@ class Colours:
         return unpack(self._found).tobytes()
 
 
-def pack(picture: NDArray[np.uint8]) -> NDArray[np.uint32]:
+def pack(image: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """Return (H, W) colours as integers below 2^24."""
-    padded = np.zeros((*picture.shape[:2], 4), np.uint8)
-    padded[..., :3] = picture
+    padded = np.zeros((*image.shape[:2], 4), np.uint8)
+    padded[..., :3] = image
     return padded.view("<u4")[..., 0]
 
 

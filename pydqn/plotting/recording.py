@@ -19,25 +19,25 @@ from pydqn.plotting.page import PageWriter
 from pydqn.plotting.video import VideoWriter
 
 _SUFFIXES = (".mp4", ".gif", ".html")
-_LARGE = 300 * 300  # pixels; smaller pictures are shown twice as wide and high
+_LARGE = 300 * 300  # pixels; smaller images are shown twice as wide and high
 
 
 class Recorder:
-    """Writes pictures to a file; needs no display. A context manager: the file appears when the block ends well.
+    """Writes images to a file; needs no display. A context manager: the file appears when the block ends well.
 
-    A GIF has the pictures' exact colours as long as each has at most 256 of them. A page (.html) has them always, needs
+    A GIF has the images' exact colours as long as each has at most 256 of them. A page (.html) has them always, needs
     neither network nor server, and shows the captions, which the other two leave out. Nothing is held in memory but the
     captions.
 
     Args:
         path: where to write; the ending says what: .mp4, .gif or .html.
-        fps: pictures per second. A GIF counts in 10 ms; at least 20 ms pass per picture, as viewers slow down others.
-        scale: how much larger each pixel is shown; None is 2 for pictures of less than 300 x 300 pixels, else 1.
+        fps: images per second. A GIF counts in 10 ms; at least 20 ms pass per image, as viewers slow down others.
+        scale: how much larger each pixel is shown; None is 2 for images of less than 300 x 300 pixels, else 1.
         title: heading of a page.
         action_names: names of all actions, for the action values of a page.
 
     Raises:
-        ValueError: another ending, no such folder, `fps` or `scale` is not positive, or no picture was added.
+        ValueError: another ending, no such folder, `fps` or `scale` is not positive, or no image was added.
     """
 
     def __init__(
@@ -71,23 +71,23 @@ class Recorder:
         self._file = self._stack.enter_context(atomic_write(self._path))
         return self
 
-    def add(self, picture: NDArray[np.uint8], caption: Caption | None = None) -> None:
-        """Append one picture, (H, W, 3) uint8, enlarged without smoothing.
+    def add(self, image: NDArray[np.uint8], caption: Caption | None = None) -> None:
+        """Append one image, (H, W, 3) uint8, enlarged without smoothing.
 
         Raises:
             ValueError: it is none, or not of the first one's size, or the caption has not one value per action name.
         """
-        require_image(picture)
+        require_image(image)
         if self._writer is None:
-            self._shape = picture.shape
-            self._writer = self._make_writer(*picture.shape[:2])
+            self._shape = image.shape
+            self._writer = self._make_writer(*image.shape[:2])
             self._stack.push(self._end)
-        if picture.shape != self._shape:
-            raise ValueError(f"picture: expected shape {self._shape} as before, got {picture.shape}")
+        if image.shape != self._shape:
+            raise ValueError(f"image: expected shape {self._shape} as before, got {image.shape}")
         if caption is not None and caption.values and self._action_names:
             require_one_each(self._action_names, caption.values)
         with named_errors(self._path):
-            self._writer.add(picture, caption)
+            self._writer.add(image, caption)
 
     def _make_writer(self, height: int, width: int) -> Writer:
         scale = self._scale or (2 if height * width < _LARGE else 1)
@@ -102,10 +102,10 @@ class Recorder:
     ) -> None:
         if kind is None and self._writer is None:
             with self._stack:
-                raise ValueError("record: expected at least one picture, got none")
+                raise ValueError("record: expected at least one image, got none")
         self._stack.__exit__(kind, error, trace)
 
     def _end(self, kind: object, *_: object) -> None:
-        """End the film; what a broken-off one still lacks is of no interest."""
+        """End the video; what a broken-off one still lacks is of no interest."""
         assert self._writer is not None
         (self._writer.close if kind is None else self._writer.abandon)()

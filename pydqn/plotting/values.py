@@ -1,4 +1,4 @@
-"""Value functions of small tasks, as pictures to be drawn by `pydqn.plotting.curves.plot_values`."""
+"""Value functions of small tasks, as images to be drawn by `pydqn.plotting.curves.plot_values`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
-from pydqn.envs.make import make_lanes
+from pydqn.envs.make import make_envs
 from pydqn.envs.single import open_env
 from pydqn.envs.spaces import States
 from pydqn.evaluation.build import load_policy
@@ -34,11 +34,11 @@ def values_of(run: str | os.PathLike[str]) -> list[Surface | Grid]:
         ValueError: `run` is not the folder of a run with weights, or its task cannot be drawn in this way.
     """
     config = load_run(run)
-    lanes = make_lanes(config, 1, 0)
+    envs = make_envs(config, 1, 0)
     try:
-        policy, _ = load_policy(run, config, lanes)
+        policy, _ = load_policy(run, config, envs)
     finally:
-        lanes.close()
+        envs.close()
     task = outline(config)
     if task.letters:
         return [_grid(config, policy, task)]
@@ -90,7 +90,7 @@ def _action_values(config: Config, policy: Policy, frames: NDArray[Any]) -> NDAr
 
 
 class Outline(NamedTuple):
-    """What a picture of a small task's value function needs to know of the task."""
+    """What an image of a small task's value function needs to know of the task."""
 
     bounds: tuple[NDArray[Any], NDArray[Any]] | None  # lowest and highest Box observation
     sizes: tuple[int, ...]  # of Discrete observations, or of the parts of a tuple of them
@@ -145,44 +145,44 @@ class Grid(NamedTuple):
     letters: list[str]  # what is in each cell, a string per row
 
 
-def plot_values(pictures: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
+def plot_values(images: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
     """Draw value functions side by side.
 
     Raises:
-        ValueError: the name of the picture has an unknown ending.
+        ValueError: the name of the image has an unknown ending.
     """
     require_suffix(output)
-    write_figure(draw_values(pictures), output)
+    write_figure(draw_values(images), output)
 
 
-def draw_values(pictures: Sequence[Surface | Grid]) -> Any:
+def draw_values(images: Sequence[Surface | Grid]) -> Any:
     """Return the figure of value functions."""
     from matplotlib.figure import Figure
 
-    sizes = [_size(picture) for picture in pictures]
+    sizes = [_size(image) for image in images]
     width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
     figure = Figure(figsize=(width, height), layout="constrained")
-    for number, picture in enumerate(pictures, 1):
-        if isinstance(picture, Grid):
-            _draw_grid(figure.add_subplot(1, len(pictures), number), picture)
+    for number, image in enumerate(images, 1):
+        if isinstance(image, Grid):
+            _draw_grid(figure.add_subplot(1, len(images), number), image)
         else:
-            axes: Any = figure.add_subplot(1, len(pictures), number, projection="3d")
-            x, y = np.meshgrid(picture.x, picture.y)
-            drawn = axes.plot_surface(x, y, picture.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
-            axes.set(title=picture.title)
-            axes.set_xlabel(picture.x_label, labelpad=8)
-            axes.set_ylabel(picture.y_label, labelpad=8)
+            axes: Any = figure.add_subplot(1, len(images), number, projection="3d")
+            x, y = np.meshgrid(image.x, image.y)
+            drawn = axes.plot_surface(x, y, image.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
+            axes.set(title=image.title)
+            axes.set_xlabel(image.x_label, labelpad=8)
+            axes.set_ylabel(image.y_label, labelpad=8)
             axes.locator_params(nbins=5)
             axes.view_init(elev=32, azim=-125)
-            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=picture.z_label)
+            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=image.z_label)
     return figure
 
 
-def _size(picture: Surface | Grid) -> tuple[float, float]:
-    """Return the inches of one picture."""
-    if isinstance(picture, Surface):
+def _size(image: Surface | Grid) -> tuple[float, float]:
+    """Return the inches of one image."""
+    if isinstance(image, Surface):
         return 6.2, 5.0
-    rows, columns = picture.values.shape
+    rows, columns = image.values.shape
     cell = 1.0 if columns < 10 else 0.85
     return cell * columns + 1.7, cell * rows + 0.9
 

@@ -1,4 +1,4 @@
-"""H.264 films by ffmpeg, whose end is looked at: a film that it could not write is an error, not an empty file."""
+"""H.264 videos by ffmpeg, whose end is looked at: a video that it could not write is an error, not an empty file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydqn.plotting.images import Caption, Writer, enlarged
 _QUALITY = "25"  # constant rate factor: 0 is without loss, 51 the worst
 
 
-class Encoder:
+class VideoEncoder:
     """Writes RGB frames to an open file, as MP4.
 
     Args:
@@ -40,7 +40,7 @@ class Encoder:
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an"]
         target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", _QUALITY, "-f", "mp4", file.name]
         self._path = file.name
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the film)
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the video)
         self._process = subprocess.Popen(
             [program, "-y", "-v", "error", *source, *target],
             stdin=subprocess.PIPE,
@@ -58,7 +58,7 @@ class Encoder:
             raise self._failure() from error
 
     def close(self) -> None:
-        """End the film."""
+        """End the video."""
         assert self._process.stdin is not None
         with suppress(OSError):  # the exit code tells
             self._process.stdin.close()
@@ -85,16 +85,16 @@ class Encoder:
 
 
 class VideoWriter(Writer):
-    """H.264 by ffmpeg, whose pictures have even sizes."""
+    """H.264 by ffmpeg, whose images have even sizes."""
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, height: int, width: int) -> None:
         self._scale = scale
         self._padding = ((0, height * scale % 2), (0, width * scale % 2), (0, 0))
         large = [side * scale + side * scale % 2 for side in (height, width)]
-        self._encoder = Encoder(file, fps, *large)
+        self._encoder = VideoEncoder(file, fps, *large)
 
-    def add(self, picture: NDArray[np.uint8], caption: Caption | None) -> None:
-        self._encoder.add(np.pad(enlarged(picture, self._scale), self._padding, mode="edge"))
+    def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None:
+        self._encoder.add(np.pad(enlarged(image, self._scale), self._padding, mode="edge"))
 
     def close(self) -> None:
         self._encoder.close()

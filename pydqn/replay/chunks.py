@@ -1,10 +1,10 @@
-"""A growing store of rows on the disk: pieces that never change, what does change, and an index, written last.
+"""A growing store of rows on the disk: chunks that never change, what does change, and an index, written last.
 
 A store is a folder. Rows are numbered from 0 on and never change once they are there; the oldest may be forgotten. So
-each piece, a fixed range of rows, is written once: saving again, here or elsewhere on the same disk, links the pieces
+each chunk, a fixed range of rows, is written once: saving again, here or elsewhere on the same disk, links the chunks
 that have been saved before and writes those that are new. All are compressed by Zstandard: it is faster than the disk.
 
-No name of a file is ever taken from a file: each follows from what the index says of the piece.
+No name of a file is ever taken from a file: each follows from what the index says of the chunk.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydqn._util.files import (
+    Checksum,
     Damaged,
-    Stamp,
-    check_stamped,
     read_index,
-    read_stamped,
+    read_with_checksum,
     sync_folder,
+    verify_checksum,
     write_index,
-    write_stamped,
+    write_with_checksum,
 )
 
 _INDEX = "index.json"
@@ -32,29 +32,29 @@ _OURS = re.compile(r"\.?\d{12,}-\d{12,}-[0-9a-f]+-[0-9a-f]{8}\.zst(\.part)?")
 _LEVEL = 1
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Rows from `start` to before `stop`, or what changes (from 0 to 0)."""
 
     start: int
     stop: int
-    stamp: Stamp
+    checksum: Checksum
 
     @property
     def name(self) -> str:
         """Name of the file: no two contents share one, so that writing never touches what an older index names."""
-        return f"{self.start:012d}-{self.stop:012d}-{self.stamp.nbytes:x}-{self.stamp.checksum:08x}.zst"
+        return f"{self.start:012d}-{self.stop:012d}-{self.checksum.nbytes:x}-{self.checksum.checksum:08x}.zst"
 
 
-class Saver:
+class ChunkWriter:
     """Writes a store again and again. Knows what it has written before, and where.
 
     Args:
-        length: rows of a piece.
+        length: rows of a chunk.
     """
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.known: dict[int, tuple[Path, Piece]] = {}  # by number; what was loaded from there, too
+        self.known: dict[int, tuple[Path, Chunk]] = {}  # by number; what was loaded from there, too
 
     def save(
         self,
@@ -80,54 +80,54 @@ class Saver:
         folder.mkdir(parents=True, exist_ok=True)
         before = {path.name for path in folder.iterdir()}
         try:
-            pieces = self._pieces(folder, *rows, read, progress)
+            chunks = self._chunks(folder, *rows, read, progress)
             others = [] if changing is None else [_write(folder, 0, 0, changing)]
             sync_folder(folder)
-            plain = [[piece.start, piece.stop, piece.stamp] for piece in pieces]
-            content = {**header, "pieces": plain, "changing": others[0].stamp if others else None}
+            plain = [[chunk.start, chunk.stop, chunk.checksum] for chunk in chunks]
+            content = {**header, "chunks": plain, "changing": others[0].checksum if others else None}
             write_index(folder / _INDEX, kind, content)
         except BaseException:
             # Whichever index is in its place by now, what that names must stay.
             with suppress(Damaged):
-                before |= {piece.name for piece in Store(folder, kind).all_pieces()}
+                before |= {chunk.name for chunk in ChunkReader(folder, kind).all_chunks()}
             _sweep(folder, before)
             raise
-        self.known = {piece.start // self.length: (folder / piece.name, piece) for piece in pieces}
-        _sweep(folder, {piece.name for piece in [*pieces, *others]})
+        self.known = {chunk.start // self.length: (folder / chunk.name, chunk) for chunk in chunks}
+        _sweep(folder, {chunk.name for chunk in [*chunks, *others]})
 
-    def _pieces(
+    def _chunks(
         self,
         folder: Path,
         first: int,
         end: int,
         read: Callable[[int, int], bytes],
         progress: Callable[[float], None] | None,
-    ) -> list[Piece]:
-        pieces = []
+    ) -> list[Chunk]:
+        chunks = []
         for number in range(first // self.length, -(-end // self.length)):
             start, stop = max(first, number * self.length), min(end, (number + 1) * self.length)
-            pieces.append(self._linked(folder, number, stop) or _write(folder, start, stop, read(start, stop)))
+            chunks.append(self._linked(folder, number, stop) or _write(folder, start, stop, read(start, stop)))
             if progress is not None:
                 progress((stop - first) / (end - first))
-        return pieces
+        return chunks
 
-    def _linked(self, folder: Path, number: int, stop: int) -> Piece | None:
-        """Return a piece that holds the rows up to `stop`, linked into the folder, if it was saved and can be."""
-        path, piece = self.known.get(number, (None, None))
-        if path is None or piece is None or piece.stop != stop:  # (what is held never begins earlier than before)
+    def _linked(self, folder: Path, number: int, stop: int) -> Chunk | None:
+        """Return a chunk that holds the rows up to `stop`, linked into the folder, if it was saved and can be."""
+        path, chunk = self.known.get(number, (None, None))
+        if path is None or chunk is None or chunk.stop != stop:  # (what is held never begins earlier than before)
             return None
         try:
-            if path.stat().st_size != piece.stamp.nbytes:
+            if path.stat().st_size != chunk.checksum.nbytes:
                 return None
             with suppress(FileExistsError):
-                os.link(path, folder / piece.name)
+                os.link(path, folder / chunk.name)
         except OSError:  # gone, or a file system without links: it is written anew
             return None
-        return piece
+        return chunk
 
 
-class Store:
-    """Reads what a `Saver` wrote.
+class ChunkReader:
+    """Reads what a `ChunkWriter` wrote.
 
     Raises:
         Damaged: a file is not what was written.
@@ -137,31 +137,31 @@ class Store:
         self.folder = folder
         self.header = read_index(folder / _INDEX, kind)
         try:
-            plain, changing = self.header.pop("pieces"), self.header.pop("changing")
-            self.pieces = [_parse(value) for value in plain]
-            self._changing = None if changing is None else Piece(0, 0, Stamp.parse(changing))
+            plain, changing = self.header.pop("chunks"), self.header.pop("changing")
+            self.chunks = [_parse(value) for value in plain]
+            self._changing = None if changing is None else Chunk(0, 0, Checksum.parse(changing))
         except (KeyError, TypeError, ValueError) as error:
-            raise Damaged(f"{folder / _INDEX}: does not name its pieces ({error})") from None
+            raise Damaged(f"{folder / _INDEX}: does not name its chunks ({error})") from None
 
     def check(self, first: int, end: int, length: int) -> None:
-        """Raise `Damaged` unless the pieces are these rows, each of at most `length` of them."""
-        reached = self.pieces[0].start if self.pieces else 0
+        """Raise `Damaged` unless the chunks are these rows, each of at most `length` of them."""
+        reached = self.chunks[0].start if self.chunks else 0
         good = reached <= first
-        for piece in self.pieces:
-            good = good and piece.start == reached < piece.stop <= piece.start + length
-            reached = piece.stop
+        for chunk in self.chunks:
+            good = good and chunk.start == reached < chunk.stop <= chunk.start + length
+            reached = chunk.stop
         if not (good and reached == end):
-            raise Damaged(f"{self.folder / _INDEX}: its pieces are not the rows from {first} to {end}")
+            raise Damaged(f"{self.folder / _INDEX}: its chunks are not the rows from {first} to {end}")
 
-    def read(self, piece: Piece, nbytes: int) -> bytes:
-        """Return a piece, which must hold so many bytes."""
-        path = self.folder / piece.name
+    def read(self, chunk: Chunk, nbytes: int) -> bytes:
+        """Return a chunk, which must hold so many bytes."""
+        path = self.folder / chunk.name
         # Before a byte is read: no compressed file is much larger than what it holds, and none much smaller.
-        if not nbytes >> 16 <= piece.stamp.nbytes <= nbytes + (nbytes >> 7) + 1024:
-            raise Damaged(f"{path}: {piece.stamp.nbytes} bytes cannot hold {nbytes}")
+        if not nbytes >> 16 <= chunk.checksum.nbytes <= nbytes + (nbytes >> 7) + 1024:
+            raise Damaged(f"{path}: {chunk.checksum.nbytes} bytes cannot hold {nbytes}")
         import zstandard
 
-        data = read_stamped(path, piece.stamp)
+        data = read_with_checksum(path, chunk.checksum)
         try:
             if zstandard.get_frame_parameters(data).content_size != nbytes:
                 raise Damaged(f"{path}: does not hold {nbytes} bytes")
@@ -175,36 +175,36 @@ class Store:
             raise Damaged(f"{self.folder / _INDEX}: names no part that changes")
         return self.read(self._changing, nbytes)
 
-    def all_pieces(self) -> list[Piece]:
+    def all_chunks(self) -> list[Chunk]:
         """Return those that hold rows, and what changes."""
-        return self.pieces if self._changing is None else [*self.pieces, self._changing]
+        return self.chunks if self._changing is None else [*self.chunks, self._changing]
 
     def verify(self) -> None:
         """Raise `Damaged` unless all files are there and have the right checksums."""
-        for piece in self.all_pieces():
-            check_stamped(self.folder / piece.name, piece.stamp)
+        for chunk in self.all_chunks():
+            verify_checksum(self.folder / chunk.name, chunk.checksum)
 
 
-def _write(folder: Path, start: int, stop: int, data: bytes) -> Piece:
+def _write(folder: Path, start: int, stop: int, data: bytes) -> Chunk:
     import zstandard
 
     compressed = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
-    piece = Piece(start, stop, Stamp.of(compressed))
-    write_stamped(folder / piece.name, compressed)
-    return piece
+    chunk = Chunk(start, stop, Checksum.of(compressed))
+    write_with_checksum(folder / chunk.name, compressed)
+    return chunk
 
 
 def _sweep(folder: Path, keep: set[str]) -> None:
-    """Remove what a `Saver` once wrote there, but for some names."""
+    """Remove what a `ChunkWriter` once wrote there, but for some names."""
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in keep:
             with suppress(OSError):
                 path.unlink()
 
 
-def _parse(value: object) -> Piece:
+def _parse(value: object) -> Chunk:
     if not isinstance(value, list) or len(value) != 3 or not all(type(part) is int for part in value[:2]):
-        raise ValueError(f"expected start, stop and stamp, got {value!r}")
+        raise ValueError(f"expected start, stop and checksum, got {value!r}")
     if not 0 <= value[0] < value[1]:
         raise ValueError(f"expected rows from one to a later one, got {value!r}")
-    return Piece(value[0], value[1], Stamp.parse(value[2]))
+    return Chunk(value[0], value[1], Checksum.parse(value[2]))

@@ -1,4 +1,4 @@
-"""A replay memory whose frames lie on the learner's device; everything else about it stays in the C++ core."""
+"""A replay buffer whose frames lie on the learner's device; everything else about it stays in the C++ core."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def resolve_storage(name: str, device: torch.device, nbytes: int) -> Storage:
 class DeviceReplay(FrameReplay):
     """A `FrameReplay` that keeps its frames in one tensor on a device.
 
-    Each step sends only the new frames there (7 KB per Atari lane). The core stores, in place of a frame, the number of
+    Each step sends only the new frames there (7 KB per Atari environment). The core stores, in place of a frame, the number of
     its row in that tensor, so validity, stacks, n-step windows and priorities are the very same code as on the host.
     Batches (and `latest`) hold rows, too: `obs` and `next_obs` are (B, stack) int32, to be looked up in `frames` on the
     device, as `Learner(frames=)` and `Actor(frames=)` do.
@@ -110,26 +110,26 @@ class DeviceReplay(FrameReplay):
         if frames.dtype != self.dtype:
             raise ValueError(f"frame: expected dtype {self.dtype}, got dtype {frames.dtype}")
         with self._lock:
-            tick = self._core.ticks
-            rows = self._rows(np.array([tick]), slice(None))
+            time_step = self._core.time_steps
+            rows = self._rows(np.array([time_step]), slice(None))
             slot = self.next_slot()
             if frames.ctypes.data != slot.ctypes.data or frames.strides != slot.strides:
                 np.copyto(slot, frames)
             if self._uploads is not None:
-                self._uploads.send(tick, int(rows[0, 0]))
+                self._uploads.send(time_step, int(rows[0, 0]))
             # From here on others see the rows, so the frames come first. Where this raises, they lie in a spare slot.
             self._core.append(rows[0], action, reward, terminated, truncated, first, None, None)
 
-    def append_to(self, lanes: ArrayLike, *columns: Any, **named: Any) -> None:
-        """Not offered: frames are sent to the device for all lanes at once."""
-        raise RuntimeError("append_to: a DeviceReplay takes the frames of all lanes at once (append)")
+    def append_to(self, env_indices: ArrayLike, *columns: Any, **named: Any) -> None:
+        """Not offered: frames are sent to the device for all environments at once."""
+        raise RuntimeError("append_to: a DeviceReplay takes the frames of all environments at once (append)")
 
     def next_slot(self) -> NDArray[Any]:
         """See `FrameReplay.next_slot`."""
-        tick = self._core.ticks
+        time_step = self._core.time_steps
         if self._uploads is not None:
-            return self._uploads.slot(tick)
-        start = int(self._rows(np.array([tick]), 0)[0])
+            return self._uploads.slot(time_step)
+        start = int(self._rows(np.array([time_step]), 0)[0])
         slot: NDArray[Any] = self.frames[start : start + self.num_envs].numpy()
         return slot
 
@@ -186,24 +186,26 @@ class DeviceReplay(FrameReplay):
     def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         return (), np.dtype(np.int32)
 
-    def _rows(self, ticks: NDArray[np.int64], lane: int | slice) -> NDArray[np.int32]:
-        """Rows of the frames that were, or will be, appended at these ticks: (T,), or (T, num_envs) for a slice."""
-        lanes = np.arange(self.num_envs)[lane]
-        starts = 1 + ticks % self._slots * self.num_envs
-        return (starts[:, None] + lanes if isinstance(lane, slice) else starts + lanes).astype(np.int32)
+    def _rows(self, time_steps: NDArray[np.int64], env_index: int | slice) -> NDArray[np.int32]:
+        """Rows of the frames that were, or will be, appended at these time steps: (T,), or (T, num_envs) for a slice."""
+        env_indices = np.arange(self.num_envs)[env_index]
+        starts = 1 + time_steps % self._slots * self.num_envs
+        return (starts[:, None] + env_indices if isinstance(env_index, slice) else starts + env_indices).astype(
+            np.int32
+        )
 
-    def _export(self, lane: int, position: int, count: int, ticks: int) -> tuple[NDArray[Any], ...]:
+    def _export(self, env_index: int, position: int, count: int, time_steps: int) -> tuple[NDArray[Any], ...]:
         with self._lock:
-            rows, *rest = self._arrived(super()._export(lane, position, count, ticks))
+            rows, *rest = self._arrived(super()._export(env_index, position, count, time_steps))
             return look_up(self.frames, torch.from_numpy(rows).to(self.device)).cpu().numpy(), *rest
 
-    def _import(self, lane: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
-        first = self._core.ticks - self._core.stored(lane) + position
-        rows = self._rows(np.arange(first, first + len(frames)), lane)
-        # Rows of one lane lie apart: sent in one piece, and put in their places there.
+    def _import(self, env_index: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
+        first = self._core.time_steps - self._core.stored(env_index) + position
+        rows = self._rows(np.arange(first, first + len(frames)), env_index)
+        # Rows of one environment lie apart: sent in one write, and put in their places there.
         to = torch.from_numpy(rows).to(self.device, torch.int64)
         as_words(self.frames).index_copy_(0, to, as_words(torch.from_numpy(frames.copy()).to(self.device)))
-        super()._import(lane, position, rows, *rest)
+        super()._import(env_index, position, rows, *rest)
 
 
 class Uploads:
@@ -213,7 +215,7 @@ class Uploads:
 
     * Whatever is launched on the current stream after `send` waits until its frames are there. Other streams, those of
       other threads, `wait`.
-    * The row that is written at tick t held a frame that batches could name until tick t - 1 was appended. So the copy
+    * The row that is written at time step t held a frame that batches could name until time step t - 1 was appended. So the copy
       waits for all that had been launched on the current stream by then, and for nothing younger: it runs beside the
       updates of its own step.
     * It waits for all that other streams had launched when they called `let_finish`.
@@ -237,15 +239,15 @@ class Uploads:
             self._launched = cuda.Event()  # all that was launched when the previous frames were sent
             self._launched.record(cuda.current_stream(frames.device))
 
-    def slot(self, tick: int) -> NDArray[Any]:
-        """Return the pinned memory for the frames of `tick`, (num_envs, *frame_shape), free to be written."""
-        self._arrived[tick % 2].synchronize()
-        half: NDArray[Any] = self._staging[tick % 2].numpy()
+    def slot(self, time_step: int) -> NDArray[Any]:
+        """Return the pinned memory for the frames of `time_step`, (num_envs, *frame_shape), free to be written."""
+        self._arrived[time_step % 2].synchronize()
+        half: NDArray[Any] = self._staging[time_step % 2].numpy()
         return half
 
-    def send(self, tick: int, row: int) -> None:
-        """Launch the copy of what `slot(tick)` holds to the rows from `row` on."""
-        half, arrived = self._staging[tick % 2], self._arrived[tick % 2]
+    def send(self, time_step: int, row: int) -> None:
+        """Launch the copy of what `slot(time_step)` holds to the rows from `row` on."""
+        half, arrived = self._staging[time_step % 2], self._arrived[time_step % 2]
         with on(self._frames.device):
             current = self._cuda.current_stream(self._frames.device)
             for event in (self._launched, *self._readers.values()):

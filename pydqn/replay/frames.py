@@ -1,4 +1,4 @@
-"""The replay memory: every frame stored once, any number of lanes, exact transitions (see `FrameReplay`)."""
+"""The replay buffer: every frame stored once, any number of environments, exact transitions (see `FrameReplay`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydqn import _core
 from pydqn._util.checks import fraction, indices, integer, number_dtype
 from pydqn.replay.saving import BeyondMemoryError, Stored
 
-_MOST = 1 << 20  # lanes, frames in a stack, steps in a window
+_MOST = 1 << 20  # environments, frames in a stack, steps in a window
 _MOST_BYTES = 1 << 47  # that processors of 64 bits address
 
 
@@ -56,13 +56,13 @@ class FrameReplay(Stored):
     memory's own lock and copies outside the GIL. (The one exception is stated at `next_slot`.)
 
     Args:
-        capacity: frames held over all lanes; each lane gets `capacity // num_envs`. At least `stack + n_step` per lane,
+        capacity: frames held over all environments; each environment gets `capacity // num_envs`. At least `stack + n_step` per environment,
             which is what one transition needs.
         frame_shape: shape of one frame: an image `(84, 84)`, a vector `(4,)`, anything of one axis or more.
         stack: frames in an observation.
         n_step: steps in a return (Sutton 1988); 1 is the ordinary DQN target.
         gamma: discount per step, in [0, 1].
-        num_envs: lanes; the leading axis of everything appended.
+        num_envs: environments; the leading axis of everything appended.
         dtype: of the frames: bool, integer or real.
         padding: what stands before an episode's first frame: "zero" or "first" (copies of it).
         seed: of the sampler's own generator.
@@ -72,7 +72,7 @@ class FrameReplay(Stored):
         alpha: from 0 (uniform) to 1. May be changed at any time.
         beta: of the importance weights (N P(i))^-beta, divided by the largest of the batch; from 0 (none) to 1 (full
             compensation). May be changed at any time.
-        max_transitions: at most so many over all lanes can be sampled, the newest (each lane keeps
+        max_transitions: at most so many over all environments can be sampled, the newest (each environment keeps
             `max_transitions // num_envs`); None for as many as the frames give.
 
     Raises:
@@ -189,7 +189,7 @@ class FrameReplay(Stored):
         truncated: ArrayLike,
         first: ArrayLike,
     ) -> None:
-        """Store what every lane's environment returned.
+        """Store what every environment's environment returned.
 
         Args:
             frame: (num_envs, *frame_shape), the replay's dtype: the newest frame only. When it is the array that
@@ -198,7 +198,7 @@ class FrameReplay(Stored):
             reward: (num_envs,) finite real numbers: what they earned, rounded to float32.
             terminated: (num_envs,) bool: no value lies beyond this frame.
             truncated: (num_envs,) bool: the episode was cut off here; value goes on.
-            first: (num_envs,) bool: the frame opens an episode; the lane's action, reward and flags are ignored.
+            first: (num_envs,) bool: the frame opens an episode; the environment's action, reward and flags are ignored.
 
         Raises:
             ValueError: an argument has the wrong shape, dtype or range. Nothing is stored then.
@@ -207,7 +207,7 @@ class FrameReplay(Stored):
 
     def append_to(
         self,
-        lanes: ArrayLike,
+        env_indices: ArrayLike,
         frame: NDArray[Any],
         action: ArrayLike,
         reward: ArrayLike,
@@ -216,10 +216,10 @@ class FrameReplay(Stored):
         first: ArrayLike,
         history: ArrayLike | None = None,
     ) -> None:
-        """Store what some lanes' environments returned, where they do not step together.
+        """Store what some environments' environments returned, where they do not step together.
 
         Args:
-            lanes: (n,) different integers.
+            env_indices: (n,) different integers.
             frame: (n, *frame_shape), and so on: see `append`, with n for num_envs.
             action: see `append`.
             reward: see `append`.
@@ -233,7 +233,7 @@ class FrameReplay(Stored):
         Raises:
             ValueError: as `append`. Nothing is stored then.
         """
-        self._core.append(frame, action, reward, terminated, truncated, first, lanes, history)
+        self._core.append(frame, action, reward, terminated, truncated, first, env_indices, history)
 
     def next_slot(self) -> NDArray[Any]:
         """Return the memory of the next frames, (num_envs, *frame_shape), to be written and then appended.
@@ -242,7 +242,7 @@ class FrameReplay(Stored):
         from one thread only. Other threads may sample meanwhile.
 
         Raises:
-            RuntimeError: `append_to` has left the lanes with different numbers of frames.
+            RuntimeError: `append_to` has left the environments with different numbers of frames.
         """
         return self._core.next_slot()
 
@@ -319,9 +319,9 @@ class FrameReplay(Stored):
         return batch
 
     @property
-    def lane_ticks(self) -> list[int]:
-        """How many frames each lane has got so far. The newest has the index (ticks - 1) * num_envs + lane."""
-        return self._core.lane_ticks
+    def env_time_steps(self) -> list[int]:
+        """How many frames each environment has got so far. The newest has the index (time steps - 1) * num_envs + environment."""
+        return self._core.env_time_steps
 
     def windows(self, index: ArrayLike) -> Windows:
         """Return how the named transitions end, which `Batch.discount` tells only together with their length.

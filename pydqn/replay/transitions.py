@@ -1,4 +1,4 @@
-"""A replay memory for trainers that hand over whole transitions, stacks and all (see `TransitionReplay`)."""
+"""A replay buffer for trainers that hand over whole transitions, stacks and all (see `TransitionReplay`)."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ class Stacks(NamedTuple):
 class TransitionReplay:
     """A `FrameReplay` behind `add(obs, next_obs, action, reward, terminated, truncated)`.
 
-    It finds the newest frame in the stacks and stores each frame once. An observation that is not what the lane's last
+    It finds the newest frame in the stacks and stores each frame once. An observation that is not what the environment's last
     step led to begins an episode, whether or not anyone said that the one before ended. What `sample` returns equals
     what was added, bit for bit: frames that stand before an episode in its first stacks, and that are neither zeros nor
     copies of the first frame, are stored, too.
 
     Args:
-        capacity: transitions over all lanes; each lane keeps its newest `capacity // num_envs`. (Episodes take a frame
+        capacity: transitions over all environments; each environment keeps its newest `capacity // num_envs`. (Episodes take a frame
             more than they have transitions. That is reckoned with up to one in 32 for frames of more than 1 KB; where
             episodes are shorter than that, images make some transitions fewer.)
         shape: of one observation.
         dtype: of observations. Others are taken where every value stays as it is, as integers within range do.
-        num_envs: lanes.
+        num_envs: environments.
         stack: frames in an observation; None to tell by its shape (see `Stacks.of`), and to take it for one frame after
             all when the first step does not move it on by one.
         padding: "zero" or "first": what mostly stands before an episode; None to tell by the first observation.
@@ -92,7 +92,7 @@ class TransitionReplay:
         ValueError: an argument is out of range; the message names it.
     """
 
-    memory: FrameReplay
+    frame_replay: FrameReplay
     """Where the frames are. Its indices are those of `add`, `sample` and `gather`."""
 
     def __init__(
@@ -118,14 +118,14 @@ class TransitionReplay:
         self.stacks = Stacks.of(self.shape, self._dtype, stack)
         self._hidden = None if self._stack_is_sure else _hidden(self.shape, self._dtype, self.stacks)
         self._shifts = 0  # steps that moved on by one frame of such a stack
-        self.memory = self._memory()
+        self.frame_replay = self._make_frame_replay()
         self._last = np.zeros((self.num_envs, *self.shape), self._dtype)  # observations that steps have led to
         # Refuses what the memory would: before the first frames of an episode push older ones out of that.
         self._trial = FrameReplay(2 * self.num_envs, (1,), stack=1, num_envs=self.num_envs, dtype="bool")
         nothing = np.zeros(self.num_envs, np.int64)
         self._trial.append(nothing[:, None] > 0, nothing, nothing, nothing > 0, nothing > 0, nothing == 0)
 
-    def _memory(self) -> FrameReplay:
+    def _make_frame_replay(self) -> FrameReplay:
         per_lane = self.capacity // self.num_envs
         small = math.prod(self.stacks.frame_shape) * self._dtype.itemsize <= _SMALL
         spare = per_lane if small else max(per_lane // _SPARE, 16)
@@ -143,12 +143,12 @@ class TransitionReplay:
 
     def __len__(self) -> int:
         """Return how many transitions can be sampled now."""
-        return len(self.memory)
+        return len(self.frame_replay)
 
     @property
     def nbytes(self) -> int:
         """Bytes held when full."""
-        return self.memory.nbytes
+        return self.frame_replay.nbytes
 
     def add(
         self,
@@ -158,9 +158,9 @@ class TransitionReplay:
         reward: ArrayLike,
         terminated: ArrayLike,
         truncated: ArrayLike,
-        lanes: ArrayLike | None = None,
+        env_indices: ArrayLike | None = None,
     ) -> NDArray[np.int64]:
-        """Store one transition of each lane.
+        """Store one transition of each environment.
 
         Args:
             obs: (n, *shape): what the action was chosen for. Of the buffer's dtype, or one whose values that can hold.
@@ -169,7 +169,7 @@ class TransitionReplay:
             reward: (n,) finite real numbers, which are rounded to float32.
             terminated: (n,) bool: no value lies beyond `next_obs`.
             truncated: (n,) bool: the episode was cut off there.
-            lanes: (n,) different integers; None for all lanes, in order.
+            env_indices: (n,) different integers; None for all environments, in order.
 
         Returns:
             (n,) int64: the transitions' indices, under which they can be gathered while they are held.
@@ -178,7 +178,7 @@ class TransitionReplay:
             ValueError: an argument has the wrong shape, dtype or range, a value of an observation would change, or
                 `next_obs` is not `obs` moved on by a frame. No transition is stored then.
         """
-        chosen = self._all if lanes is None else self._lanes(lanes)
+        chosen = self._all if env_indices is None else self._lanes(env_indices)
         obs, next_obs = (
             self._observations("obs", obs, len(chosen)),
             self._observations("next_obs", next_obs, len(chosen)),
@@ -190,12 +190,12 @@ class TransitionReplay:
             more = f"stack={self._hidden.stack} for gray frames, or " if gray and self._hidden is not None else ""
             raise ValueError(
                 f"next_obs: expected obs moved on by one frame ({self.stacks.stack} frames along axis "
-                f"{self.stacks.axis}), got something else in lane {chosen[~moved][0]}; pass {more}stack=1 for "
+                f"{self.stacks.axis}), got something else in environment {chosen[~moved][0]}; pass {more}stack=1 for "
                 "observations that are no stacks of successive frames"
             )
         if self._hidden is not None:
             self._look_for_stacks(self._hidden, obs, next_obs)
-        fresh = ~(self._begun[chosen] & _same(obs, self._last if lanes is None else self._last[chosen]))
+        fresh = ~(self._begun[chosen] & _same(obs, self._last if env_indices is None else self._last[chosen]))
         columns = (np.asarray(action), np.asarray(reward), np.asarray(terminated), np.asarray(truncated))
         no = np.zeros(len(chosen), bool)
         newest = frames[:, -1]
@@ -204,13 +204,13 @@ class TransitionReplay:
             starts = self.stacks.split(obs)
             for row in np.flatnonzero(fresh):
                 self._begin(int(chosen[row]), starts[row])
-        if lanes is None:
-            self.memory.append(newest, *columns, no)
+        if env_indices is None:
+            self.frame_replay.append(newest, *columns, no)
         else:
-            self.memory.append_to(chosen, newest, *columns, no)
+            self.frame_replay.append_to(chosen, newest, *columns, no)
         self._last[chosen] = next_obs
         self._begun[chosen] = True
-        index: NDArray[np.int64] = (np.array(self.memory.lane_ticks)[chosen] - 2) * self.num_envs + chosen
+        index: NDArray[np.int64] = (np.array(self.frame_replay.env_time_steps)[chosen] - 2) * self.num_envs + chosen
         return index
 
     def moved_on(self, obs: NDArray[Any], next_obs: NDArray[Any]) -> NDArray[np.bool_]:
@@ -229,7 +229,7 @@ class TransitionReplay:
         return moved
 
     def follows(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return, (num_envs,), whether each lane's observation is what its last step led to."""
+        """Return, (num_envs,), whether each environment's observation is what its last step led to."""
         return self._begun & _same(obs, self._last)
 
     def sample(self, batch_size: int, *, apart: bool = False) -> Batch:
@@ -239,34 +239,34 @@ class TransitionReplay:
             batch_size: B.
             apart: whether `obs` and `next_obs` share no memory (see `FrameReplay.empty_batch`).
         """
-        out = self.memory.empty_batch(batch_size, apart=True) if apart else None
-        return self._joined(self.memory.sample(batch_size, out))
+        out = self.frame_replay.empty_batch(batch_size, apart=True) if apart else None
+        return self._joined(self.frame_replay.sample(batch_size, out))
 
     def gather(self, index: ArrayLike, *, apart: bool = False) -> Batch:
         """Return the named transitions (see `FrameReplay.gather`; `apart` as of `sample`)."""
         wanted = indices(index)
-        out = self.memory.empty_batch(len(wanted), apart=True) if apart and len(wanted) else None
-        return self._joined(self.memory.gather(wanted, out))
+        out = self.frame_replay.empty_batch(len(wanted), apart=True) if apart and len(wanted) else None
+        return self._joined(self.frame_replay.gather(wanted, out))
 
     def windows(self, index: ArrayLike) -> Windows:
         """See `FrameReplay.windows`."""
-        return self.memory.windows(index)
+        return self.frame_replay.windows(index)
 
     def update_priorities(self, index: ArrayLike, priority: ArrayLike) -> None:
         """See `FrameReplay.update_priorities`."""
-        self.memory.update_priorities(index, priority)
+        self.frame_replay.update_priorities(index, priority)
 
     def clear(self) -> None:
         """Forget all transitions. The generator goes on."""
-        before = self.memory
-        self.memory = self._memory()
-        self.memory.alpha, self.memory.beta = before.alpha, before.beta
-        self.memory._core.generator_state = before._core.generator_state
+        before = self.frame_replay
+        self.frame_replay = self._make_frame_replay()
+        self.frame_replay.alpha, self.frame_replay.beta = before.alpha, before.beta
+        self.frame_replay._core.generator_state = before._core.generator_state
         self._begun[:] = False
 
     def save(self, path: str | os.PathLike[str], progress: Callable[[float], None] | None = None) -> None:
         """Write everything to a folder, for `restore` (see `FrameReplay.save`)."""
-        self.memory.save(path, progress)
+        self.frame_replay.save(path, progress)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over what `save` wrote, in place of all that is held.
@@ -281,26 +281,28 @@ class TransitionReplay:
             ValueError: the folder holds no replay buffer, is damaged, or was written by a buffer that was made with
                 other arguments; the message names them. What was held is still held then.
         """
-        memory = self.memory
+        before = self.frame_replay
         names = ["num_envs", "n_step", "gamma", "prioritized", "max_transitions", "dtype"]
         names += ["stack", "frame_shape"] if self._stack_is_sure else []
-        found = FrameReplay.load(path, {name: memory.settings[name] for name in names})
+        found = FrameReplay.load(path, {name: before.settings[name] for name in names})
         stacks = Stacks.of(self.shape, self._dtype, found.stack)
         if stacks.frame_shape != found.frame_shape:
             raise ValueError(
                 f"{path}: the replay buffer has stacks of {found.stack} frames of shape {found.frame_shape}, which "
                 f"observations of shape {self.shape} are not"
             )
-        self.memory, self.stacks, self._padding = found, stacks, found.padding
+        self.frame_replay, self.stacks, self._padding = found, stacks, found.padding
         self._stack_is_sure, self._hidden = True, None
         self._begun[:] = False
 
-    def _lanes(self, lanes: ArrayLike) -> NDArray[np.int64]:
-        chosen = np.asarray(lanes)
+    def _lanes(self, env_indices: ArrayLike) -> NDArray[np.int64]:
+        chosen = np.asarray(env_indices)
         if chosen.size:
             good = chosen.ndim == 1 and chosen.dtype.kind in "iu"
             if not good or not 0 <= chosen.min() <= chosen.max() < self.num_envs:
-                raise ValueError(f"lanes: expected different integers from 0 to {self.num_envs - 1}, got {lanes!r}")
+                raise ValueError(
+                    f"env_indices: expected different integers from 0 to {self.num_envs - 1}, got {env_indices!r}"
+                )
         return indices(chosen)
 
     def _observations(self, name: str, value: ArrayLike, count: int) -> NDArray[Any]:
@@ -334,21 +336,23 @@ class TransitionReplay:
                 stacklevel=3,
             )
 
-    def _begin(self, lane: int, frames: NDArray[Any]) -> None:
+    def _begin(self, env_index: int, frames: NDArray[Any]) -> None:
         """Open an episode with a stack of frames."""
-        self._begun[lane] = False  # until a step follows: what comes next may be refused
+        self._begun[env_index] = False  # until a step follows: what comes next may be refused
         if self._padding is None and len(frames) > 1:
             self._padding = "first" if frames.any() and (frames == frames[0]).all() else "zero"
             self.clear()
         start = len(frames) - 1
-        if self.memory.padding == "zero":
+        if self.frame_replay.padding == "zero":
             start = next((number for number in range(start) if frames[number].any()), start)
         else:
             start = next((number for number in range(start) if (frames[number + 1] != frames[0]).any()), start)
         nothing, no = np.zeros(1, np.int64), np.zeros(1, bool)
         for number in range(start, len(frames)):
             opens = np.array([number == start])
-            self.memory.append_to([lane], frames[number][None], nothing, nothing, no, no, opens, history=~opens)
+            self.frame_replay.append_to(
+                [env_index], frames[number][None], nothing, nothing, no, no, opens, history=~opens
+            )
 
     def _joined(self, batch: Batch) -> Batch:
         join, shape = self.stacks.join, self.shape

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydqn._util.files import Damaged, Stamp, atomic_write, check_stamped, read_index, sync_folder, write_index
+from pydqn._util.files import Damaged, Checksum, atomic_write, verify_checksum, read_index, sync_folder, write_index
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     path: Path
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
-    replay: Path | None  # folder of the replay memory, where it was saved
+    replay: Path | None  # folder of the replay buffer, where it was saved
 
 
 def save_checkpoint(
@@ -98,17 +98,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's folder, but for its replay memory.
+    """Read a checkpoint's folder, but for its replay buffer.
 
     Raises:
         Damaged: a file is not what was written.
     """
     content = read_index(path / _MANIFEST, _KIND)
     try:
-        stamp, with_replay = Stamp.parse(content["files"][_STATE]), bool(content["replay"])
+        checksum, with_replay = Checksum.parse(content["files"][_STATE]), bool(content["replay"])
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{path / _MANIFEST}: does not name the checkpoint's files ({error})") from None
-    check_stamped(path / _STATE, stamp)
+    verify_checksum(path / _STATE, checksum)
     tensors, state = load_weights(path / _STATE)
     return Checkpoint(path, tensors, state, path / _REPLAY if with_replay else None)
 

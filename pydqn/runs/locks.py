@@ -26,11 +26,11 @@ _TRIES, _PAUSE_SECONDS = 10, 0.03  # for whoever is just letting go, or only loo
 _Key = tuple[int, int]  # device and inode of a folder
 
 
-class Taken(ValueError):
+class FolderInUse(ValueError):
     """Another run is writing in the folder; the message says which."""
 
 
-class Claim:
+class FolderLock:
     """The right to write in a folder, from now until `release`, or until this process ends, however that happens.
 
     A file in the folder, `.lock`, is locked meanwhile, and says by whom. The system itself unlocks it when the process
@@ -56,7 +56,7 @@ class Claim:
                     hold = _Hold(self.folder, made)
                     break
             else:
-                raise Taken(f"logdir: {str(self.folder)!r} is removed again and again by others")
+                raise FolderInUse(f"logdir: {str(self.folder)!r} is removed again and again by others")
         except BaseException:
             _remove(made)
             raise
@@ -66,18 +66,18 @@ class Claim:
         return f"Claim({str(self.folder)!r})"
 
 
-def claim_numbered(folder: Path) -> Claim:
+def lock_numbered(folder: Path) -> FolderLock:
     """Make and claim `folder`, or where that is there already, the first of `folder`.2, `folder`.3, ... that is not."""
     number, candidate = 1, folder
     while True:
         try:
-            return Claim(candidate, new=True)
+            return FolderLock(candidate, new=True)
         except FileExistsError:
             number += 1
             candidate = folder.with_name(f"{folder.name}.{number}")
 
 
-def holder_of(folder: str | os.PathLike[str]) -> str | None:
+def lock_holder(folder: str | os.PathLike[str]) -> str | None:
     """Return who writes in a folder now, or None."""
     try:
         file = _opened(Path(folder) / LOCK, os.O_RDONLY)
@@ -97,7 +97,7 @@ class _Hold:
         other = _held.setdefault(self._key, self)
         if other is not self:
             if other.is_current():
-                raise _taken(folder, f"this process, {self._pid}")
+                raise _in_use(folder, f"this process, {self._pid}")
             _held[self._key] = self  # the other's folder was removed, and this one has got its inode
         try:
             self.file = self._lock(folder)
@@ -122,7 +122,7 @@ class _Hold:
                 raise
             file.close()
             time.sleep(_PAUSE_SECONDS)
-        raise _taken(folder, holder)
+        raise _in_use(folder, holder)
 
     def is_current(self) -> bool:
         """Whether the folder is still there, as far as this can be told: a hold that is being taken is."""
@@ -204,8 +204,8 @@ def _about(file: IO[bytes]) -> str:
     return text if text and text.isprintable() else "another process"
 
 
-def _taken(folder: Path, holder: str) -> Taken:
-    return Taken(
+def _in_use(folder: Path, holder: str) -> FolderInUse:
+    return FolderInUse(
         f"logdir: a run is going on in {str(folder)!r} ({holder}); let it end, or stop it, or choose another folder"
     )
 

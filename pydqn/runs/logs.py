@@ -29,12 +29,12 @@ _LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
 EPISODES = "episodes.csv"
 # TensorBoard shows each group as one row of charts.
 GROUPS = {
-    "games": ("mean_return", "last_return", "mean_length_steps", "last_length_steps", "episodes", "evaluation_return"),
+    "episodes": ("mean_return", "last_return", "mean_length_steps", "last_length_steps", "episodes", "evaluation_return"),
     "learning": ("loss", "mean_q", "max_q", "grad_norm", "epsilon"),
     "process": ("cpu_percent", "memory_mb", "memory_percent"),
     "speed": ("frames_per_second", "updates_per_second", "frames", "updates", "seconds"),
 }
-_EPISODE_COLUMNS = ["episode", "steps", "lane", "return", "length_steps"]
+_EPISODE_COLUMNS = ["episode", "steps", "env_index", "return", "length_steps"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Report:
     """The state of a run at one moment. Fields that have no value yet are NaN."""
 
     seconds: float  # since the first step
-    steps: int  # agent decisions, over all lanes
+    steps: int  # agent steps, over all environments
     frames: int  # emulator frames: steps times frame-skip
     updates: int
     episodes: int
     epsilon: float
-    mean_return: float  # of the last `mean_episodes` whole games
+    mean_return: float  # of the last `mean_episodes` whole episodes
     last_return: float
     mean_length_steps: float
     last_length_steps: float
@@ -74,7 +74,7 @@ class RunLog:
     Args:
         logdir: folder of the run.
         steps: of the checkpoint from which a run goes on: later rows, which it will write again, are dropped.
-        episodes: the same in whole games.
+        episodes: the same in whole episodes.
     """
 
     def __init__(self, logdir: Path, steps: int = 0, episodes: int = 0) -> None:
@@ -100,13 +100,13 @@ class RunLog:
                 if values.size and np.abs(values).max() < _LARGEST_SHOWN:  # (false for NaN)
                     self._board.add_histogram(f"learning/{name}", values, report.steps)
 
-    def episode(self, episode: int, steps: int, lane: int, total: float, length: int, epsilon: float) -> None:
-        """Add one whole game, which ended when the run had made `steps` decisions."""
-        row = (episode, steps, lane, _exact(total), length)
+    def episode(self, episode: int, steps: int, env_index: int, total: float, length: int, epsilon: float) -> None:
+        """Add one whole episode, which ended when the run had made `steps` steps."""
+        row = (episode, steps, env_index, _exact(total), length)
         self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
         with self._board_errors():
             for name, value in (("return", total), ("length_steps", length), ("epsilon", epsilon)):
-                self._board.add_scalar(f"each game/{name}", value, steps)
+                self._board.add_scalar(f"each episode/{name}", value, steps)
 
     def sync(self) -> None:
         """See to it that all rows are on the disk: what a checkpoint has counted is not written again."""

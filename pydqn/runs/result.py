@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 class Result(NamedTuple):
     """What a run came to."""
 
-    returns: list[float]  # the true return of every whole game, in the order in which they ended
+    returns: list[float]  # the true return of every whole episode, in the order in which they ended
     steps: int
     frames: int
     updates: int

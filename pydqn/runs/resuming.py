@@ -37,7 +37,7 @@ def changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]
 def _same(name: str, old: Any, new: Any) -> bool:
     if old == new or name != "env_id":
         return bool(old == new)
-    with suppress(ValueError):  # two ids of one game name one environment
+    with suppress(ValueError):  # two ids of one episode name one environment
         return rom_of(old) is not None and rom_of(old) == rom_of(new)
     return False
 

@@ -36,7 +36,7 @@ def ending(config: Config, now: Standing) -> str | None:
     if goal is not None:
         return goal if now.updates else f"{goal}, before the first update"
     if 0 < config.total_episodes <= now.episodes:
-        return f"total_episodes: {now.episodes:,} games were played"
+        return f"total_episodes: {now.episodes:,} episodes were played"
     if now.steps >= config.total_steps:
         return f"total_steps: {now.steps:,} steps were taken"
     return None

@@ -35,7 +35,7 @@ from pydqn.runs.checkpoint import (
     save_checkpoint,
 )
 from pydqn.runs.layout import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, load_run
-from pydqn.runs.locks import Claim
+from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import EPISODES, PROGRESS, Report, RunLog, read_returns
 from pydqn.runs.provenance import Process, environment
 from pydqn.runs.result import Diverged, Learned, Result
@@ -66,19 +66,21 @@ class BaseRun:
     Raises:
         ValueError: the configuration cannot run on this machine, or `logdir` holds a run already (or, to resume, none,
             or a damaged one: the message names the file, and the checkpoint that is whole), or one that is going on
-            (`pydqn.runs.locks.Taken`).
+            (`pydqn.runs.locks.FolderInUse`).
     """
 
     replay: FrameReplay | None = None  # goes into checkpoints, where the config says so
     saving: Callable[[float], None] | None = None  # told, while a memory is saved, which share of it is done
 
-    def __init__(self, config: Config, logdir: str | os.PathLike[str] | Claim, *, resume: bool | Path = False) -> None:
-        self._claim = logdir if isinstance(logdir, Claim) else Claim(logdir)
+    def __init__(
+        self, config: Config, logdir: str | os.PathLike[str] | FolderLock, *, resume: bool | Path = False
+    ) -> None:
+        self._folder_lock = logdir if isinstance(logdir, FolderLock) else FolderLock(logdir)
         with ExitStack() as refused:  # while the error is referred to, so are we, and with us the claim
-            refused.callback(self._claim.release)
+            refused.callback(self._folder_lock.release)
             self.config = config = resolved(config)
             refused.pop_all()
-        self.logdir = self._claim.folder
+        self.logdir = self._folder_lock.folder
         self.steps = self.frames = 0
         self.episodes = 0  # whole ones
         self.returns = array("d")  # theirs
@@ -221,9 +223,11 @@ class BaseRun:
             self.episodes = integer("episodes", state["episodes"], 0)
             self.returns = read_returns(self.logdir, self.episodes)
             if missing := self.episodes - len(self.returns):
-                lost = f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} games so far"
+                lost = f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} episodes so far"
                 warnings.warn(lost, stacklevel=2)
-        self._recent.extend(Episode(int(lane), float(total), int(steps)) for lane, total, steps in state["recent"])
+        self._recent.extend(
+            Episode(int(env_index), float(total), int(steps)) for env_index, total, steps in state["recent"]
+        )
         self._successes = integer("successes", state["successes"], 0)
         best = state.get("best_test", state["best"])  # tables had their own before
         self._best = -math.inf if best is None else float(best)
@@ -267,7 +271,7 @@ class BaseRun:
 
     def _release(self) -> None:
         with ExitStack() as last:
-            last.callback(self._claim.release)
+            last.callback(self._folder_lock.release)
             last.callback(self._until_closed.close)
             last.callback(self.close)
             if self._log is not None:
@@ -302,10 +306,10 @@ class BaseRun:
         return ending(self.config, standing)
 
     def _warn_of_cut(self, steps: int, way_on: str, setting: str = "checkpoint_every_steps") -> None:
-        """Warn that a game is cut off which has gone on since the checkpoint before, `steps` decisions ago."""
+        """Warn that an episode is cut off which has gone on since the checkpoint before, `steps` steps ago."""
         warnings.warn(
-            f"{setting}: a game of {self.config.env_id} had gone on for all {steps:,} steps between two "
-            f"checkpoints when the second cut it off, so games of that length never end; {way_on}",
+            f"{setting}: an episode of {self.config.env_id} had gone on for all {steps:,} steps between two "
+            f"checkpoints when the second cut it off, so episodes of that length never end; {way_on}",
             stacklevel=2,
         )
 
@@ -314,7 +318,7 @@ class BaseRun:
         return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
 
     def _end(self, episode: Episode) -> None:
-        """Take note of a whole game."""
+        """Take note of a whole episode."""
         assert self._log is not None
         self.episodes += 1
         self.returns.append(episode.total)

@@ -51,7 +51,7 @@ def warm_run(config: Config) -> Iterator[Run]:
         total_steps=2**53,
         total_episodes=0,
         learning_starts_steps=max(2 * config.batch_size, 64 * config.num_envs),
-        log_every_steps=max(2 * config.batch_size, 64 * config.num_envs) + math.ceil(8 * config.steps_per_update),
+        log_every_steps=max(2 * config.batch_size, 64 * config.num_envs) + math.ceil(8 * config.train_period_steps),
         log_every_episodes=0,
         checkpoint_every_steps=0,
         checkpoint_every_episodes=0,
@@ -67,22 +67,22 @@ def warm_run(config: Config) -> Iterator[Run]:
 
 def _stages(run: Run, seconds: float) -> Iterator[Measurement]:
     config, learner, replay = run.config, run.learner, run.replay
-    lanes, size = config.num_envs, config.batch_size
+    envs, size = config.num_envs, config.batch_size
     wait = torch.cuda.synchronize if learner.device.type == "cuda" else _nothing
     slot = replay.next_slot()
-    none = np.zeros(lanes, np.bool_)
-    zeros = np.zeros(lanes, np.int64)
+    none = np.zeros(envs, np.bool_)
+    zeros = np.zeros(envs, np.int64)
     generator = np.random.default_rng(config.seed)
 
     def environments() -> None:
-        run.lanes.send(generator.integers(run.lanes.num_actions, size=lanes))
-        run.lanes.recv(slot)
+        run.envs.send(generator.integers(run.envs.num_actions, size=envs))
+        run.envs.recv(slot)
 
-    yield _time("environments, with preprocessing", environments, seconds, lanes, "steps")
-    yield _time("append", lambda: replay.append(slot, zeros, zeros, none, none, none), seconds / 3, lanes, "frames")
+    yield _time("environments, with preprocessing", environments, seconds, envs, "steps")
+    yield _time("append", lambda: replay.append(slot, zeros, zeros, none, none, none), seconds / 3, envs, "frames")
     out = replay.empty_batch(size)
     yield _time(f"sample {size}", lambda: replay.sample(size, out), seconds / 3, size, "transitions")
-    yield _time("act", lambda: run.act(0.0), seconds / 3, lanes, "actions")
+    yield _time("act", lambda: run.act(0.0), seconds / 3, envs, "actions")
 
     def update() -> None:
         learner.update(out)
@@ -91,7 +91,7 @@ def _stages(run: Run, seconds: float) -> Iterator[Measurement]:
     yield _time(f"update of {size}", update, seconds, 1, "updates")
     learner.updates = run.updates_due()  # those above were none of the loop's
     frames, started = run.frames, time.perf_counter()
-    loop = _time("whole loop", run.step, 2 * seconds, lanes, "steps")
+    loop = _time("whole loop", run.step, 2 * seconds, envs, "steps")
     wait()
     yield loop
     rate = (run.frames - frames) / (time.perf_counter() - started)
@@ -103,7 +103,7 @@ def _nothing() -> None:
 
 
 def _time(stage: str, call: Callable[[], object], seconds: float, count: int, unit: str) -> Measurement:
-    """Call again and again; the rate is that of all calls together, since some (a game's reset) are rare and long."""
+    """Call again and again; the rate is that of all calls together, since some (an episode's reset) are rare and long."""
     call()
     spent: list[float] = []
     started = time.perf_counter()

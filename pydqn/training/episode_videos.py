@@ -1,4 +1,4 @@
-"""Films of whole games while a run goes on."""
+"""Films of whole episodes while a run goes on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pydqn.plotting.recording import Recorder
 
 
-class Film:
-    """Films one game after another into a folder, each in a file named by the run's frames and the game's return.
+class EpisodeVideos:
+    """Films one episode after another into a folder, each in a file named by the run's frames and the episode's return.
 
-    A film that cannot be written is dropped with a warning: a run does not end for that.
+    A video that cannot be written is dropped with a warning: a run does not end for that.
     """
 
     def __init__(self, folder: Path, suffix: str, fps: int = 30) -> None:
@@ -27,27 +27,27 @@ class Film:
         self._path = folder / f"unfinished.{suffix}"
         self._recorder: Recorder | None = None
 
-    def start(self, picture: NDArray[np.uint8]) -> None:
-        """Begin with a game's first picture; a film that was not finished is dropped."""
+    def start(self, image: NDArray[np.uint8]) -> None:
+        """Begin with an episode's first image; a video that was not finished is dropped."""
         self.drop()
         with self._reporting():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._recorder = Recorder(self._path, self._fps).__enter__()
-        self.add(picture)
+        self.add(image)
 
-    def add(self, picture: NDArray[np.uint8]) -> None:
-        """Append a picture of the game that is being filmed."""
+    def add(self, image: NDArray[np.uint8]) -> None:
+        """Append an image of the episode that is being filmed."""
         if self._recorder is not None:
             with self._reporting():
-                self._recorder.add(picture)
+                self._recorder.add(image)
 
     @property
     def filming(self) -> bool:
-        """Whether a game is being filmed."""
+        """Whether an episode is being filmed."""
         return self._recorder is not None
 
     def finish(self, frames: int, total: float) -> None:
-        """End the film of a game that came to the return `total` when the run had seen `frames` frames."""
+        """End the video of an episode that came to the return `total` when the run had seen `frames` frames."""
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             with self._reporting():
@@ -55,7 +55,7 @@ class Film:
                 os.replace(self._path, self._folder / f"frame-{frames:012d}-return-{total:g}.{self._suffix}")
 
     def drop(self) -> None:
-        """Forget a film that is not finished."""
+        """Forget a video that is not finished."""
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             with suppress(OSError):
@@ -67,4 +67,4 @@ class Film:
             yield
         except (OSError, ValueError) as error:
             self.drop()
-            warnings.warn(f"videos: a game was not filmed: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"videos: an episode was not filmed: {error}", RuntimeWarning, stacklevel=2)

@@ -20,12 +20,12 @@ from pydqn import _core
 from pydqn._util.checks import integer
 from pydqn._util.machine import Pace
 from pydqn.config import Config
-from pydqn.envs.base import Episode, Lanes, Step
-from pydqn.envs.make import beside_learning, make_lanes
+from pydqn.envs.base import Envs, Episode, Step
+from pydqn.envs.make import beside_learning, make_envs
 from pydqn.envs.tasks import inputs_of
-from pydqn.evaluation.build import memory_settings, network_for
-from pydqn.evaluation.evaluate import evaluate_policy, evaluation_lanes
-from pydqn.evaluation.play import open_episodes
+from pydqn.evaluation.build import network_for, replay_settings
+from pydqn.evaluation.evaluate import evaluate_policy, evaluation_envs
+from pydqn.evaluation.play import start_episodes
 from pydqn.learning.learner import Learner, Metrics
 from pydqn.learning.policy import Actor, Policy, resolve_device, torch_threads
 from pydqn.learning.schedules import Due, epsilon, learning_rate, priority_beta
@@ -33,12 +33,12 @@ from pydqn.replay.device import DeviceReplay, resolve_storage
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.checkpoint import Checkpoint, run_of
 from pydqn.runs.layout import load_run
-from pydqn.runs.locks import Claim
+from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import Report
 from pydqn.runs.result import Learned, Result
 from pydqn.runs.resuming import named_way_on, require_unchanged
 from pydqn.training.base import BaseRun
-from pydqn.training.episode_videos import Film
+from pydqn.training.episode_videos import EpisodeVideos
 from pydqn.training.seeds import Seeds
 from pydqn.training.signals import deferred
 from pydqn.training.tabular import TabularRun
@@ -69,18 +69,18 @@ def resume(logdir: str | os.PathLike[str], **overrides: Any) -> Result:
     return _finish(open_run(load_run(run, **overrides), run, resume=checkpoint or True))
 
 
-def open_run(config: Config, logdir: str | os.PathLike[str] | Claim, *, resume: bool | Path = False) -> BaseRun:
+def open_run(config: Config, logdir: str | os.PathLike[str] | FolderLock, *, resume: bool | Path = False) -> BaseRun:
     """Make the kind of run that `config.agent` says."""
     kind = TabularRun if config.agent == "tabular" else Run
     return kind(config, logdir, resume=resume)
 
 
 def updates_at_once(config: Config, device: torch.device) -> int:
-    """How many updates are drawn, sent and launched together: on a GPU, all that a step of the lanes calls for.
+    """How many updates are drawn, sent and launched together: on a GPU, all that a step of the environments calls for.
 
     On a CPU that would bring nothing, and prioritized sampling would lag behind by as many.
     """
-    return max(1, round(config.num_envs / config.steps_per_update)) if device.type == "cuda" else 1
+    return max(1, round(config.num_envs / config.train_period_steps)) if device.type == "cuda" else 1
 
 
 def _finish(run: BaseRun) -> Result:
@@ -97,16 +97,16 @@ def _finish(run: BaseRun) -> Result:
 class Run(BaseRun):
     """One training run of a DQN; its folder gets videos/, too, where the config asks for them.
 
-    A run opens new games at each checkpoint that is due, and so whatever is resumed from it is on a CPU the very run
-    that would have gone on: the same games, the same weights, bit for bit. (A checkpoint that an interruption writes
-    was not due.) Games that are cut off there are in no mean, so checkpoints should be rare beside games. Where
-    checkpoints do not hold the replay memory, games go on, and a resumed run fills the memory anew before it learns.
+    A run opens new episodes at each checkpoint that is due, and so whatever is resumed from it is on a CPU the very run
+    that would have gone on: the same episodes, the same weights, bit for bit. (A checkpoint that an interruption writes
+    was not due.) Episodes that are cut off there are in no mean, so checkpoints should be rare beside episodes. Where
+    checkpoints do not hold the replay buffer, episodes go on, and a resumed run fills the memory anew before it learns.
     """
 
     replay: FrameReplay
-    lanes: Lanes
-    _evaluation_lanes: Lanes | None = None
-    _film: Film | None = None
+    envs: Envs
+    _evaluation_envs: Envs | None = None
+    _videos: EpisodeVideos | None = None
     _pace: Pace | None = None  # of updates, where they are made before the call returns
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
@@ -117,10 +117,10 @@ class Run(BaseRun):
         seed = Seeds.of(seeds)
         self._generator = np.random.default_rng(seed.own)
         self._evaluation_seed = seed.evaluation
-        self.lanes = make_lanes(config, config.num_envs, seed.lanes, render=config.video_every_episodes > 0)
-        self._evaluation_lanes = self._make_evaluation_lanes()
-        settings = memory_settings(config, self.lanes)
-        nbytes = config.replay_capacity_frames * math.prod(self.lanes.frame_shape) * self.lanes.dtype.itemsize
+        self.envs = make_envs(config, config.num_envs, seed.envs, render=config.video_every_episodes > 0)
+        self._evaluation_envs = self._make_evaluation_envs()
+        settings = replay_settings(config, self.envs)
+        nbytes = config.replay_capacity_frames * math.prod(self.envs.frame_shape) * self.envs.dtype.itemsize
         self._storage = resolve_storage(config.storage, self._device, nbytes)
         if self._storage.where == "device":
             self.replay = DeviceReplay(config.replay_capacity_frames, device=self._device, seed=seed.replay, **settings)
@@ -129,7 +129,7 @@ class Run(BaseRun):
         size, most = config.batch_size, updates_at_once(config, self._device)
         self._batch = self.replay.empty_batch(most * size)
         self._parts = [self._batch.part(i * size, (i + 1) * size) for i in range(most)]
-        network = network_for(config, self.lanes, seed.network)
+        network = network_for(config, self.envs, seed.network)
         self.learner = Learner(network, self._as_before(config), self._device, self._batch)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs)
         self._share_frames()
@@ -138,28 +138,30 @@ class Run(BaseRun):
         self._learned_from: NDArray[np.int64] | None = None  # indices whose errors have not been looked at yet
         # Updates are counted from the step at which learning began, or began again.
         self._learning_since, self._updates_before = config.learning_starts_steps, 0
-        self._age = np.zeros(config.num_envs, np.int64)  # decisions since each lane's game opened
-        self._uncut = 0  # the same since all games were opened together
-        self._ended = np.zeros(config.num_envs, np.bool_)  # which environments have ended a game since then
-        self._film = (
-            Film(self.logdir / VIDEOS, config.video_format, self.lanes.fps) if config.video_every_episodes else None
+        self._age = np.zeros(config.num_envs, np.int64)  # steps since each environment's episode opened
+        self._uncut = 0  # the same since all episodes were opened together
+        self._ended = np.zeros(config.num_envs, np.bool_)  # which environments have ended an episode since then
+        self._videos = (
+            EpisodeVideos(self.logdir / VIDEOS, config.video_format, self.envs.fps)
+            if config.video_every_episodes
+            else None
         )
 
     def reports(self) -> Iterator[Report]:
         """Run to the end, yielding a report whenever one is due, and at the end."""
         config = self.config
         self._started = time.perf_counter()
-        open_episodes(self.lanes, self.replay)
+        start_episodes(self.envs, self.replay)
         self._report()
         log = Due(config.log_every_steps, self.steps)
         log_episode = Due(config.log_every_episodes, self.episodes)
         evaluation = Due(config.evaluation_every_steps, self._evaluated_at)
         checkpoint = Due(config.checkpoint_every_steps, self.steps)
         checkpoint_episode = Due(config.checkpoint_every_episodes, self.episodes)
-        video = Due(config.video_every_episodes, self.episodes - 1)  # the first game, too
+        video = Due(config.video_every_episodes, self.episodes - 1)  # the first episode, too
         while not (self._stopping or self._finished()):
-            if self._film is not None and not self._age[0] and video(self.episodes):
-                self._film.start(self.lanes.picture())
+            if self._videos is not None and not self._age[0] and video(self.episodes):
+                self._videos.start(self.envs.image())
             self.step()
             if evaluation(self.steps):
                 self._evaluate()
@@ -178,7 +180,7 @@ class Run(BaseRun):
     def updates_due(self) -> int:
         """How many updates the steps so far call for: counted, so that no rounding adds up."""
         learned = self.steps - self._learning_since
-        return self._updates_before + max(0, math.floor(learned / self.config.steps_per_update))
+        return self._updates_before + max(0, math.floor(learned / self.config.train_period_steps))
 
     def learned(self) -> Learned:
         """Return what the latest update saw."""
@@ -209,25 +211,25 @@ class Run(BaseRun):
         }
 
     def close(self) -> None:
-        """Release the environments; a film that was being made is dropped."""
-        if self._film is not None:
-            self._film.drop()
-        for lanes in (getattr(self, "lanes", None), self._evaluation_lanes):
-            if lanes is not None:
-                lanes.close()
+        """Release the environments; a video that was being made is dropped."""
+        if self._videos is not None:
+            self._videos.drop()
+        for envs in (getattr(self, "envs", None), self._evaluation_envs):
+            if envs is not None:
+                envs.close()
 
     def act(self, epsilon: float) -> NDArray[np.int64]:
-        """Return (num_envs,) epsilon-greedy actions for what the lanes show now."""
+        """Return (num_envs,) epsilon-greedy actions for what the environments show now."""
         return Policy.choose(self._actor.values(self.replay.latest()), epsilon, self._generator)
 
     def step(self) -> None:
-        """Take one step in every lane, and make the updates that are due while the emulators run."""
+        """Take one step in every environment, and make the updates that are due while the emulators run."""
         config = self.config
         action = self.act(epsilon(config, self.steps))
-        self.lanes.send(action)
+        self.envs.send(action)
         self._learn()
         slot = self.replay.next_slot()
-        step = self.lanes.recv(slot)
+        step = self.envs.recv(slot)
         self._age = np.where(step.first, 0, self._age + 1)
         self._uncut += 1
         reward = self._shaped(step) if config.success_steps else step.reward
@@ -236,11 +238,11 @@ class Run(BaseRun):
         self.replay.append(slot, action, reward, step.terminated, step.truncated, first)
         self.steps += int(np.count_nonzero(~step.first))
         self.frames += step.frames
-        if self._film is not None and self._film.filming:
-            # Several frames may open a game: the film begins with the last of them.
-            (self._film.start if step.first[0] else self._film.add)(self.lanes.picture())
+        if self._videos is not None and self._videos.filming:
+            # Several frames may open an episode: the video begins with the last of them.
+            (self._videos.start if step.first[0] else self._videos.add)(self.envs.image())
         for episode in step.episodes:
-            self._ended[episode.lane] = True
+            self._ended[episode.env_index] = True
             self._end(episode)
         if step.episodes:
             self._keep_if_best(self.mean_return())
@@ -283,7 +285,7 @@ class Run(BaseRun):
     def _evaluate(self) -> None:
         config, policy, seed = self.config, self.learner.policy, self._evaluation_seed
         played = evaluate_policy(
-            config, policy, config.evaluation_episodes, seed, lambda: self._stopping, self._evaluation_lanes
+            config, policy, config.evaluation_episodes, seed, lambda: self._stopping, self._evaluation_envs
         )
         if not self._stopping:
             self._evaluation, self._evaluated_at = float(np.mean(played)), self.steps
@@ -295,27 +297,27 @@ class Run(BaseRun):
             return config
         return dataclasses.replace(config, precision=before["precision"])
 
-    def _make_evaluation_lanes(self) -> Lanes | None:
+    def _make_evaluation_envs(self) -> Envs | None:
         """Make the environments of all evaluations, now: should no more be possible, that is known before any step."""
         config = self.config
         if not 0 < config.evaluation_every_steps <= config.total_steps:
             return None
         with beside_learning():
-            return evaluation_lanes(config, config.evaluation_episodes, self._evaluation_seed)
+            return evaluation_envs(config, config.evaluation_episodes, self._evaluation_seed)
 
     def _reopen(self, setting: str) -> None:
-        """Begin new games in all lanes, those that a run begins which is resumed from the checkpoint just written.
+        """Begin new episodes in all environments, those that a run begins which is resumed from the checkpoint just written.
 
-        No environment's inside can be saved, but so both are the same run. The games that are cut off here are
+        No environment's inside can be saved, but so both are the same run. The episodes that are cut off here are
         truncated for the learner, and count for nothing else. `setting` is what made the checkpoint due.
         """
         if not self._ended.all():
-            way_on = "raise it, or let games go on (checkpoint_replay=False, --no-checkpoint-replay)"
+            way_on = "raise it, or let episodes go on (checkpoint_replay=False, --no-checkpoint-replay)"
             self._warn_of_cut(self._uncut, way_on, setting)
         self._age[:], self._uncut, self._ended[:] = 0, 0, False
-        if self._film is not None:
-            self._film.drop()
-        open_episodes(self.lanes, self.replay, Seeds.of(self._seeds(self.steps)).lanes)
+        if self._videos is not None:
+            self._videos.drop()
+        start_episodes(self.envs, self.replay, Seeds.of(self._seeds(self.steps)).envs)
 
     def _share_frames(self) -> None:
         frames = self.replay.frames if isinstance(self.replay, DeviceReplay) else None
@@ -326,22 +328,22 @@ class Run(BaseRun):
         super()._checkpoint()
 
     def _shaped(self, step: Step) -> NDArray[np.float64]:
-        """Return 1 at the end of a game that was long enough, else 0."""
+        """Return 1 at the end of an episode that was long enough, else 0."""
         reward = np.zeros(self.config.num_envs)
         for episode in step.episodes:
-            reward[episode.lane] = episode.steps >= self.config.success_steps
+            reward[episode.env_index] = episode.steps >= self.config.success_steps
         return reward
 
     def _end(self, episode: Episode) -> None:
         super()._end(episode)
-        every = self.config.target_sync_episodes
+        every = self.config.target_update_period_episodes
         if every and self.episodes % every == 0:
-            self.learner.sync_target()
-        if self._film is not None and episode.lane == 0:
-            self._film.finish(self.frames, episode.total)
+            self.learner.update_target()
+        if self._videos is not None and episode.env_index == 0:
+            self._videos.finish(self.frames, episode.total)
 
     def _inputs(self) -> str:
-        return inputs_of(self.config, self.lanes)
+        return inputs_of(self.config, self.envs)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self.learner.state()

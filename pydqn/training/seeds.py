@@ -12,7 +12,7 @@ class Seeds(NamedTuple):
 
     own: int
     evaluation: int
-    lanes: int
+    envs: int
     replay: int
     network: int
 

@@ -1,6 +1,6 @@
 """Q-learning on a table (Watkins 1989), for environments with numbered states and actions.
 
-Test games are most of the work: the published FrozenLake agent plays twenty after every update. Where an environment
+Test episodes are most of the work: the published FrozenLake agent plays twenty after every update. Where an environment
 publishes its transition probabilities, as Gymnasium's small text worlds do, learning and testing run on these in
 compiled code; any other environment is stepped.
 """
@@ -34,7 +34,7 @@ _NO_LIMIT = 2**62  # steps
 
 
 class Trials(NamedTuple):
-    """When test games are played, and what their mean return has to beat."""
+    """When test episodes are played, and what their mean return has to beat."""
 
     steps_before: int
     every_steps: int  # 0 for never
@@ -47,8 +47,8 @@ class Outcome(NamedTuple):
 
     steps: int
     test_mean: float  # of the last test; NaN when there was none
-    longest_test: int  # steps of the longest test game
-    episodes: list[tuple[float, int, int]]  # of games that ended: return, length, and after how many of these steps
+    longest_test: int  # steps of the longest test episode
+    episodes: list[tuple[float, int, int]]  # of episodes that ended: return, length, and after how many of these steps
 
 
 class ModelledTask:
@@ -67,7 +67,7 @@ class ModelledTask:
         self.begin(generators)
 
     def begin(self, generators: list[np.random.Generator], seeds: tuple[int, int] | None = None) -> None:
-        """Open a game, with these generators for exploration; `seeds` are for environments that are stepped."""
+        """Open an episode, with these generators for exploration; `seeds` are for environments that are stepped."""
         self._generators = generators
         self._state = int(_first_state(self._model[0], generators[0]))
         self.length, self._total = 0, 0.0
@@ -103,7 +103,7 @@ class ModelledTask:
 
 
 class SteppedTask:
-    """Any environment with numbered states, step by step; a second one is for tests, which may not disturb a game."""
+    """Any environment with numbered states, step by step; a second one is for tests, which may not disturb an episode."""
 
     steps_at_once = 1  # should one fail, all steps before it have been counted
 
@@ -146,7 +146,7 @@ class SteppedTask:
         return Outcome(len(epsilons), test_mean, longest, episodes)
 
     def _play(self, table: NDArray[np.float64]) -> tuple[float, int]:
-        """Return the return of one test game, and its steps."""
+        """Return the return of one test episode, and its steps."""
         assert self._test_env is not None
         state, total, steps, over = self._test_env.reset(), 0.0, 0, False
         while not over:
@@ -165,7 +165,7 @@ class SteppedTask:
 class TabularRun(BaseRun):
     """One training run of a table. A report is due whenever a test mean is the best so far, and on schedule.
 
-    A new game is opened at each checkpoint that is due, so that a run which is resumed from it is the same run.
+    A new episode is opened at each checkpoint that is due, so that a run which is resumed from it is the same run.
     """
 
     def _open(self, seeds: np.random.SeedSequence) -> None:
@@ -177,7 +177,7 @@ class TabularRun(BaseRun):
     def _make_task(
         self, generators: list[np.random.Generator], seeds: tuple[int, int]
     ) -> tuple[ModelledTask | SteppedTask, tuple[int, int]]:
-        """Return the task, with a game opened, and the shape of its table."""
+        """Return the task, with an episode opened, and the shape of its table."""
         config = self.config
         with ExitStack() as unless_stepped:
             env = StateEnv(config, seeds[0])
@@ -323,7 +323,7 @@ def _first_state(start, generator):
 
 @kernel()
 def _test(table, model, most_steps, games, epsilon, generator):
-    """Return the mean return of test games, and the steps of the longest."""
+    """Return the mean return of test episodes, and the steps of the longest."""
     start, offset, chance, next_state, reward, terminated = model
     total, longest = 0.0, 0
     for _ in range(games):

@@ -1,4 +1,4 @@
-"""Batches of many steps for a `TransitionReplay`: which lane each goes to, and a place for what else belongs to it."""
+"""Batches of many steps for a `TransitionReplay`: which environment each goes to, and a slot for what else belongs to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn._util.checks import dtype_name, integer
-from pydqn._util.files import Damaged, Stamp, check_stamped, read_index, write_index
+from pydqn._util.files import Checksum, Damaged, read_index, verify_checksum, write_index
 from pydqn._util.weights import load_weights, save_weights
 from pydqn.replay.frames import FrameReplay
 from pydqn.replay.saving import saved_settings
@@ -27,7 +27,7 @@ from pydqn.replay.transitions import TransitionReplay
 if TYPE_CHECKING:
     import torch
 
-_MANIFEST, _KIND, _PLACES = "streams.json", "pydqn-streams", "places"
+_MANIFEST, _KIND, _SLOTS = "streams.json", "pydqn-streams", "slots"
 _SAVED = re.compile(r"\.?(?:memory-(\d+)|columns-(\d+)\.safetensors(?:\.part)?)")
 _MOST = 1 << 62
 _MOST_LEFT = 1000  # episodes that were left in the middle, remembered in case that they are gone on with
@@ -36,14 +36,14 @@ _MOST_LEFT = 1000  # episodes that were left in the middle, remembered in case t
 class Streams:
     """Feeds a `TransitionReplay` with rows, each a step of one of several environments, however they are ordered.
 
-    A run of rows that follow one another goes to the lane whose last observation it begins with, or else to one whose
+    A run of rows that follow one another goes to the environment whose last observation it begins with, or else to one whose
     episode has ended. So environments may come in blocks of T steps, step by step, or one at a time, and episodes go
     on from one batch to the next. What cannot be told is stored right all the same: an episode that is taken up anew
     costs some frames more, and n-step windows end where it was left. (Only names tell environments apart that have the
     same observations.)
 
     Args:
-        replay: where the frames go.
+        transitions: where the frames go.
 
     Attributes:
         columns: what else belongs to each transition, by name: tensors, made for what comes with the first batch.
@@ -51,17 +51,21 @@ class Streams:
 
     columns: dict[tuple[str, ...], torch.Tensor]
 
-    def __init__(self, replay: TransitionReplay) -> None:
-        lanes = replay.num_envs
-        self.replay = replay
+    def __init__(self, transitions: TransitionReplay) -> None:
+        num_envs = transitions.num_envs
+        self.transitions = transitions
         self.columns = {}
-        self._each = replay.capacity // lanes + replay.memory.n_step - 1  # of the newest, windows may be open
-        self._counts = np.zeros(lanes, np.int64)  # steps that each lane has got
-        self._place_of = np.zeros(0, np.int64)  # of the step that was taken at each frame
-        self._last = np.zeros((lanes, *replay.shape), replay.memory.dtype)  # observation that each lane has come to
-        self._goes_on = np.zeros(lanes, bool)
-        self._name: list[Any] = [None] * lanes
-        self._written = np.zeros(lanes, np.int64)
+        self._each = (
+            transitions.capacity // num_envs + transitions.frame_replay.n_step - 1
+        )  # of the newest, windows may be open
+        self._counts = np.zeros(num_envs, np.int64)  # steps that each environment has got
+        self._slot_of = np.zeros(0, np.int64)  # of the step that was taken at each frame
+        self._last = np.zeros(
+            (num_envs, *transitions.shape), transitions.frame_replay.dtype
+        )  # observation that each environment has come to
+        self._goes_on = np.zeros(num_envs, bool)
+        self._name: list[Any] = [None] * num_envs
+        self._written = np.zeros(num_envs, np.int64)
         self._left: dict[Any, None] = {}
         self._warned: set[str] = set()
 
@@ -97,33 +101,35 @@ class Streams:
         if not self.columns:
             most = len(self._counts) * self._each
             self.columns = {name: _zeros((most, *other.shape[1:]), other.dtype) for name, other in others.items()}
-        lane = self._lanes(obs, next_obs, done, opens, names)
-        count = np.bincount(lane, minlength=len(self._counts))
-        turn = np.empty_like(lane)  # within its lane, from 0 on
-        turn[np.argsort(lane, kind="stable")] = np.arange(len(lane)) - np.repeat(np.cumsum(count) - count, count)
-        place = lane * self._each + (self._counts[lane] + turn) % self._each
-        order = np.lexsort((lane, turn))  # one step of every lane at a time
-        cut, nothing = done & ~terminated, np.zeros(len(lane), np.int64)
+        env_index = self._assign(obs, next_obs, done, opens, names)
+        count = np.bincount(env_index, minlength=len(self._counts))
+        turn = np.empty_like(env_index)  # within its environment, from 0 on
+        turn[np.argsort(env_index, kind="stable")] = np.arange(len(env_index)) - np.repeat(
+            np.cumsum(count) - count, count
+        )
+        slot = env_index * self._each + (self._counts[env_index] + turn) % self._each
+        order = np.lexsort((env_index, turn))  # one step of every environment at a time
+        cut, nothing = done & ~terminated, np.zeros(len(env_index), np.int64)
         index, stored = nothing.copy(), 0
         try:
             for rows in np.split(order, np.flatnonzero(np.diff(turn[order])) + 1):
                 some: Any = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
-                lanes = None if len(rows) == len(self._counts) else lane[some]
-                index[some] = self.replay.add(
-                    obs[some], next_obs[some], nothing[some], reward[some], terminated[some], cut[some], lanes
+                env_indices = None if len(rows) == len(self._counts) else env_index[some]
+                index[some] = self.transitions.add(
+                    obs[some], next_obs[some], nothing[some], reward[some], terminated[some], cut[some], env_indices
                 )
                 stored += len(rows)
         finally:  # what the memory holds has its columns, even if a later row was refused
             rows = np.sort(order[:stored])
-            count = np.bincount(lane[rows], minlength=len(self._counts))
-            rows = rows[turn[rows] + self._each >= count[lane[rows]]]  # the others have lost their places to these
-            if not len(self._place_of):  # (the first row may have settled how large the memory is)
-                self._place_of = np.zeros(self.replay.memory.capacity, np.int64)
-            self._place_of[index[rows] % len(self._place_of)] = place[rows]
+            count = np.bincount(env_index[rows], minlength=len(self._counts))
+            rows = rows[turn[rows] + self._each >= count[env_index[rows]]]  # the others have lost their slots to these
+            if not len(self._slot_of):  # (the first row may have settled how large the memory is)
+                self._slot_of = np.zeros(self.transitions.frame_replay.capacity, np.int64)
+            self._slot_of[index[rows] % len(self._slot_of)] = slot[rows]
             for name, column in self.columns.items():
-                column[place[rows]] = others[name] if len(rows) == len(lane) else others[name][rows]
+                column[slot[rows]] = others[name] if len(rows) == len(env_index) else others[name][rows]
             self._counts += count
-        self._tell_of_idle_lanes()
+        self._warn_if_idle()
         return index
 
     @property
@@ -134,34 +140,36 @@ class Streams:
     @property
     def nbytes(self) -> int:
         """Bytes held when full."""
-        return self.replay.nbytes + self._place_of.nbytes + sum(int(column.nbytes) for column in self.columns.values())
+        return (
+            self.transitions.nbytes + self._slot_of.nbytes + sum(int(column.nbytes) for column in self.columns.values())
+        )
 
-    def places_at(self, index: NDArray[np.int64], steps: int | NDArray[np.int64] = 0) -> NDArray[np.int64]:
-        """Return, (B,), the places of held transitions, or of those that come so many steps later in their lanes."""
-        places: NDArray[np.int64] = self._place_of[(index + steps * len(self._counts)) % len(self._place_of)]
-        return places
+    def slots_at(self, index: NDArray[np.int64], steps: int | NDArray[np.int64] = 0) -> NDArray[np.int64]:
+        """Return, (B,), the slots of held transitions, or of those that come so many steps later in their environments."""
+        slots: NDArray[np.int64] = self._slot_of[(index + steps * len(self._counts)) % len(self._slot_of)]
+        return slots
 
     def save(self, path: Path, notes: dict[str, Any]) -> None:
         """Write everything to a folder, without pickle, and notes of the caller's, as JSON can hold them.
 
         Saving there again writes only frames that are new. What was saved before counts until all is written: the
-        manifest, which names both files, takes its place last.
+        manifest, which names both files, takes its slot last.
         """
         import torch
 
         path = path.absolute()
         path.mkdir(parents=True, exist_ok=True)
-        replay, memory = self.replay, self.replay.memory
+        transitions, replay = self.transitions, self.transitions.frame_replay
         columns = {json.dumps(name): column for name, column in self.columns.items()}
-        columns[_PLACES] = torch.from_numpy(self._place_of)
-        made = {"shape": replay.shape, "dtype": memory.dtype.name, "num_envs": replay.num_envs}
-        made |= {"stack": memory.stack, "padding": memory.padding}
-        state = {"ticks": memory.lane_ticks, "counts": self._counts.tolist(), "notes": notes}
+        columns[_SLOTS] = torch.from_numpy(self._slot_of)
+        made = {"shape": transitions.shape, "dtype": replay.dtype.name, "num_envs": replay.num_envs}
+        made |= {"stack": replay.stack, "padding": replay.padding}
+        state = {"time_steps": replay.env_time_steps, "counts": self._counts.tolist(), "notes": notes}
         number = 1 + max((each for each, _ in _saved(path)), default=0)
         try:
-            memory.save(path / f"memory-{number}")
-            stamp = save_weights(path / f"columns-{number}.safetensors", columns, {**made, **state})
-            write_index(path / _MANIFEST, _KIND, {"number": number, "columns": stamp})
+            replay.save(path / f"memory-{number}")
+            checksum = save_weights(path / f"columns-{number}.safetensors", columns, {**made, **state})
+            write_index(path / _MANIFEST, _KIND, {"number": number, "columns": checksum})
         finally:
             _sweep(path)
 
@@ -181,14 +189,14 @@ class Streams:
             ValueError: the folder is damaged, or was made with other arguments.
             MemoryError: what is saved needs more memory than there is.
         """
-        number, stamp = _manifest(path)
+        number, checksum = _manifest(path)
         file, folder = path / f"columns-{number}.safetensors", path / f"memory-{number}"
-        check_stamped(file, stamp)
+        verify_checksum(file, checksum)
         columns, state = load_weights(file)
         header = saved_settings(folder)
         try:
             made = _made(state, header)
-            notes, ticks = state["notes"], state["ticks"]
+            notes, time_steps = state["notes"], state["time_steps"]
             counts = [integer("counts", count, 0, _MOST) for count in state["counts"]]
         except (KeyError, TypeError, ValueError) as error:
             raise Damaged(f"{file}: what it says does not fit {folder.name} ({error})") from None
@@ -196,16 +204,16 @@ class Streams:
         settings["stack"] = settings.get("stack") or made["stack"]
         try:
             streams = cls(TransitionReplay(capacity, made["shape"], made["dtype"], **settings))
-            expected = streams.replay.memory.settings
+            expected = streams.transitions.frame_replay.settings
             del expected["alpha"]
             memory = FrameReplay.load(folder, expected)
         except MemoryError as error:
             raise MemoryError(f"{path}: {error}") from None
         except TypeError as error:  # a dtype that this machine has not
             raise Damaged(f"{file}: {error}") from None
-        if memory.lane_ticks != ticks:
+        if memory.env_time_steps != time_steps:
             raise Damaged(f"{path}: {folder.name} and {file.name} were not saved together")
-        streams.replay.memory = memory
+        streams.transitions.frame_replay = memory
         streams._restore(file, columns, counts)
         return streams, notes
 
@@ -213,14 +221,14 @@ class Streams:
         """Take over what belongs to the transitions."""
         import torch
 
-        most, places = len(self._counts) * self._each, columns.pop(_PLACES, torch.zeros(0))
+        most, slots = len(self._counts) * self._each, columns.pop(_SLOTS, torch.zeros(0))
         try:
             if len(counts) != len(self._counts):
                 raise ValueError(f"counts: expected {len(self._counts)}, got {len(counts)}")
-            if places.dtype != torch.int64 or places.shape != (self.replay.memory.capacity,):
-                raise ValueError(f"{_PLACES}: got {places.dtype} of shape {tuple(places.shape)}")
-            if not ((places >= 0) & (places < most)).all():
-                raise ValueError(f"{_PLACES}: expected numbers from 0 to {most - 1}")
+            if slots.dtype != torch.int64 or slots.shape != (self.transitions.frame_replay.capacity,):
+                raise ValueError(f"{_SLOTS}: got {slots.dtype} of shape {tuple(slots.shape)}")
+            if not ((slots >= 0) & (slots < most)).all():
+                raise ValueError(f"{_SLOTS}: expected numbers from 0 to {most - 1}")
             for text, column in columns.items():
                 name = json.loads(text)
                 if not isinstance(name, list) or not all(isinstance(part, str) for part in name):
@@ -230,7 +238,7 @@ class Streams:
                 self.columns[tuple(name)] = column
         except (ValueError, RecursionError) as error:
             raise Damaged(f"{file}: what it holds are no columns ({error})") from None
-        self._counts[:], self._place_of = counts, places.numpy()
+        self._counts[:], self._slot_of = counts, slots.numpy()
 
     def state(self, notes: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return the files of `save`, by name: (bytes,) uint8 each."""
@@ -253,7 +261,7 @@ class Streams:
                 content.cpu().numpy().tofile(path)
             return cls.load(Path(folder), capacity, **settings)
 
-    def _lanes(
+    def _assign(
         self,
         obs: NDArray[Any],
         next_obs: NDArray[Any],
@@ -261,23 +269,27 @@ class Streams:
         opens: NDArray[np.bool_],
         names: NDArray[Any] | None,
     ) -> NDArray[np.int64]:
-        lanes = np.zeros(len(obs), np.int64)
-        lane = -1
+        env_indices = np.zeros(len(obs), np.int64)
+        env_index = -1
         for start, stop in pairwise([*np.flatnonzero(opens).tolist(), len(obs)]):
             name = None if names is None else names[start]
-            lane = self._lane_of(obs[start], name, lane + 1)
-            lanes[start:stop] = lane
-            self._last[lane], self._goes_on[lane], self._name[lane] = next_obs[stop - 1], not done[stop - 1], name
-            self._written[lane] = self._written.max() + 1
-        return lanes
+            env_index = self._env_of(obs[start], name, env_index + 1)
+            env_indices[start:stop] = env_index
+            self._last[env_index], self._goes_on[env_index], self._name[env_index] = (
+                next_obs[stop - 1],
+                not done[stop - 1],
+                name,
+            )
+            self._written[env_index] = self._written.max() + 1
+        return env_indices
 
-    def _lane_of(self, obs: NDArray[Any], name: Any, guess: int) -> int:
-        """Return the lane of a run that begins with `obs`."""
+    def _env_of(self, obs: NDArray[Any], name: Any, guess: int) -> int:
+        """Return the environment of a run that begins with `obs`."""
         count = len(self._counts)
-        for lane in ((guess + number) % count for number in range(count)):
-            same = name is None or self._name[lane] is None or self._name[lane] == name
-            if self._goes_on[lane] and same and np.array_equal(self._last[lane], obs):
-                return lane
+        for env_index in ((guess + number) % count for number in range(count)):
+            same = name is None or self._name[env_index] is None or self._name[env_index] == name
+            if self._goes_on[env_index] and same and np.array_equal(self._last[env_index], obs):
+                return env_index
         if _sign(obs, name) in self._left:
             self._warn(
                 f"num_envs: the buffer was made for {count} environments, or its first batch came from so many, but "
@@ -287,15 +299,15 @@ class Streams:
         ended = np.flatnonzero(~self._goes_on)
         if len(ended):
             return int(ended[self._counts[ended].argmin()])
-        lane = int(self._written.argmin())
-        self._left[_sign(self._last[lane], self._name[lane])] = None
+        env_index = int(self._written.argmin())
+        self._left[_sign(self._last[env_index], self._name[env_index])] = None
         if len(self._left) > _MOST_LEFT:
             del self._left[next(iter(self._left))]
-        return lane
+        return env_index
 
-    def _tell_of_idle_lanes(self) -> None:
-        """Warn where the buffer should be full, and is not, as some lanes get little or nothing."""
-        each = self.replay.capacity // len(self._counts)
+    def _warn_if_idle(self) -> None:
+        """Warn where the buffer should be full, and is not, as some environments get little or nothing."""
+        each = self.transitions.capacity // len(self._counts)
         held, capacity = int(np.minimum(self._counts, each).sum()), each * len(self._counts)
         if self._counts.sum() >= 2 * capacity and held < 0.75 * capacity:
             self._warn(
@@ -316,11 +328,11 @@ def _sign(obs: NDArray[Any], name: Any) -> Any:
     return hash(obs.tobytes()) if name is None else ("name", name)
 
 
-def _manifest(path: Path) -> tuple[int, Stamp]:
+def _manifest(path: Path) -> tuple[int, Checksum]:
     """Return which of the files in a folder count, and what that of the columns has to be."""
     content = read_index(path / _MANIFEST, _KIND)
     try:
-        return integer("number", content["number"], 0, _MOST), Stamp.parse(content["columns"])
+        return integer("number", content["number"], 0, _MOST), Checksum.parse(content["columns"])
     except (KeyError, ValueError) as error:
         raise Damaged(f"{path / _MANIFEST}: does not name its files ({error})") from None
 

@@ -1,4 +1,4 @@
-"""The replay memories of others and our own behind one face: `add` a transition of Atari, `sample` 32 of them.
+"""The replay buffers of others and our own behind one face: `add` a transition of Atari, `sample` 32 of them.
 
 Each gets transitions as its users give them: most take two stacks of four frames, some the newest frames alone.
 """
@@ -190,13 +190,13 @@ class PlainCopy:
 
 
 class RingCopy(PlainCopy):
-    """The same from the memory of a full ring of ours, of one lane."""
+    """The same from the memory of a full ring of ours, of one environment."""
 
     def __init__(self, replay):
         self.replay = replay
         slots = replay.capacity + 1
-        self._copy_from(replay.next_slot().ctypes.data - replay._core.ticks % slots * 84 * 84, slots)
+        self._copy_from(replay.next_slot().ctypes.data - replay._core.time_steps % slots * 84 * 84, slots)
         before, batch = replay.latest()[0, -1], self.out
-        place = (replay._core.ticks - 1) % slots
+        place = (replay._core.time_steps - 1) % slots
         ctypes.memmove(batch.ctypes.data, self.address + place * 84 * 84, 84 * 84)
         np.testing.assert_array_equal(batch[0, : 84 * 84].reshape(84, 84), before)  # it is that memory
