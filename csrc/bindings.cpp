@@ -356,8 +356,8 @@ PYBIND11_MODULE(_core, module) {
            py::arg("num_envs"), py::arg("dtype"), py::arg("pad_with_first"), py::arg("alpha"),
            py::arg("limit"), py::arg("seed"))
       .def("__len__", &Binding::size, Unlocked())
-      .def_property_readonly("ticks", py::cpp_function(&Binding::most_ticks, Unlocked()))
-      .def_property_readonly("lane_ticks", py::cpp_function(&Binding::lane_ticks, Unlocked()))
+      .def_property_readonly("time_steps", py::cpp_function(&Binding::most_ticks, Unlocked()))
+      .def_property_readonly("env_time_steps", py::cpp_function(&Binding::lane_ticks, Unlocked()))
       .def("stored", &Binding::stored, Unlocked())
       .def_property_readonly("nbytes", &Binding::bytes)
       .def("next_slot", [](const py::object& self) { return Binding::next_slot(self); })
@@ -372,7 +372,7 @@ PYBIND11_MODULE(_core, module) {
       .def("import_run", &Binding::import_run)
       .def("export_priorities", &Binding::export_priorities)
       .def("import_priorities", &Binding::import_priorities)
-      .def("set_ticks", &Binding::set_ticks, Unlocked())
+      .def("set_time_steps", &Binding::set_ticks, Unlocked())
       .def("end_import", &Binding::end_import, Unlocked())
       .def("set_alpha", &Binding::set_alpha, Unlocked())
       .def_property("generator_state", py::cpp_function(&Binding::generator_state, Unlocked()),

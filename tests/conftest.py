@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gymnasium
 import pytest
-from odd_envs import ID, Counted, Odd
 
 from pydqn import preset
+from tests.helpers.odd_envs import ID, Counted, Odd
 
 # An episode is over after 400 frames, so that a run of a few hundred steps sees whole episodes.
 TINY = {

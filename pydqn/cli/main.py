@@ -184,8 +184,7 @@ class _Start(NamedTuple):
 
 
 def _to_resume(arguments: argparse.Namespace, path: str | Path) -> _Start:
-    from pydqn.runs.checkpoint import run_of
-    from pydqn.runs.layout import load_run
+    from pydqn.runs.layout import load_run, run_of
 
     if arguments.resume and arguments.logdir:
         raise ValueError("logdir: a resumed run stays in its folder")
@@ -363,7 +362,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     import datetime
 
     from pydqn._util.files import write_json
-    from pydqn.runs.provenance import environment
+    from pydqn.runs.provenance import provenance
     from pydqn.training.benchmark import measure
 
     if not arguments.seconds > 0:
@@ -378,7 +377,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         rows.append(row._asdict())
         print(f"{row.stage:34} {row.microseconds:9,.0f} us {row.per_second:14,.0f} {row.unit}", flush=True)
     if arguments.output:
-        about = {"date": datetime.date.today().isoformat(), **environment()}
+        about = {"date": datetime.date.today().isoformat(), **provenance()}
         write_json(Path(arguments.output), {"about": about, "config": config.to_dict(), "stages": rows})
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
 from pydqn.envs.ids import rom_of
-from pydqn.envs.spaces import States
-
-if TYPE_CHECKING:
-    pass
 from pydqn.envs.single import discrete_actions, open_env
+from pydqn.envs.spaces import States
 
 _MOST_VALUES = 2**28  # in a table, of 8 bytes each
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pydqn.config import Config
 from pydqn.envs.atari import AtariEnvs
 from pydqn.envs.base import Envs
+from pydqn.envs.gym import GymEnvs
 from pydqn.envs.ids import rom_of
 from pydqn.envs.tasks import resolved
-
-if TYPE_CHECKING:
-    pass
-from pydqn.envs.gym import GymEnvs
 
 
 def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Envs:

@@ -87,3 +87,10 @@ def _input_range(low: NDArray[Any], high: NDArray[Any], dtype: np.dtype[Any]) ->
     if numbers or max(-least, most) > _UNBOUNDED or not least < most or (least >= -1 and most <= 1):
         return UNIT_RANGE
     return least, most
+
+
+def bounds_of(space: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Return the lowest and the highest observation of a Box space, or None for another space."""
+    from gymnasium import spaces
+
+    return (space.low, space.high) if isinstance(space, spaces.Box) else None

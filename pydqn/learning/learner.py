@@ -19,9 +19,9 @@ from pydqn.config import Config
 from pydqn.learning.losses import LOSSES, td_error
 from pydqn.learning.networks import tensors_of
 from pydqn.learning.optimizers import Settings, State, make_optimizer
-from pydqn.learning.pixels import look_up
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.replay.frames import Batch
+from pydqn.replay.lookup import look_up
 
 
 class Metrics(NamedTuple):

@@ -16,7 +16,7 @@ from pydqn._util.cuda import CannotRecordError, DeviceToHost, Graph, HostToDevic
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
 from pydqn.learning.networks import PixelTorso, Table, VectorTorso, lowered
-from pydqn.learning.pixels import look_up
+from pydqn.replay.lookup import look_up
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pydqn.config import Config
 from pydqn.plotting.figure import require_suffix, write_figure
-from pydqn.runs.logs import EPISODES, PROGRESS, read_csv
+from pydqn.runs.layout import EPISODES, PROGRESS
+from pydqn.runs.logs import read_csv
 
 _APART = ("seed", "torch_threads", "emulator_threads")  # what the runs of a group may differ in
 _POINTS = 400  # on which the seeds of a group are compared

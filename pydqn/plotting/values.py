@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydqn.config import Config
 from pydqn.envs.make import make_envs
 from pydqn.envs.single import open_env
-from pydqn.envs.spaces import States
+from pydqn.envs.spaces import States, bounds_of
 from pydqn.evaluation.build import load_policy
 from pydqn.learning.policy import Policy
 from pydqn.plotting.figure import require_suffix, write_figure
@@ -100,15 +100,14 @@ class Outline(NamedTuple):
 
 def outline(config: Config) -> Outline:
     """Return the outline of a Gymnasium task."""
-    from gymnasium import spaces
-
     from pydqn.envs.checked import close
 
     env, checked = open_env(config, 0, 1, 0)
     try:
         space, bare = env.observation_space, env.unwrapped
-        if isinstance(space, spaces.Box):
-            return Outline((space.low, space.high), (), [], ())
+        bounds = bounds_of(space)
+        if bounds is not None:
+            return Outline(bounds, (), [], ())
         states = States.of(space)
         sizes = () if states is None else states.sizes
         left, down, right, up = (-1, 0), (0, -1), (1, 0), (0, 1)

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pydqn._util.cuda import on
-from pydqn.learning.pixels import as_words, look_up
 from pydqn.replay.frames import Batch, FrameReplay
+from pydqn.replay.lookup import as_words, look_up
 
 Rows = TypeVar("Rows")
 

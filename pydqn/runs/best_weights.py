@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydqn._util.weights import load_weights, save_weights
 from pydqn._util.files import Damaged
+from pydqn._util.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     import torch

@@ -6,23 +6,20 @@ without it there is no checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydqn._util.files import Damaged, Checksum, atomic_write, verify_checksum, read_index, sync_folder, write_index
+from pydqn._util.files import Checksum, Damaged, read_index, sync_folder, verify_checksum, write_index
+from pydqn.runs.layout import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
 from pydqn._util.weights import load_weights, save_weights
 
-
-CHECKPOINTS = "checkpoints"
 _KEPT = 2  # should the newest be damaged some day
 _MANIFEST = "manifest.json"
 _KIND = "pydqn-checkpoint"
@@ -77,12 +74,6 @@ def checkpoints(run: str | os.PathLike[str]) -> list[Path]:
 def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
     """Return the folder of a run's latest checkpoint, or None."""
     return max(checkpoints(run), default=None)
-
-
-def run_of(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """Return the folder of a run, and which of its checkpoints is meant where `path` is one."""
-    path = Path(path)
-    return (path.parents[1], path) if path.parent.name == CHECKPOINTS else (path, None)
 
 
 def discard_after(checkpoint: Path) -> None:

@@ -6,14 +6,10 @@ import csv
 import io
 import math
 import os
-import platform
-import sys
-import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,15 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn._util.files import atomic_write, named_errors
-from pydqn._util.machine import instruction_sets, processor, usable_cores
+from pydqn.runs.layout import EPISODES, PROGRESS
 
-
-PROGRESS = "progress.csv"
 _LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
-EPISODES = "episodes.csv"
 # TensorBoard shows each group as one row of charts.
 GROUPS = {
-    "episodes": ("mean_return", "last_return", "mean_length_steps", "last_length_steps", "episodes", "evaluation_return"),
+    "episodes": (
+        "mean_return",
+        "last_return",
+        "mean_length_steps",
+        "last_length_steps",
+        "episodes",
+        "evaluation_return",
+    ),
     "learning": ("loss", "mean_q", "max_q", "grad_norm", "epsilon"),
     "process": ("cpu_percent", "memory_mb", "memory_percent"),
     "speed": ("frames_per_second", "updates_per_second", "frames", "updates", "seconds"),

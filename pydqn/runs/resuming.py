@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydqn.runs.checkpoint import checkpoints, load_checkpoint
-from pydqn.config import TRANSITIONS, Config
 from pydqn._util.files import Damaged
+from pydqn.config import TRANSITIONS, Config
 from pydqn.envs.ids import rom_of
 from pydqn.replay.saving import verify_saved
+from pydqn.runs.checkpoint import checkpoints, load_checkpoint
 
 WITHOUT_REPLAY = "--no-checkpoint-replay (in Python checkpoint_replay=False) goes on with an empty replay buffer"
 

@@ -26,18 +26,11 @@ from pydqn.envs.tasks import described, resolved
 from pydqn.learning.schedules import epsilon
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.best_weights import BestWeights
-from pydqn.runs.checkpoint import (
-    CHECKPOINTS,
-    Checkpoint,
-    discard_after,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from pydqn.runs.layout import BEST_WEIGHTS, CONFIG, LAST_WEIGHTS, load_run
+from pydqn.runs.checkpoint import Checkpoint, discard_after, latest_checkpoint, load_checkpoint, save_checkpoint
+from pydqn.runs.layout import BEST_WEIGHTS, CHECKPOINTS, CONFIG, ENVIRONMENT, EPISODES, LAST_WEIGHTS, PROGRESS, load_run
 from pydqn.runs.locks import FolderLock
-from pydqn.runs.logs import EPISODES, PROGRESS, Report, RunLog, read_returns
-from pydqn.runs.provenance import Process, environment
+from pydqn.runs.logs import Report, RunLog, read_returns
+from pydqn.runs.provenance import Process, provenance
 from pydqn.runs.result import Diverged, Learned, Result
 from pydqn.runs.resuming import changes, instead_of, transition_settings
 from pydqn.runs.stopping import Standing, ending
@@ -133,7 +126,7 @@ class BaseRun:
             self._best_weights.go_on(self._is_ours)
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
-        write_json(self.logdir / "environment.json", {**environment(), **self.arithmetic(), **self.task()})
+        write_json(self.logdir / ENVIRONMENT, {**provenance(), **self.arithmetic(), **self.task()})
         self._log = RunLog(self.logdir, self.steps, self.episodes)
         if path is None:
             self._checkpoint()  # so that whatever comes, there is one to go on from

@@ -31,8 +31,8 @@ from pydqn.learning.policy import Actor, Policy, resolve_device, torch_threads
 from pydqn.learning.schedules import Due, epsilon, learning_rate, priority_beta
 from pydqn.replay.device import DeviceReplay, resolve_storage
 from pydqn.replay.frames import FrameReplay
-from pydqn.runs.checkpoint import Checkpoint, run_of
-from pydqn.runs.layout import load_run
+from pydqn.runs.checkpoint import Checkpoint
+from pydqn.runs.layout import VIDEOS, load_run, run_of
 from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import Report
 from pydqn.runs.result import Learned, Result
@@ -42,8 +42,6 @@ from pydqn.training.episode_videos import EpisodeVideos
 from pydqn.training.seeds import Seeds
 from pydqn.training.signals import deferred
 from pydqn.training.tabular import TabularRun
-
-VIDEOS = Path("videos")
 
 
 def train(config: Config, logdir: str | os.PathLike[str]) -> Result:

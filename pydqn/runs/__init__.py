@@ -1,0 +1,1 @@
+"""The folder of a run: its layout, lock, logs, checkpoints and weights."""

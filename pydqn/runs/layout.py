@@ -1,0 +1,52 @@
+"""Where things are in the folder of a run, and the settings that it was made with."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pydqn._util.files import read_json
+from pydqn.config import Config
+from pydqn.envs.tasks import with_overrides
+
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+PROGRESS = "progress.csv"
+EPISODES = "episodes.csv"
+CHECKPOINTS = "checkpoints"
+BEST_WEIGHTS = Path("weights") / "best.safetensors"
+LAST_WEIGHTS = Path("weights") / "last.safetensors"
+SCORES = "scores.jsonl"
+VIDEOS = Path("videos")
+
+
+def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
+    """Read the `Config` of a run's folder, with fields replaced by `overrides`.
+
+    With another environment (`env_id`), settings that belong to the run's own become neutral ones, as in
+    `pydqn.presets.preset`, and a UserWarning names them; not pixel_mean and pixel_std, with which the run's weights
+    have learned.
+
+    Raises:
+        ValueError: `run` is not the folder of a run, or its config is not valid.
+    """
+    path = Path(run) / CONFIG
+    if not path.exists():
+        raise ValueError(f"run: {str(run)!r} is not the folder of a run (it has no {CONFIG})")
+    plain = read_json(path)
+    if not isinstance(plain, dict):
+        raise ValueError(f"run: {path} is not a run's config")
+    config = Config.from_dict(plain)
+    trained = {name: getattr(config, name) for name in ("pixel_mean", "pixel_std")}
+    config, note = with_overrides(config, "the run's", {**trained, **overrides})
+    if note:
+        warnings.warn(f"run: {note}", stacklevel=2)
+    return config
+
+
+def run_of(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """Return the folder of a run, and which of its checkpoints is meant where `path` is one."""
+    path = Path(path)
+    return (path.parents[1], path) if path.parent.name == CHECKPOINTS else (path, None)

@@ -1,0 +1,41 @@
+"""What a result depends on beside its settings, and what a run takes of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+from pydqn._util.machine import instruction_sets, processor, usable_cores
+
+
+class Process:
+    """What this process takes of the machine."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # opens the first interval
+
+    def read(self) -> dict[str, float]:
+        """Return cpu_percent since the last call, memory_mb and memory_percent."""
+        with self._process.oneshot():
+            return {
+                "cpu_percent": self._process.cpu_percent(),
+                "memory_mb": self._process.memory_info().rss / 2**20,
+                "memory_percent": self._process.memory_percent(),
+            }
+
+
+def provenance() -> dict[str, str]:
+    """Return what a result depends on beside its config: versions, the processor and what it can do."""
+    packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
+    return {
+        **{name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": f"{usable_cores()} usable of {os.cpu_count()}",
+        "instruction_sets": " ".join(instruction_sets()),
+    }

@@ -1,0 +1,333 @@
+"""What cannot become a CUDA graph runs without one, and nothing of the attempt stays. `torch.cuda` is a stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pydqn._util.cuda import CannotRecordError, Graph, unchanged, warm_up
+from pydqn.learning import learner as learner_module
+from pydqn.learning.optimizers import Kernels
+from pydqn.learning.policy import Actor, Policy
+from tests.learning.test_learner import assert_equal_learners, make, needs_cuda
+from tests.learning.test_own_loss import SIZE, of_distributions
+from tests.learning.test_own_loss import make as make_own
+
+
+class Cuda:
+    """Streams, recordings and the debug mode, as far as they can fail."""
+
+    class Stream:
+        def __init__(self, device="cuda:0"):
+            self.device, self.waits_for = torch.device(device, 0) if device == "cuda" else torch.device(device), []
+
+        def wait_stream(self, other):
+            self.waits_for.append(other)
+
+        def synchronize(self):
+            self.done = True
+
+    class Graph:
+        def __init__(self):
+            self.function = None
+
+        def replay(self):
+            self.function()
+
+    def __init__(self, monkeypatch):
+        self.main, self.mode, self.recording, self.broken, self.seen = self.Stream(), 0, False, False, []
+        self.current = self.main
+        names = ["current_stream", "set_stream", "stream", "graph", "get_sync_debug_mode", "set_sync_debug_mode"]
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.Graph)
+
+    def current_stream(self, device=None):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        before, self.current = self.current, stream
+        self.recording, self.broken = True, False
+        try:
+            yield
+        finally:
+            self.recording = False
+            if self.broken:  # as PyTorch does it: the stream stays
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.current = before
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+        self.mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+
+    def item(self):
+        """Waits for the device, as the debug mode knows."""
+        if self.mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.synchronize()
+
+    def synchronize(self):
+        """Waits for the device, and the debug mode does not see it."""
+        self.seen.append((self.current is self.main, self.recording, gc.isenabled()))
+        if self.recording:
+            self.broken = True
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "default_generators", [_Generator()])
+    return Cuda(monkeypatch)
+
+
+class _Generator:
+    """Of the device: in use by a recording until that has ended well."""
+
+    def __init__(self):
+        self.state = None
+
+    def clone_state(self):
+        return "a state of its own"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_while_a_graph_is_recorded(cuda, enabled):
+    collections = []
+    gc.callbacks.append(lambda phase, info: collections.append(phase))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        graph = Graph(lambda: cuda.seen.append((cuda.recording, gc.isenabled())) or "tensors", cuda.Stream())
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+        gc.callbacks.pop()
+    assert cuda.seen == [(True, False)]
+    assert collections  # before
+    assert cuda.current is cuda.main
+    graph._graph.function = lambda: None
+    assert graph() == "tensors"
+
+
+def test_a_failed_recording_leaves_no_trace(cuda):
+    with pytest.raises(CannotRecordError, match="not permitted") as caught:
+        Graph(cuda.synchronize, cuda.Stream())
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("CUDA error: operation not permitted when stream is capturing")
+    assert "test_graphs.py:" in str(caught.value)
+    assert cuda.current is cuda.main
+    assert gc.isenabled()
+    assert torch.cuda.default_generators[0].state == "a state of its own"
+
+
+def test_an_interrupted_recording_is_no_failure(cuda):
+    def interrupted():
+        cuda.broken = True
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Graph(interrupted, cuda.Stream())
+    assert cuda.current is cuda.main
+
+
+def test_the_last_warm_up_finds_what_waits(cuda):
+    stream, runs = cuda.Stream(), []
+
+    def waits():
+        runs.append(cuda.mode)
+        cuda.item()
+
+    with pytest.raises(CannotRecordError, match=r"test_graphs.py:\d+: .*: called a synchronizing"):
+        warm_up(waits, stream)
+    assert runs == [0, 0, 2]
+    assert cuda.mode == 0
+    assert cuda.current is cuda.main
+    assert cuda.main.waits_for == [stream]  # what comes after sees what it did
+    warm_up(lambda: runs.append(cuda.mode), stream)
+    assert runs[3:] == [0, 0, 2]
+
+
+def test_other_errors_stay_what_they_are(cuda):
+    def wrong():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="^shapes do not fit$") as caught:
+        warm_up(wrong, cuda.Stream())
+    assert not isinstance(caught.value, CannotRecordError)
+    assert cuda.main.waits_for
+
+
+def test_too_little_memory_is_no_reason_to_go_on_without_a_graph(cuda):
+    runs = []
+
+    def grows():
+        runs.append(cuda.mode)
+        if cuda.recording or cuda.mode == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        warm_up(grows, cuda.Stream())
+    assert runs == [0, 0, 2]
+    assert cuda.mode == 0
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        Graph(grows, cuda.Stream())
+    assert cuda.current is cuda.main
+
+
+def test_the_device_is_idle_when_the_last_warm_up_begins(cuda):
+    stream, seen = cuda.Stream(), []
+    warm_up(lambda: seen.append(getattr(stream, "done", False)), stream)
+    assert seen == [False, False, True]
+
+
+def test_tensors_are_put_back_whatever_happens():
+    tensor = torch.ones(3)
+    with pytest.raises(ZeroDivisionError), unchanged([tensor]):
+        tensor.zero_()
+        raise ZeroDivisionError
+    assert torch.equal(tensor, torch.ones(3))
+
+
+def learner_of(cuda, monkeypatch, trouble, captured, insists=False, **settings):
+    """A learner that meets trouble in every step, and where it would be on a GPU, tries to record."""
+    monkeypatch.setattr(learner_module, "make_optimizer", Kernels)
+    learner, replay, _ = make(**settings)
+    step = learner._step
+
+    def troubled(number):
+        trouble() if cuda.recording else None  # before anything is done: a recording does nothing
+        seen = step(number)
+        trouble()
+        return seen
+
+    learner._step = troubled
+    if captured:
+        learner._stream, learner._insists = cuda.Stream(), insists
+    return learner, replay
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "restored"),
+    [
+        ("adam", "float32", False),
+        ("adam", "bfloat16", True),
+        ("rmsprop_tf", "bfloat16", False),
+        ("rmsprop_centered", "float32", True),
+    ],
+)
+@pytest.mark.parametrize("trouble", ["item", "synchronize"])
+def test_a_learner_goes_on_without_graphs(cuda, monkeypatch, trouble, optimizer, precision, restored):
+    """And is, bit for bit, where it would be without the attempt."""
+    settings = {"optimizer": optimizer, "precision": precision, "double": True}
+    trouble = getattr(cuda, trouble)
+    eager, replay = learner_of(cuda, monkeypatch, trouble, False, **settings)
+    captured, _ = learner_of(cuda, monkeypatch, trouble, True, **settings)
+    if restored:
+        for _ in range(5):
+            eager.update(replay.sample(32))
+        captured.restore({name: value.clone() for name, value in eager.state().items()}, eager.updates)
+    for number in range(3):
+        batch = replay.sample(32)
+        eager.update(batch)
+        if number:
+            captured.update(batch)
+        else:
+            with pytest.warns(RuntimeWarning, match="^updates run without CUDA graphs, and slower: .*test_graphs.py:"):
+                captured.update(batch)
+        assert_equal_learners(eager, captured, rtol=0, atol=0)
+        np.testing.assert_array_equal(eager.errors(), captured.errors())
+    assert captured.updates == eager.updates == 3 + 5 * restored
+    assert cuda.current is cuda.main
+
+
+def test_a_learner_that_must_record_says_why_it_cannot(cuda, monkeypatch):
+    learner, replay = learner_of(cuda, monkeypatch, cuda.item, True, insists=True)
+    before = {name: value.clone() for name, value in learner.state().items() if "optimizer" not in name}
+    with pytest.raises(RuntimeError, match=r"^capture: the update cannot become a CUDA graph \(.*called a synchroniz"):
+        learner.update(replay.sample(32))
+    assert all(torch.equal(value, learner.state()[name]) for name, value in before.items())
+    assert learner.updates == 0
+
+
+class Counting(nn.Module):
+    """Changes a buffer each time that it runs."""
+
+    def __init__(self, trouble):
+        super().__init__()
+        self.linear, self.trouble = nn.Linear(4, 3), trouble
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, obs):
+        self.trouble()
+        self.runs += 1
+        return self.linear(obs.float().mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("trouble", ["item", "synchronize", None])
+def test_an_actor_goes_on_without_a_graph(cuda, monkeypatch, trouble):
+    network = Counting(getattr(cuda, trouble) if trouble else lambda: None)
+    policy = Policy(network, torch.device("cpu"), "float32")
+    obs = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8), dtype=np.uint8)
+    actor = Actor(policy, obs)
+    actor._captures = True
+    monkeypatch.setattr(Cuda.Stream, "__init__", lambda self, device: setattr(self, "device", torch.device("cuda:0")))
+    monkeypatch.setattr(Cuda.Stream, "wait_stream", lambda self, other: None)
+    if trouble:
+        with pytest.warns(RuntimeWarning, match="^actions are chosen without a CUDA graph, and slower: .*test_graphs"):
+            values = actor.values(obs)
+    else:
+        monkeypatch.setattr(Cuda.Graph, "replay", lambda self: None)
+        values = actor.values(obs)
+    assert network.runs == 1
+    np.testing.assert_array_equal(values, network(torch.from_numpy(obs)).detach())
+    actor.values(obs)
+    insisting = Actor(policy, obs)
+    insisting._captures = insisting._insists = True
+    if trouble:
+        with pytest.raises(RuntimeError, match=r"^capture: the policy cannot become a CUDA graph \("):
+            insisting.values(obs)
+
+
+@needs_cuda
+@pytest.mark.parametrize("capture", [None, True])
+def test_a_loss_that_waits_for_the_device_needs_no_graph(capture):
+    def waits(online, target, batch):
+        losses = of_distributions(online, target, batch)
+        return losses * 2 if losses.sum().item() > 0 else losses
+
+    learner, replay = make_own(waits, device="cuda", capture=capture)
+    eager, _ = make_own(of_distributions, device="cuda", capture=False)
+    batch = replay.sample(SIZE)
+    if capture:
+        with pytest.raises(RuntimeError, match=r"^capture: the update cannot become a CUDA graph \(.*item\(\)"):
+            learner.update(batch)
+        return
+    with pytest.warns(RuntimeWarning, match="^updates run without CUDA graphs, .*item"):
+        learner.update(batch)
+    eager.update(batch)
+    np.testing.assert_allclose(learner.errors(), 2 * eager.errors(), rtol=1e-3)

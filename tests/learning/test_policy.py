@@ -1,0 +1,88 @@
+"""Acting: devices, precision, exploration, and the values of fixed numbers of environments."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pydqn import FrameReplay
+from pydqn.learning.networks import make_network
+from pydqn.learning.policy import Actor, Policy, resolve_device, resolve_precision
+from pydqn.replay.device import DeviceReplay
+from tests.learning.test_learner import CPU, make, needs_cuda
+
+
+def test_every_lane_tosses_its_own_coin():
+    learner, _, _ = make()
+    obs = np.random.default_rng(0).integers(0, 255, (64, 4, 84, 84), dtype=np.uint8)
+    policy = learner.policy
+    greedy = policy.values(obs).argmax(axis=1)
+    np.testing.assert_array_equal(policy.choose(policy.values(obs), 0.0, np.random.default_rng(1)), greedy)
+    explored = policy.choose(policy.values(obs), 0.5, np.random.default_rng(1)) != greedy
+    assert 10 < explored.sum() < 45
+    assert len(set(policy.choose(policy.values(obs), 1.0, np.random.default_rng(1)).tolist())) == 6
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "", "cuda:x"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(ValueError, match="^device: "):
+        resolve_device(name)
+
+
+def test_precision():
+    assert resolve_precision("float32", CPU) == torch.float32
+    assert resolve_precision("bfloat16", CPU) == torch.bfloat16
+    with mock.patch("pydqn.learning.policy._bfloat16_pays", return_value=True):
+        assert resolve_precision("auto", CPU) == torch.bfloat16
+        assert resolve_precision("auto", torch.device("cuda")) == torch.float32
+    with mock.patch("pydqn.learning.policy._bfloat16_pays", return_value=False):
+        assert resolve_precision("auto", CPU) == torch.float32
+    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_cuda)])
+def test_an_actor_gives_the_values_of_its_policy(device):
+    """Of observations and of rows, while the network learns."""
+    learner, replay, _ = make(device)
+    there = DeviceReplay(60, num_envs=3, device=device)
+    here = FrameReplay(60, num_envs=3)
+    actor = Actor(learner.policy, here.empty_batch(3).obs)
+    looking_up = Actor(learner.policy, there.empty_batch(3).obs, there.frames)
+    generator = np.random.default_rng(0)
+    for time_step in range(30):
+        frame = generator.integers(0, 255, (3, 84, 84), dtype=np.uint8)
+        for memory in (here, there):
+            memory.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [time_step == 0] * 3)
+        values = learner.policy.values(here.latest())
+        assert values.shape == (3, 6)
+        np.testing.assert_allclose(actor.values(here.latest()), values, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(looking_up.values(there.latest()), values, rtol=1e-3, atol=1e-5)
+        learner.update(replay.sample(32))
+
+
+def test_a_policy_acts_alone():
+    network = make_network("mlp", 1, (4,), 2, hidden_units=(8,))
+    values = Policy(network, CPU).values(np.zeros((3, 1, 4), np.float32))
+    assert values.shape == (3, 2)
+    assert values.dtype == np.float32
+
+
+def test_any_parameters_will_do():
+    """Volumes are not images, and a parameter may lie in memory in any order."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.volume, self.image = nn.Conv3d(1, 2, 3), nn.Conv2d(1, 2, 3)
+            self.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+
+    network = Odd()
+    before = [value.clone() for value in network.parameters()]
+    policy = Policy(network, torch.device("cpu"), "float32")
+    assert all(map(torch.equal, before, policy.network.parameters()))
+    assert network.image.weight.is_contiguous(memory_format=torch.channels_last)
+    assert network.turned.is_contiguous()

@@ -1,0 +1,52 @@
+"""Whatever is killed when, and whatever the disk refuses: what was good before is good afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not sys.platform.startswith("linux") or compiler is None:
+        pytest.skip("faults are injected by a preloaded library: needs Linux and a C compiler")
+    path = tmp_path_factory.mktemp("faults") / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", path, HELPERS / "faults.c", "-ldl"], check=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("action", "stride", "least"),
+    [
+        ("weights", 1, 12),
+        ("memory", 1, 80),
+        ("buffer", 1, 100),
+        ("checkpoints", 1, 120),
+        ("training", 41, 20),
+        ("resuming", 1, 30),
+    ],
+)
+def test_nothing_is_lost_or_half_written(library, action, stride, least):
+    """Killed at every operation that changes the disk, and refused each of them (a whole run: at a part of them)."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, HELPERS / "faults.py", library, action, str(stride)],
+        env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(re.search(r": (\d+) faults", done.stdout)[1]) >= least
+    for kind in ["kill"] if action == "resuming" else ["kill", "kill halfway", "full disk", "read only"]:
+        assert f"'{kind}': " in done.stdout
