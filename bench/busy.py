@@ -64,9 +64,9 @@ def main():
     spinning = median(rates["GOMP_SPINCOUNT unset", 0])
     print(f"quiet, default by GOMP_SPINCOUNT unset: {median(rates['default', 0]) / spinning:.2f}")
     if arguments.output:
-        from pydqn.runs.provenance import environment
+        from pydqn.runs.provenance import provenance
 
-        about = {"date": datetime.date.today().isoformat(), "preset": arguments.preset, **environment()}
+        about = {"date": datetime.date.today().isoformat(), "preset": arguments.preset, **provenance()}
         Path(arguments.output).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 

@@ -21,7 +21,7 @@ import stages_learning
 import stages_memory
 from timing import ROWS, check_stages, head
 
-from pydqn.runs.provenance import environment
+from pydqn.runs.provenance import provenance
 
 STAGES = {
     "start": stages_learning.start,
@@ -49,7 +49,7 @@ def main():
         if arguments.output:
             about = {
                 "date": datetime.date.today().isoformat(),
-                **environment(),
+                **provenance(),
                 "other_libraries": dict(map(installed, PEERS)),
             }
             Path(arguments.output).write_text(json.dumps({"about": about, "rows": ROWS}, indent=1) + "\n")

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from pydqn.runs.provenance import environment
+from pydqn.runs.provenance import provenance
 
 LIBRARIES = {
     "sb3": ("stable-baselines3", ("own", "optimized", "pydqn")),
@@ -53,7 +53,7 @@ def main():
         table(library, lines)
         if chosen.output:
             settings = {"steps": chosen.steps, "capacity": chosen.capacity, "date": datetime.date.today().isoformat()}
-            content = {"about": {**settings, **environment()}, "rows": rows}
+            content = {"about": {**settings, **provenance()}, "rows": rows}
             Path(chosen.output).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -30,7 +30,7 @@ from pydqn.envs.make import make_envs
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, resolve_device
 from pydqn.replay.device import DeviceReplay
-from pydqn.runs.provenance import environment
+from pydqn.runs.provenance import provenance
 from pydqn.training.loop import Run
 
 ROWS = []
@@ -305,7 +305,7 @@ def main():
         print("skipped: PyTorch sees no CUDA device (--device cpu --quick shows that the script runs)")
         return
     device = resolve_device(arguments.device)
-    about = {"date": datetime.date.today().isoformat(), **environment(), "device": str(device)}
+    about = {"date": datetime.date.today().isoformat(), **provenance(), "device": str(device)}
     if device.type == "cuda":
         about |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     for name in arguments.stages or STAGES:

@@ -21,7 +21,7 @@ import psutil
 from pydqn import FrameReplay, preset
 from pydqn._util.files import write_json
 from pydqn.envs.make import make_envs
-from pydqn.runs.provenance import environment
+from pydqn.runs.provenance import provenance
 
 LANES, ROUND = 8, 2_500  # steps that are really played
 
@@ -114,7 +114,7 @@ def main():
         print(", ".join(f"{name} {text}" for name, text in zip(row, texts, strict=True)), flush=True)
         del replay, loaded
     if arguments.output:
-        about = {"date": datetime.date.today().isoformat(), **environment()}
+        about = {"date": datetime.date.today().isoformat(), **provenance()}
         write_json(arguments.output, {"about": about, "rows": rows})
 
 

@@ -22,7 +22,7 @@ from other_libraries import BATCH, Pydqn
 
 from pydqn import preset
 from pydqn._util.files import write_json
-from pydqn.runs.provenance import environment
+from pydqn.runs.provenance import provenance
 from pydqn.training.benchmark import measure
 
 LANES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -135,7 +135,7 @@ def main():
         cores = torch.get_num_threads()
         several_threads = dict.fromkeys([(1, 1), (1, cores), (cores, 1), (cores, cores)])
         results = {
-            "about": {"date": datetime.date.today().isoformat(), **environment()},
+            "about": {"date": datetime.date.today().isoformat(), **provenance()},
             "envs": table("envs", [(n, stages(arguments.seconds, num_envs=n)) for n in LANES]),
             "batch": table("batch", [(n, stages(arguments.seconds, batch_size=n)) for n in BATCHES]),
             "ring": table(f"ring: sample({BATCH})", list(rings())),

@@ -11,7 +11,7 @@ import torch
 
 from pydqn._util import machine
 from pydqn.learning import policy as policies
-from pydqn.runs.provenance import environment
+from pydqn.runs.provenance import provenance
 
 
 def write(root, files):
@@ -23,7 +23,7 @@ def write(root, files):
 
 
 def test_the_machine_is_named():
-    about = environment()
+    about = provenance()
     assert about["processor"]
     assert about["cores"].split()[0] == str(machine.usable_cores())
     assert about["instruction_sets"] == " ".join(machine.instruction_sets())

@@ -1,4 +1,4 @@
-"""The memory for whole transitions: what comes out is what went in, bit for bit, whatever the stacks are made of."""
+"""The buffer for whole transitions: what comes out is what went in, bit for bit, whatever the stacks are made of."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Stacker:
         return self.obs()
 
 
-def play(memory, envs, random, steps, some_lanes):
+def play(buffer, envs, random, steps, some_lanes):
     """Add transitions; return, per environment, all that were added, with their indices."""
     added = [[] for _ in envs]
     now = [env.reset() for env in envs]
@@ -69,14 +69,14 @@ def play(memory, envs, random, steps, some_lanes):
             if terminated or truncated or random.random() < 0.03:  # the last: nobody is told
                 now[env_index] = envs[env_index].reset()
         columns = [np.array(column) for column in zip(*rows, strict=True)]
-        indices = memory.add(*columns, env_indices=np.array(env_indices) if some_lanes else None)
+        indices = buffer.add(*columns, env_indices=np.array(env_indices) if some_lanes else None)
         for env_index, row, index in zip(env_indices, rows, indices.tolist(), strict=True):
             added[env_index].append((index, row))
     return added
 
 
 def windows(added, n_step, gamma):
-    """Every transition whose window is closed, by index: what an n-step memory has to give."""
+    """Every transition whose window is closed, by index: what an n-step buffer has to give."""
     found = {}
     for position, (index, (obs, _, action, *_)) in enumerate(added):
         total, discount = 0.0, 1.0
@@ -135,13 +135,13 @@ def test_stacks_are_told_by_their_shape(shape, dtype, stack, expected):
 def test_what_comes_out_is_what_went_in(kind, env_indices, n_step, gamma, some_lanes, resets, seed, capacity):
     shape, dtype, stack, stacks = kind
     random = np.random.default_rng(seed)
-    memory = TransitionReplay(
+    buffer = TransitionReplay(
         capacity, shape, dtype, stack=stack, num_envs=env_indices, n_step=n_step, gamma=gamma, seed=seed
     )
     envs = [Stacker(stacks, shape, dtype, random, resets) for _ in range(env_indices)]
-    added = play(memory, envs, random, 60, some_lanes)
-    indices = memory.memory.valid_indices()
-    assert len(memory) == len(indices)
+    added = play(buffer, envs, random, 60, some_lanes)
+    indices = buffer.frame_replay.valid_indices()
+    assert len(buffer) == len(indices)
     expected = {}
     for number, env_index in enumerate(added):
         expected |= (of_lane := windows(env_index, n_step, gamma))
@@ -149,10 +149,10 @@ def test_what_comes_out_is_what_went_in(kind, env_indices, n_step, gamma, some_l
         assert kept == [*of_lane][len(of_lane) - len(kept) :]  # the newest
         if stacks.stack == 1 or resets == ["zero"]:  # others may take more frames than are set aside
             assert len(kept) == min(len(of_lane), capacity // env_indices)
-    if not len(memory):
+    if not len(buffer):
         return
-    for batch in (memory.gather(indices), memory.sample(20), copy.deepcopy(memory).sample(20)):
-        ends = memory.windows(batch.index)
+    for batch in (buffer.gather(indices), buffer.sample(20), copy.deepcopy(buffer).sample(20)):
+        ends = buffer.windows(batch.index)
         for row, index in enumerate(batch.index.tolist()):
             obs, action, reward, discount, next_obs, k, terminated, truncated = expected[index]
             np.testing.assert_array_equal(batch.obs[row], obs)
@@ -166,23 +166,23 @@ def test_what_comes_out_is_what_went_in(kind, env_indices, n_step, gamma, some_l
 @pytest.mark.parametrize(("reset", "padding"), [("zero", "zero"), ("first", "first")])
 def test_each_frame_is_stored_once(reset, padding):
     random = np.random.default_rng(0)
-    memory = TransitionReplay(1000, (4, 84, 84))
-    env = Stacker(memory.stacks, (4, 84, 84), np.uint8, random, [reset])
-    (added,) = play(memory, [env], random, 300, False)
-    assert memory.memory.padding == padding
+    buffer = TransitionReplay(1000, (4, 84, 84))
+    env = Stacker(buffer.stacks, (4, 84, 84), np.uint8, random, [reset])
+    (added,) = play(buffer, [env], random, 300, False)
+    assert buffer.frame_replay.padding == padding
     breaks = sum(not np.array_equal(one[1][1], two[1][0]) for one, two in itertools.pairwise(added))
-    assert memory.memory.env_time_steps == [300 + 1 + breaks]
-    assert memory.nbytes < 1.1 * 1000 * (84 * 84 + 12)
+    assert buffer.frame_replay.env_time_steps == [300 + 1 + breaks]
+    assert buffer.nbytes < 1.1 * 1000 * (84 * 84 + 12)
 
 
 def test_images_that_are_no_stacks_are_taken_whole():
     images = np.random.default_rng(0).integers(0, 255, (6, 4, 8, 8)).astype(np.uint8)
-    memory = TransitionReplay(10, (4, 8, 8))
-    assert memory.stacks.stack == 4
+    buffer = TransitionReplay(10, (4, 8, 8))
+    assert buffer.stacks.stack == 4
     for step in range(5):
-        memory.add(images[step : step + 1], images[step + 1 : step + 2], [step], [0.0], [False], [False])
-    assert memory.stacks.stack == 1
-    batch = memory.gather(memory.memory.valid_indices())
+        buffer.add(images[step : step + 1], images[step + 1 : step + 2], [step], [0.0], [False], [False])
+    assert buffer.stacks.stack == 1
+    batch = buffer.gather(buffer.frame_replay.valid_indices())
     np.testing.assert_array_equal(batch.obs, images[:5])
     np.testing.assert_array_equal(batch.next_obs, images[1:])
 
@@ -205,14 +205,14 @@ def test_gray_stacks_that_are_stored_whole_are_told_of(depth, axis, dtype, share
     whole = TransitionReplay(1000, obs.shape[1:], dtype)
     stacked = TransitionReplay(1000, obs.shape[1:], dtype, stack=depth)
 
-    def add(memory):
+    def add(buffer):
         for step in range(12):
-            memory.add(obs[[step]], obs[[step + 1]], [0], [0.0], [False], [False])
+            buffer.add(obs[[step]], obs[[step + 1]], [0], [0.0], [False], [False])
 
     with pytest.warns(UserWarning, match=f"pass stack={depth} to store each frame once, .* about 1/{share} of the mem"):
         add(whole)
     add(stacked)
-    for one, other in zip(whole.gather(range(12)), stacked.gather(stacked.memory.valid_indices()), strict=True):
+    for one, other in zip(whole.gather(range(12)), stacked.gather(stacked.frame_replay.valid_indices()), strict=True):
         if one.dtype != np.int64:  # of indices, which may count frames that stood before
             np.testing.assert_array_equal(one, other)
 
@@ -220,11 +220,11 @@ def test_gray_stacks_that_are_stored_whole_are_told_of(depth, axis, dtype, share
 def test_gray_stacks_that_begin_as_colours_are_refused_with_advice():
     """Nothing moves at first, so that they may be two images in colour."""
     obs = np.repeat(gray_stacks(6, 0, 3, "first"), [3, 1, 1, 1], axis=0)
-    memory = TransitionReplay(100, obs.shape[1:])
-    memory.add(obs[[0]], obs[[1]], [0], [0.0], [False], [False])
-    memory.add(obs[[2]], obs[[3]], [0], [0.0], [False], [False])
+    buffer = TransitionReplay(100, obs.shape[1:])
+    buffer.add(obs[[0]], obs[[1]], [0], [0.0], [False], [False])
+    buffer.add(obs[[2]], obs[[3]], [0], [0.0], [False], [False])
     with pytest.raises(ValueError, match="next_obs: .*pass stack=6 for gray frames, or stack=1 for"):
-        memory.add(obs[[3]], obs[[4]], [0], [0.0], [False], [False])
+        buffer.add(obs[[3]], obs[[4]], [0], [0.0], [False], [False])
 
 
 def test_other_images_are_not_taken_for_gray_stacks():
@@ -242,10 +242,10 @@ def test_other_images_are_not_taken_for_gray_stacks():
         (random.normal(size=(20, 3, 6)), None),
         (random.normal(size=(20, 3)), None),
     ]:
-        memory = TransitionReplay(100, obs.shape[1:], obs.dtype, stack=stack)
+        buffer = TransitionReplay(100, obs.shape[1:], obs.dtype, stack=stack)
         for step in range(len(obs) - 1):
-            memory.add(obs[[step]], obs[[step + 1]], [0], [0.0], [False], [False])
-        assert len(memory) == len(obs) - 1
+            buffer.add(obs[[step]], obs[[step + 1]], [0], [0.0], [False], [False])
+        assert len(buffer) == len(obs) - 1
 
 
 @pytest.mark.parametrize("padding", ["zero", "first"])
@@ -260,14 +260,14 @@ def test_saved_and_restored(tmp_path, padding, env_indices):
     saved, restored = make(), make()
     envs = [Stacker(saved.stacks, (4, 8, 8), np.uint8, random, [padding]) for _ in range(env_indices)]
     play(saved, envs, random, 50, False)
-    saved.update_priorities(saved.memory.valid_indices()[:5], np.arange(1, 6))
+    saved.update_priorities(saved.frame_replay.valid_indices()[:5], np.arange(1, 6))
     saved.save(tmp_path)
     restored.restore(tmp_path)
-    assert restored.memory.padding == padding
+    assert restored.frame_replay.padding == padding
     for one, other in zip(saved.sample(20), restored.sample(20), strict=True):
         np.testing.assert_array_equal(one, other)
     more = play(restored, envs, random, 20, False)  # other episodes begin
-    held = restored.memory.valid_indices()
+    held = restored.frame_replay.valid_indices()
     for env_index in more:
         expected = windows(env_index, 3, 0.9)
         newest = [index for index in expected if index in held]
@@ -291,30 +291,30 @@ def test_saved_and_restored(tmp_path, padding, env_indices):
 
 
 def test_stacks_that_break_off_later_are_refused():
-    memory = TransitionReplay(10, (4, 8, 8))
-    memory.add(IMAGE, IMAGE, [0], [0.0], [False], [False])
+    buffer = TransitionReplay(10, (4, 8, 8))
+    buffer.add(IMAGE, IMAGE, [0], [0.0], [False], [False])
     with pytest.raises(ValueError, match="next_obs: expected obs moved on by one frame"):
-        memory.add(IMAGE, IMAGE + 1, [0], [0.0], [False], [False])
-    assert len(memory) == 1
+        buffer.add(IMAGE, IMAGE + 1, [0], [0.0], [False], [False])
+    assert len(buffer) == 1
 
 
 def test_begun_again_it_is_empty():
-    memory = TransitionReplay(10, (2,), "float32", prioritized=True)
+    buffer = TransitionReplay(10, (2,), "float32", prioritized=True)
     row = np.ones((1, 2)), np.zeros((1, 2)), [0], [1.0], [False], [False]
-    memory.add(*row)
-    memory.memory.beta = 0.7
-    memory.clear()
-    assert len(memory) == 0
-    assert memory.memory.beta == 0.7
-    assert memory.add(row[1], row[0], *row[2:]).tolist() == [0]  # goes on where it was left, and yet opens an episode
-    assert memory.sample(1).obs.tolist() == [[0.0, 0.0]]
+    buffer.add(*row)
+    buffer.frame_replay.beta = 0.7
+    buffer.clear()
+    assert len(buffer) == 0
+    assert buffer.frame_replay.beta == 0.7
+    assert buffer.add(row[1], row[0], *row[2:]).tolist() == [0]  # goes on where it was left, and yet opens an episode
+    assert buffer.sample(1).obs.tolist() == [[0.0, 0.0]]
 
 
 def test_a_lane_that_begins_with_zeros_begins():
-    memory = TransitionReplay(10, (2,), "float32", num_envs=2)
+    buffer = TransitionReplay(10, (2,), "float32", num_envs=2)
     for env_index in (0, 1):
-        memory.add(np.zeros((1, 2)), np.ones((1, 2)), [0], [1.0], [False], [False], env_indices=[env_index])
-    assert len(memory) == 2
+        buffer.add(np.zeros((1, 2)), np.ones((1, 2)), [0], [1.0], [False], [False], env_indices=[env_index])
+    assert len(buffer) == 2
 
 
 @pytest.mark.parametrize(
@@ -329,13 +329,13 @@ def test_a_lane_that_begins_with_zeros_begins():
     ],
 )
 def test_bad_transitions(row, message):
-    memory = TransitionReplay(10, (4, 8, 8), stack=4)
+    buffer = TransitionReplay(10, (4, 8, 8), stack=4)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        memory.add(*row)
+        buffer.add(*row)
     assert str(caught.value).startswith(message)
-    assert len(memory) == 0
-    memory.add(IMAGE, IMAGE, [0], [0.0], [False], [False])
-    assert len(memory) == 1
+    assert len(buffer) == 0
+    buffer.add(IMAGE, IMAGE, [0], [0.0], [False], [False])
+    assert len(buffer) == 1
 
 
 GOOD = {"action": [0, 0], "reward": [0.0, 0.0], "terminated": [False, False], "truncated": [False, False]}
@@ -367,14 +367,14 @@ def test_refused_transitions_push_nothing_out(shape, bad):
             obs = next_obs if made.stacks.stack > 1 else newest.repeat(2, 1)
         return made
 
-    memory, expected = full(), full()
+    buffer, expected = full(), full()
     start = np.full((2, *shape), 250, np.uint8)  # of other episodes
     for _ in range(40):
         with pytest.raises(ValueError, match=f"^{next(iter(bad))}: expected"):
-            memory.add(start, start, **{**GOOD, **bad})
-    assert len(memory) == 8
-    assert memory.memory.env_time_steps == expected.memory.env_time_steps
-    for one, other in zip(memory.sample(20), expected.sample(20), strict=True):
+            buffer.add(start, start, **{**GOOD, **bad})
+    assert len(buffer) == 8
+    assert buffer.frame_replay.env_time_steps == expected.frame_replay.env_time_steps
+    for one, other in zip(buffer.sample(20), expected.sample(20), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -384,10 +384,10 @@ def test_alpha_may_have_changed_before_it_is_restored(tmp_path):
     for step in range(10):
         index = saved.add(obs[step], obs[step + 1], [0], [0.0], [False], [False])
         saved.update_priorities(index, [1.0 + step])
-    saved.memory.alpha = 0.3
+    saved.frame_replay.alpha = 0.3
     saved.save(tmp_path)
     restored.restore(tmp_path)
-    assert restored.memory.alpha == 0.3
+    assert restored.frame_replay.alpha == 0.3
     for one, other in zip(saved.sample(20), restored.sample(20), strict=True):
         np.testing.assert_array_equal(one, other)
 
