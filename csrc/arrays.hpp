@@ -1,4 +1,4 @@
-// What NumPy arrays have to be: checks that name the argument. Knows Python, but not the core.
+// Checks of NumPy arrays, whose error messages name the argument. Independent of the core.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -22,26 +22,24 @@ inline std::string shape_text(const std::vector<py::ssize_t>& shape) {
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-inline std::vector<py::ssize_t> shape_of(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
-
 [[noreturn]] inline void reject(const char* name, const std::string& expected, const std::string& got) {
   throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
 }
 
-// The shape `leading` + `rest`, without making a list of it: these checks run at every step.
+// Whether the shape is `leading` followed by `rest`. Does not allocate, because it runs at every step.
 inline bool has_shape(const py::array& array, std::initializer_list<py::ssize_t> leading,
-               const std::vector<py::ssize_t>& rest = {}) {
+                      const std::vector<py::ssize_t>& rest = {}) {
   return array.ndim() == static_cast<py::ssize_t>(leading.size() + rest.size()) &&
          std::equal(leading.begin(), leading.end(), array.shape()) &&
          std::equal(rest.begin(), rest.end(), array.shape() + leading.size());
 }
 
 inline void require_shape(const char* name, const py::array& array, std::initializer_list<py::ssize_t> leading,
-                   const std::vector<py::ssize_t>& rest = {}) {
+                          const std::vector<py::ssize_t>& rest = {}) {
   if (has_shape(array, leading, rest)) return;
   std::vector<py::ssize_t> expected(leading);
   expected.insert(expected.end(), rest.begin(), rest.end());
-  reject(name, "shape " + shape_text(expected), "shape " + shape_text(shape_of(array)));
+  reject(name, "shape " + shape_text(expected), "shape " + shape_text({array.shape(), array.shape() + array.ndim()}));
 }
 
 inline void require_dtype(const char* name, const py::array& array, const py::dtype& expected) {
@@ -49,16 +47,19 @@ inline void require_dtype(const char* name, const py::array& array, const py::dt
     reject(name, "dtype " + std::string(py::str(expected)), "dtype " + std::string(py::str(array.dtype())));
 }
 
-inline bool is_aligned(const py::array& array) { return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0; }
+inline bool is_aligned(const py::array& array) {
+  return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
+}
 
-// A column of one value per lane, converted to T; `kinds` are the NumPy dtype kinds that convert without loss of meaning.
+// Returns `value` as an array of `count` values of type T, one per environment. `kinds` lists the NumPy dtype kinds
+// that convert to T without a change of meaning.
 template <typename T>
-py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lanes, const char* kinds,
+py::array_t<T> column(const char* name, const py::object& value, py::ssize_t count, const char* kinds,
                       const char* expected) {
   using Column = py::array_t<T, py::array::c_style>;
-  if (py::isinstance<Column>(value)) {  // as it should be: nothing to convert
+  if (py::isinstance<Column>(value)) {
     const auto ready = py::reinterpret_borrow<py::array_t<T>>(value);
-    if (has_shape(ready, {lanes}) && is_aligned(ready)) return ready;
+    if (has_shape(ready, {count}) && is_aligned(ready)) return ready;
   }
   py::array array = py::array::ensure(value);
   if (!array) {
@@ -67,12 +68,12 @@ py::array_t<T> column(const char* name, const py::object& value, py::ssize_t lan
   }
   if (std::strchr(kinds, array.dtype().kind()) == nullptr)
     reject(name, expected, "dtype " + std::string(py::str(array.dtype())));
-  require_shape(name, array, {lanes});
+  require_shape(name, array, {count});
   if (!is_aligned(array)) array = array.attr("copy")();
   return py::array_t<T, py::array::c_style | py::array::forcecast>(array);
 }
 
-// Whether all axes but the leading one are C-contiguous, so that a frame (or a stack) is one run of bytes.
+// Whether all axes but the first are C-contiguous, so that each frame or stack is one block of bytes.
 inline bool rows_are_contiguous(const py::array& array) {
   py::ssize_t expected = array.itemsize();
   for (py::ssize_t axis = array.ndim() - 1; axis > 0; --axis) {
@@ -82,11 +83,11 @@ inline bool rows_are_contiguous(const py::array& array) {
   return true;
 }
 
-// The bytes from an array's first to its last.
+// The range of addresses that an array occupies.
 struct Span {
   const std::uint8_t *begin, *end;
 
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+  bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
 };
 
 inline Span span(const py::array& array) {

@@ -1,5 +1,5 @@
-// Frame-indexed replay memory. This file knows no Python: the binding file checks what callers pass in.
-// See rings.hpp for lanes, slots and ticks, episodes.hpp for stacks and windows.
+// The replay buffer: stores each frame once and assembles transitions when they are sampled. Callers must check their
+// arguments, as bindings.cpp does. See rings.hpp for slots and time steps, episodes.hpp for stacks and windows.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 
 namespace pydqn {
 
-// Where `gather` writes, sample by sample. `next_obs` may overlap `obs` shifted by one frame (see `shares_block`).
+// The arrays of a batch, to be filled. `next_obs` may be `obs` shifted by one frame (see `shares_frames`).
 struct BatchView {
   std::uint8_t* obs;
   std::int64_t obs_stride;  // bytes from one sample to the next
@@ -34,8 +34,10 @@ struct BatchView {
   float* weight;
 };
 
+// A transition that starts at time step t of environment env has the index t * num_envs + env.
 class FrameReplay {
   using Lock = std::lock_guard<std::mutex>;
+  using Start = std::pair<std::int64_t, std::int64_t>;  // env and t
 
  public:
   FrameReplay(const Shape& shape, std::uint64_t seed)
@@ -43,45 +45,40 @@ class FrameReplay {
         episodes_(shape),
         rings_(episodes_.rings()),
         generator_(seed),
-        counts_(static_cast<std::size_t>(shape.lanes), 0),
-        retired_(static_cast<std::size_t>(shape.lanes), 0) {
-    if (shape.alpha) priorities_.emplace(shape.lanes * rings_.slots(), *shape.alpha);
+        counts_(static_cast<std::size_t>(shape.num_envs), 0),
+        limit_starts_(static_cast<std::size_t>(shape.num_envs), 0) {
+    if (shape.alpha) priorities_.emplace(shape.num_envs * rings_.slots(), *shape.alpha);
   }
 
   const Shape& shape() const { return shape_; }
-  std::size_t bytes() const {
-    return rings_.bytes() + (priorities_ ? priorities_->bytes() : 0);
-  }
+  std::size_t bytes() const { return rings_.bytes() + (priorities_ ? priorities_->bytes() : 0); }
 
-  std::vector<std::int64_t> ticks() const {
-    Lock lock(mutex_);
-    std::vector<std::int64_t> ticks;
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) ticks.push_back(episodes_.ticks(lane));
-    return ticks;
-  }
-  std::int64_t most_ticks() const { Lock lock(mutex_); return episodes_.most_ticks(); }
+  // The number of frames appended so far: the maximum over the environments, and the number of each environment.
+  std::int64_t time_steps() const { Lock lock(mutex_); return episodes_.max_time_steps(); }
+  std::vector<std::int64_t> env_time_steps() const { Lock lock(mutex_); return episodes_.env_time_steps(); }
+  // The number of transitions that can be sampled now.
   std::int64_t size() const { Lock lock(mutex_); return valid_; }
 
-  // The slot that the next append fills, in lane 0; lane i's lies i * lane_bytes() further on.
+  // Where the next frame of environment 0 goes. Environment i's next frame goes i * env_bytes() further on.
   std::uint8_t* next_slot() const {
     Lock lock(mutex_);
-    if (episodes_.most_ticks() != episodes_.fewest_ticks())
-      throw std::runtime_error("next_slot: the lanes have got different numbers of frames, so they have none in common");
-    return episodes_.frame(0, episodes_.ticks(0));
+    if (episodes_.max_time_steps() != episodes_.min_time_steps())
+      throw std::runtime_error("next_slot: the environments have different numbers of frames, so their slots differ");
+    return episodes_.frame(0, episodes_.time_steps(0));
   }
-  std::int64_t lane_bytes() const { return rings_.slots() * shape_.frame_bytes; }
+  std::int64_t env_bytes() const { return rings_.slots() * shape_.frame_bytes; }
 
-  // Appends one frame to each of `count` different lanes: those that `lanes` names, or all of them. `frame_at(i)` is the
-  // i-th frame's bytes; bytes that already lie in the next slot are not copied. The arrays have `count` entries;
-  // `history` may be missing.
+  // Appends one frame to each of `count` different environments: those in `envs`, or all if it is null. `frame_at(i)`
+  // points to the i-th frame; a frame that is already in its next slot is not copied. Each array has `count` values.
+  // `history` may be null.
   template <typename FrameAt>
-  void append(std::int64_t count, const std::int64_t* lanes, FrameAt frame_at, const std::int32_t* action,
+  void append(std::int64_t count, const std::int64_t* envs, FrameAt frame_at, const std::int32_t* action,
               const float* reward, const bool* terminated, const bool* truncated, const bool* first,
               const bool* history = nullptr) {
     Lock lock(mutex_);
     for (std::int64_t i = 0; i < count; ++i)
-      if (!first[i] && episodes_.ticks(lanes ? lanes[i] : i) == 0)
-        throw std::invalid_argument("first: expected True in every lane at the first append, since no episode is open");
+      if (!first[i] && episodes_.time_steps(envs ? envs[i] : i) == 0)
+        throw std::invalid_argument("first: expected True in every environment at its first append");
     for (std::int64_t i = 0; i < count; ++i) {
       Record entry{0.0f, 0, kFirst};
       if (!first[i] && history && history[i])
@@ -89,91 +86,93 @@ class FrameReplay {
       else if (!first[i])
         entry = Record{reward[i], action[i],
                        static_cast<std::uint8_t>((terminated[i] ? kTerminated : 0) | (truncated[i] ? kTruncated : 0))};
-      episodes_.push(lanes ? lanes[i] : i, frame_at(i), entry);
+      episodes_.push(envs ? envs[i] : i, frame_at(i), entry);
     }
-    for (std::int64_t i = 0; i < count; ++i) refresh_after_append(lanes ? lanes[i] : i);
+    for (std::int64_t i = 0; i < count; ++i) refresh_after_append(envs ? envs[i] : i);
   }
 
-  // Draws `count` transitions, with replacement, from exactly the valid ones: uniformly, or one from each of `count`
-  // equal shares of the priorities.
+  // Draws `count` valid transitions with replacement: uniformly, or in proportion to the priorities, one from each of
+  // `count` equal shares of their sum.
   void sample(std::int64_t count, double beta, const BatchView& batch) {
     Lock lock(mutex_);
     if (valid_ == 0) throw std::runtime_error("sample: no transition can be sampled yet");
-    places_.resize(priorities_ ? static_cast<std::size_t>(count) : 0);
+    sampled_slots_.resize(priorities_ ? static_cast<std::size_t>(count) : 0);
     for (std::int64_t i = 0; i < count; ++i) {
-      const auto [lane, tick] = priorities_ ? draw_by_priority(i, count) : draw();
-      gather_one(lane, tick, i, batch);
+      const auto [env, t] = priorities_ ? draw_by_priority(i, count) : draw();
+      gather_one(env, t, i, batch);
     }
-    if (priorities_) priorities_->weigh(places_.data(), count, beta, batch.weight);
+    if (priorities_) priorities_->importance_weights(sampled_slots_.data(), count, beta, batch.weight);
   }
 
-  // Sets the priorities of transitions by index. Those that are gone meanwhile are passed over.
+  // Sets the priorities of transitions by index. Skips transitions that have been overwritten.
   void update_priorities(const std::int64_t* index, const double* priority, std::int64_t count) {
     Lock lock(mutex_);
-    if (!priorities_) throw std::runtime_error("update_priorities: this memory samples uniformly");
+    if (!priorities_) throw std::runtime_error("update_priorities: this replay buffer samples uniformly");
     for (std::int64_t i = 0; i < count; ++i) {
-      if (index[i] < 0 || index[i] / shape_.lanes >= episodes_.ticks(index[i] % shape_.lanes))
+      const auto [env, t] = start_of(index[i]);
+      if (index[i] < 0 || t >= episodes_.time_steps(env))
         throw std::invalid_argument("index: " + std::to_string(index[i]) + " has never been a transition");
-      priorities_->prefetch(rings_.place(index[i] % shape_.lanes, index[i] / shape_.lanes));
+      priorities_->prefetch(rings_.slot_index(env, t));
     }
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t lane = index[i] % shape_.lanes, tick = index[i] / shape_.lanes;
-      if (tick >= episodes_.oldest(lane) && record(lane, tick).flags & kValid)
-        priorities_->update(rings_.place(lane, tick), priority[i]);
+      const auto [env, t] = start_of(index[i]);
+      if (episodes_.is_valid(env, t)) priorities_->update(rings_.slot_index(env, t), priority[i]);
     }
   }
 
-  // Copies out the named transitions; each index must be valid now.
+  // Copies transitions by index. Every index must be valid now.
   void gather(const std::int64_t* index, std::int64_t count, const BatchView& batch) const {
     Lock lock(mutex_);
-    require_held(index, count);
-    for (std::int64_t i = 0; i < count; ++i) gather_one(index[i] % shape_.lanes, index[i] / shape_.lanes, i, batch);
+    require_valid(index, count);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto [env, t] = start_of(index[i]);
+      gather_one(env, t, i, batch);
+    }
   }
 
-  // How the windows of the named transitions end: after how many steps, and at a termination or cut off.
+  // For each index, which must be valid now: the length of the n-step window and how it ends.
   void windows(const std::int64_t* index, std::int64_t count, std::int64_t* steps, bool* terminated,
                bool* truncated) const {
     Lock lock(mutex_);
-    require_held(index, count);
+    require_valid(index, count);
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t lane = index[i] % shape_.lanes, tick = index[i] / shape_.lanes;
-      steps[i] = episodes_.reach(lane, tick);
-      const std::uint8_t flags = record(lane, tick + steps[i]).flags;
+      const auto [env, t] = start_of(index[i]);
+      steps[i] = episodes_.window_length(env, t);
+      const std::uint8_t flags = record(env, t + steps[i]).flags;
       terminated[i] = flags & kTerminated;
       truncated[i] = flags & kTruncated || (steps[i] < shape_.n_step && !terminated[i]);
     }
   }
 
-  // All indices that can be sampled now, in order of time.
+  // The indices of all transitions that can be sampled now, in increasing order.
   std::vector<std::int64_t> valid_indices() const {
     Lock lock(mutex_);
     std::vector<std::int64_t> indices;
     indices.reserve(static_cast<std::size_t>(valid_));
-    const std::int64_t start = std::max<std::int64_t>(0, episodes_.fewest_ticks() - shape_.capacity);
-    for (std::int64_t tick = start; tick < episodes_.most_ticks(); ++tick)
-      for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
-        if (tick >= episodes_.oldest(lane) && tick < episodes_.ticks(lane) && record(lane, tick).flags & kValid)
-          indices.push_back(tick * shape_.lanes + lane);
+    const std::int64_t start = std::max<std::int64_t>(0, episodes_.min_time_steps() - shape_.capacity);
+    for (std::int64_t t = start; t < episodes_.max_time_steps(); ++t)
+      for (std::int64_t env = 0; env < shape_.num_envs; ++env)
+        if (episodes_.is_valid(env, t)) indices.push_back(t * shape_.num_envs + env);
     return indices;
   }
 
-  // The newest stack of each lane, back to back.
+  // Copies the newest stack of each environment, one after the other.
   void latest(std::uint8_t* out) const {
     Lock lock(mutex_);
-    if (episodes_.fewest_ticks() == 0) throw std::runtime_error("latest: nothing has been appended yet");
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
-      episodes_.gather_stack(lane, episodes_.ticks(lane) - 1, out + lane * shape_.stack * shape_.frame_bytes);
+    if (episodes_.min_time_steps() == 0) throw std::runtime_error("latest: nothing has been appended yet");
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env)
+      episodes_.gather_stack(env, episodes_.time_steps(env) - 1, out + env * shape_.stack * shape_.frame_bytes);
   }
 
-  // obs and next_obs of a one-step transition are always the two ends of one run of stack + 1 frames; with a longer
-  // window that ended early they are not, so they then need memory of their own.
-  bool shares_block() const { return shape_.n_step == 1; }
+  // Whether obs and next_obs of a transition may share all frames but one. Windows of several steps may end early, so
+  // their two stacks are not always the same distance apart.
+  bool shares_frames() const { return shape_.n_step == 1; }
 
-  // --- what `save` and `load` need: the held ticks of a lane in order of time, and the generator ---
+  // --- saving and loading ---
 
-  std::int64_t stored(std::int64_t lane) const { Lock lock(mutex_); return episodes_.held(lane); }
+  std::int64_t stored(std::int64_t env) const { Lock lock(mutex_); return episodes_.held(env); }
 
-  // Columns of `count` successive ticks of one lane.
+  // The columns of successive time steps of one environment.
   struct Columns {
     std::uint8_t* frames;
     float* reward;
@@ -181,81 +180,82 @@ class FrameReplay {
     std::uint8_t* flags;
   };
 
-  // Reads `count` held ticks of a lane from the `position`th oldest on. `ticks` is what ticks() said of the lane when the
-  // export began: an append in between is refused, because the file would mix two states.
-  void export_run(std::int64_t lane, std::int64_t position, std::int64_t count, std::int64_t ticks,
+  // Copies `count` time steps of an environment, starting `position` time steps after the oldest. `time_steps` is the
+  // environment's number of time steps when saving began. If a frame has been appended since, this throws, because the
+  // file would mix two states.
+  void export_run(std::int64_t env, std::int64_t position, std::int64_t count, std::int64_t time_steps,
                   const Columns& out) const {
     Lock lock(mutex_);
-    require_unchanged(lane, ticks);
-    const std::int64_t start = episodes_.oldest(lane) + position;
-    rings_.copy_run(lane, start, count, out.frames);
+    require_unchanged(env, time_steps);
+    const std::int64_t start = episodes_.oldest(env) + position;
+    rings_.copy_run(env, start, count, out.frames);
     for (std::int64_t i = 0; i < count; ++i) {
-      const Record& entry = record(lane, start + i);
+      const Record& entry = record(env, start + i);
       out.reward[i] = entry.reward;
       out.action[i] = entry.action;
       out.flags[i] = entry.flags & kStoredFlags;
     }
   }
 
-  // Reads p^alpha of all held ticks of a lane, 0 where no transition can be sampled. `ticks` as in export_run.
-  void export_priorities(std::int64_t lane, std::int64_t ticks, double* out) const {
+  // Copies p^alpha of all stored time steps of an environment, 0 where no transition can be sampled.
+  void export_priorities(std::int64_t env, std::int64_t time_steps, double* out) const {
     Lock lock(mutex_);
-    require_unchanged(lane, ticks);
-    if (!priorities_) throw std::logic_error("save: this memory samples uniformly");
-    for (std::int64_t tick = episodes_.oldest(lane); tick < ticks; ++tick)
-      *out++ = priorities_->value(rings_.place(lane, tick));
+    require_unchanged(env, time_steps);
+    if (!priorities_) throw std::logic_error("save: this replay buffer samples uniformly");
+    for (std::int64_t t = episodes_.oldest(env); t < time_steps; ++t)
+      *out++ = priorities_->value(rings_.slot_index(env, t));
   }
 
-  // Fills an empty memory: set_ticks, then import_run until all min(ticks, capacity) ticks of every lane are in, then
-  // import_priorities for every lane, if there are any, then end_import.
-  void set_ticks(const std::vector<std::int64_t>& ticks) {
+  // To fill an empty replay buffer, call set_time_steps, then import_run until all stored time steps of every
+  // environment are filled, then import_priorities for every environment if sampling is prioritized, then end_import.
+  void set_time_steps(const std::vector<std::int64_t>& time_steps) {
     Lock lock(mutex_);
-    if (episodes_.most_ticks() != 0) throw std::logic_error("load: expected an empty memory");
-    for (const std::int64_t count : ticks)
-      if (count < 0 || count > std::numeric_limits<std::int64_t>::max() / 2 / shape_.lanes)
-        throw std::invalid_argument("ticks: " + std::to_string(count) + " is out of range");
-    episodes_.set_ticks(ticks);
+    if (episodes_.max_time_steps() != 0) throw std::logic_error("load: expected an empty replay buffer");
+    for (const std::int64_t count : time_steps)
+      if (count < 0 || count > std::numeric_limits<std::int64_t>::max() / 2 / shape_.num_envs)
+        throw std::invalid_argument("time_steps: " + std::to_string(count) + " is out of range");
+    episodes_.set_time_steps(time_steps);
   }
-  void import_run(std::int64_t lane, std::int64_t position, std::int64_t count, const Columns& in) {
+  void import_run(std::int64_t env, std::int64_t position, std::int64_t count, const Columns& in) {
     Lock lock(mutex_);
     for (std::int64_t i = 0; i < count; ++i) {
       if (in.action[i] < 0 || !std::isfinite(in.reward[i]))
-        throw std::invalid_argument("load: expected actions from 0 on and finite rewards");
-      const std::int64_t tick = episodes_.oldest(lane) + position + i;
-      std::memcpy(episodes_.frame(lane, tick), in.frames + i * shape_.frame_bytes,
+        throw std::invalid_argument("load: expected actions of at least 0 and finite rewards");
+      const std::int64_t t = episodes_.oldest(env) + position + i;
+      std::memcpy(episodes_.frame(env, t), in.frames + i * shape_.frame_bytes,
                   static_cast<std::size_t>(shape_.frame_bytes));
-      record(lane, tick) = Record{in.reward[i], in.action[i], static_cast<std::uint8_t>(in.flags[i] & kStoredFlags)};
+      record(env, t) = Record{in.reward[i], in.action[i], static_cast<std::uint8_t>(in.flags[i] & kStoredFlags)};
     }
   }
-  void import_priorities(std::int64_t lane, const double* in) {
+  void import_priorities(std::int64_t env, const double* in) {
     Lock lock(mutex_);
-    if (!priorities_) throw std::logic_error("load: this memory samples uniformly");
-    for (std::int64_t tick = episodes_.oldest(lane); tick < episodes_.ticks(lane); ++tick)
-      priorities_->set_value(rings_.place(lane, tick), *in++);
+    if (!priorities_) throw std::logic_error("load: this replay buffer samples uniformly");
+    for (std::int64_t t = episodes_.oldest(env); t < episodes_.time_steps(env); ++t)
+      priorities_->set_value(rings_.slot_index(env, t), *in++);
   }
   void end_import() {
     Lock lock(mutex_);
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) {
-      retired(lane) = newest(lane, shape_.limit);
-      for (std::int64_t tick = episodes_.oldest(lane); tick < episodes_.ticks(lane); ++tick) {
-        const double kept = priorities_ ? priorities_->value(rings_.place(lane, tick)) : 0.0;
-        refresh(lane, tick);
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env) {
+      limit_start(env) = start_of_newest(env);
+      for (std::int64_t t = episodes_.oldest(env); t < episodes_.time_steps(env); ++t) {
+        const double value = priorities_ ? priorities_->value(rings_.slot_index(env, t)) : 0.0;
+        refresh(env, t);
         if (!priorities_) continue;
-        if ((record(lane, tick).flags & kValid) != 0 ? !(kept > 0.0 && kept <= kMostPriority) : kept != 0.0)
-          throw std::invalid_argument("priority: " + std::to_string(kept) + " does not fit its transition");
-        priorities_->set_value(rings_.place(lane, tick), kept);
+        if ((record(env, t).flags & kValid) != 0 ? !(value > 0.0 && value <= kMaxPriority) : value != 0.0)
+          throw std::invalid_argument("priority: " + std::to_string(value) + " does not fit its transition");
+        priorities_->set_value(rings_.slot_index(env, t), value);  // refresh() may have overwritten it
       }
     }
   }
 
-  // Changes the exponent of the priorities; see Priorities::set_alpha.
+  // See Priorities::set_alpha.
   void set_alpha(double value) { Lock lock(mutex_); if (priorities_) priorities_->set_alpha(value); }
 
-  // The largest priority so far, to the power of alpha; 1 where sampling is uniform.
+  // p^alpha of the largest priority so far; 1 if sampling is uniform.
   double largest_priority() const { Lock lock(mutex_); return priorities_ ? priorities_->largest() : 1.0; }
   void set_largest_priority(double value) {
     Lock lock(mutex_);
-    if (!(value > 0.0 && value <= kMostPriority)) throw std::invalid_argument("largest_priority: out of range");
+    if (!(value > 0.0 && value <= kMaxPriority)) throw std::invalid_argument("largest_priority: out of range");
     if (priorities_) priorities_->set_largest(value);
   }
 
@@ -264,127 +264,128 @@ class FrameReplay {
 
  private:
   static constexpr std::uint8_t kStoredFlags = kFirst | kTerminated | kTruncated | kHistory;
-  static constexpr double kMostPriority = std::numeric_limits<float>::max();  // millions of them still add up
+  static constexpr double kMaxPriority = std::numeric_limits<float>::max();  // so that sums of doubles stay finite
 
-  void require_unchanged(std::int64_t lane, std::int64_t ticks) const {
-    if (ticks != episodes_.ticks(lane))
-      throw std::runtime_error("save: another thread appended while the replay was being saved");
+  void require_unchanged(std::int64_t env, std::int64_t time_steps) const {
+    if (time_steps != episodes_.time_steps(env))
+      throw std::runtime_error("save: another thread appended while the replay buffer was being saved");
   }
-  void require_held(const std::int64_t* index, std::int64_t count) const {
+  void require_valid(const std::int64_t* index, std::int64_t count) const {
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t lane = index[i] % shape_.lanes, tick = index[i] / shape_.lanes;
-      if (index[i] < 0 || tick < episodes_.oldest(lane) || tick >= episodes_.ticks(lane) ||
-          !(record(lane, tick).flags & kValid))
+      const auto [env, t] = start_of(index[i]);
+      if (index[i] < 0 || !episodes_.is_valid(env, t))
         throw std::invalid_argument("index: " + std::to_string(index[i]) + " is not a transition that is held now");
     }
   }
 
-  Record& record(std::int64_t lane, std::int64_t tick) const { return rings_.record(lane, tick); }
-  std::int64_t& count(std::int64_t lane) { return counts_[static_cast<std::size_t>(lane)]; }
-  std::int64_t& retired(std::int64_t lane) { return retired_[static_cast<std::size_t>(lane)]; }
+  Start start_of(std::int64_t index) const { return {index % shape_.num_envs, index / shape_.num_envs}; }
+  Record& record(std::int64_t env, std::int64_t t) const { return rings_.record(env, t); }
+  std::int64_t& count(std::int64_t env) { return counts_[static_cast<std::size_t>(env)]; }
+  std::int64_t& limit_start(std::int64_t env) { return limit_starts_[static_cast<std::size_t>(env)]; }
 
-  // The tick at which the newest `limit` transitions of a lane begin; 0 where there is no limit.
-  std::int64_t newest(std::int64_t lane, std::int64_t limit) const {
-    if (limit == 0) return 0;
-    std::int64_t tick = episodes_.ticks(lane);
-    for (std::int64_t found = 0; tick > episodes_.oldest(lane) && found < limit; --tick)
-      found += episodes_.is_transition(lane, tick - 1);
-    return tick;
+  // The time step at which the newest `limit` transitions of an environment begin; 0 if there is no limit.
+  std::int64_t start_of_newest(std::int64_t env) const {
+    if (shape_.limit == 0) return 0;
+    std::int64_t t = episodes_.time_steps(env);
+    for (std::int64_t found = 0; t > episodes_.oldest(env) && found < shape_.limit; --t)
+      found += episodes_.is_transition(env, t - 1);
+    return t;
   }
 
-  void refresh(std::int64_t lane, std::int64_t tick) {
-    Record& entry = record(lane, tick);
+  // Determines anew whether a transition that starts at t can be sampled.
+  void refresh(std::int64_t env, std::int64_t t) {
+    Record& entry = record(env, t);
     const bool was = entry.flags & kValid;
-    const bool is = tick >= retired(lane) && episodes_.is_transition(lane, tick);
+    const bool is = t >= limit_start(env) && episodes_.is_transition(env, t);
     entry.flags = static_cast<std::uint8_t>(is ? entry.flags | kValid : entry.flags & ~kValid);
     if (is == was) return;
     valid_ += is ? 1 : -1;
-    count(lane) += is ? 1 : -1;
-    if (priorities_) is ? priorities_->enter(rings_.place(lane, tick)) : priorities_->leave(rings_.place(lane, tick));
+    count(env) += is ? 1 : -1;
+    if (priorities_) is ? priorities_->add(rings_.slot_index(env, t)) : priorities_->remove(rings_.slot_index(env, t));
   }
 
-  // One append can change validity in four places only: the tick that just became unreadable, the ticks whose
-  // stack reached back to it, the newest ticks, whose windows the new frame may have closed, and the oldest
-  // transitions, if there are now more than the limit.
-  void refresh_after_append(std::int64_t lane) {
-    const std::int64_t start = episodes_.oldest(lane), end = episodes_.ticks(lane);
+  // An append changes validity only at four kinds of time steps: the one that became unreadable, those whose stacks
+  // reached back to it, the newest, whose windows the new frame may complete, and the oldest if the limit is exceeded.
+  void refresh_after_append(std::int64_t env) {
+    const std::int64_t start = episodes_.oldest(env), end = episodes_.time_steps(env);
     if (start > 0) {
-      Record& gone = record(lane, start - 1);  // still in the spare slot
+      Record& gone = record(env, start - 1);  // in the spare slot, not overwritten yet
       if (gone.flags & kValid) {
         --valid_;
-        --count(lane);
-        if (priorities_) priorities_->leave(rings_.place(lane, start - 1));
+        --count(env);
+        if (priorities_) priorities_->remove(rings_.slot_index(env, start - 1));
       }
       gone.flags = static_cast<std::uint8_t>(gone.flags & ~kValid);
       const std::int64_t stop = std::min(start + shape_.stack - 1, end);
-      for (std::int64_t tick = start; tick < stop; ++tick) refresh(lane, tick);
+      for (std::int64_t t = start; t < stop; ++t) refresh(env, t);
     }
-    for (std::int64_t tick = std::max(start, end - 1 - shape_.n_step); tick < end; ++tick) refresh(lane, tick);
+    for (std::int64_t t = std::max(start, end - 1 - shape_.n_step); t < end; ++t) refresh(env, t);
     if (shape_.limit == 0) return;
-    retired(lane) = std::max(retired(lane), start);
-    while (count(lane) > shape_.limit) refresh(lane, retired(lane)++);
+    limit_start(env) = std::max(limit_start(env), start);
+    while (count(env) > shape_.limit) refresh(env, limit_start(env)++);
   }
 
-  // The lane and the tick of a valid transition.
-  std::pair<std::int64_t, std::int64_t> draw() {
-    const auto held = static_cast<std::uint64_t>(episodes_.most_held() * shape_.lanes);
-    // Nearly every stored frame starts a transition, so the first draw mostly succeeds. Where few do (episodes of
-    // one step, lanes that got few frames), counting them out is bounded and just as uniform.
+  // Draws a valid transition uniformly.
+  Start draw() {
+    const auto held = static_cast<std::uint64_t>(episodes_.max_held() * shape_.num_envs);
+    // Nearly every frame starts a transition, so the first attempt mostly succeeds. Where few do (episodes of one step,
+    // environments with few frames), a scan is as uniform and takes bounded time.
     for (int attempt = 0; attempt < 256; ++attempt) {
       const auto drawn = static_cast<std::int64_t>(generator_.below(held));
-      const std::int64_t lane = drawn % shape_.lanes, tick = episodes_.oldest(lane) + drawn / shape_.lanes;
-      if (tick < episodes_.ticks(lane) && record(lane, tick).flags & kValid) return {lane, tick};
+      const std::int64_t env = drawn % shape_.num_envs, t = episodes_.oldest(env) + drawn / shape_.num_envs;
+      if (episodes_.is_valid(env, t)) return {env, t};
     }
     auto remaining = static_cast<std::int64_t>(generator_.below(static_cast<std::uint64_t>(valid_)));
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
-      for (std::int64_t tick = episodes_.oldest(lane); tick < episodes_.ticks(lane); ++tick)
-        if (record(lane, tick).flags & kValid && remaining-- == 0) return {lane, tick};
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env)
+      for (std::int64_t t = episodes_.oldest(env); t < episodes_.time_steps(env); ++t)
+        if (record(env, t).flags & kValid && remaining-- == 0) return {env, t};
     throw std::logic_error("sample: the count of valid transitions is wrong");  // unreachable
   }
 
-  // One from the `i`th of `count` equal shares.
-  std::pair<std::int64_t, std::int64_t> draw_by_priority(std::int64_t i, std::int64_t count) {
+  // Draws from the i-th of `count` equal shares of the sum of the priorities.
+  Start draw_by_priority(std::int64_t i, std::int64_t count) {
     const double fraction = (static_cast<double>(i) + generator_.fraction()) / static_cast<double>(count);
-    const std::int64_t place = priorities_->find(fraction);
-    places_[static_cast<std::size_t>(i)] = place;
-    const std::int64_t lane = rings_.lane_of(place);
-    return {lane, rings_.tick_of(place, episodes_.ticks(lane))};
+    const std::int64_t slot = priorities_->find(fraction);
+    sampled_slots_[static_cast<std::size_t>(i)] = slot;
+    const std::int64_t env = rings_.env_of(slot);
+    return {env, rings_.time_step_of(slot, episodes_.time_steps(env))};
   }
 
-  void gather_one(std::int64_t lane, std::int64_t tick, std::int64_t i, const BatchView& batch) const {
-    const std::int64_t k = episodes_.reach(lane, tick);
+  // Copies a valid transition into the i-th row of the batch.
+  void gather_one(std::int64_t env, std::int64_t t, std::int64_t i, const BatchView& batch) const {
+    const std::int64_t k = episodes_.window_length(env, t);
     std::uint8_t* obs = batch.obs + i * batch.obs_stride;
     std::uint8_t* next_obs = batch.next_obs + i * batch.next_obs_stride;
-    episodes_.gather_stack(lane, tick, obs);
-    if (shares_block() && next_obs == obs + shape_.frame_bytes)  // one block: all but the newest frame is there already
-      std::memcpy(obs + shape_.stack * shape_.frame_bytes, episodes_.frame(lane, tick + 1),
+    episodes_.gather_stack(env, t, obs);
+    if (shares_frames() && next_obs == obs + shape_.frame_bytes)  // only the newest frame is missing
+      std::memcpy(obs + shape_.stack * shape_.frame_bytes, episodes_.frame(env, t + 1),
                   static_cast<std::size_t>(shape_.frame_bytes));
     else
-      episodes_.gather_stack(lane, tick + k, next_obs);
+      episodes_.gather_stack(env, t + k, next_obs);
 
     double reward = 0.0, discount = 1.0;
     for (std::int64_t j = 1; j <= k; ++j) {
-      reward += discount * static_cast<double>(record(lane, tick + j).reward);
+      reward += discount * static_cast<double>(record(env, t + j).reward);
       discount *= shape_.gamma;
     }
-    if (record(lane, tick + k).flags & kTerminated) discount = 0.0;
-    batch.action[i] = record(lane, tick + 1).action;
+    if (record(env, t + k).flags & kTerminated) discount = 0.0;
+    batch.action[i] = record(env, t + 1).action;
     batch.reward[i] = static_cast<float>(reward);
     batch.discount[i] = static_cast<float>(discount);
-    batch.index[i] = tick * shape_.lanes + lane;
+    batch.index[i] = t * shape_.num_envs + env;
     batch.weight[i] = 1.0f;
   }
 
   const Shape shape_;
   Episodes episodes_;
-  const Rings& rings_;  // of the episodes
+  const Rings& rings_;  // those of episodes_
   std::optional<Priorities> priorities_;
   Generator generator_;
-  std::vector<std::int64_t> places_;   // where the priorities of the batch lie
-  std::vector<std::int64_t> counts_;   // transitions that can be sampled now, per lane
-  std::vector<std::int64_t> retired_;  // ticks before this one start none any more, because of the limit, per lane
-  std::int64_t valid_ = 0;             // transitions that can be sampled now
-  mutable std::mutex mutex_;  // guards everything but the bytes of the spare slot
+  std::vector<std::int64_t> sampled_slots_;  // of the last batch; a member to avoid an allocation per batch
+  std::vector<std::int64_t> counts_;         // transitions that can be sampled now, per environment
+  std::vector<std::int64_t> limit_starts_;   // because of the limit, no transition starts before this time step
+  std::int64_t valid_ = 0;                   // transitions that can be sampled now
+  mutable std::mutex mutex_;                 // guards everything but the frames in the spare slots
 };
 
 }  // namespace pydqn

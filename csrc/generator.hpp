@@ -1,4 +1,4 @@
-// Random numbers that are the same everywhere. This file knows no Python.
+// Random numbers that are the same on every platform.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ class Generator {
  public:
   explicit Generator(std::uint64_t seed) : twister_(seed) {}
 
-  // Uniform on [0, bound): multiply-shift with rejection (Lemire 2019), so that it is exact and the same everywhere,
-  // which std::uniform_int_distribution is not.
+  // Uniform on [0, bound), by multiplication with rejection (Lemire 2019, https://arxiv.org/abs/1805.10941).
+  // std::uniform_int_distribution gives other numbers in each standard library.
   std::uint64_t below(std::uint64_t bound) {
     __extension__ using Product = unsigned __int128;
     const std::uint64_t threshold = (0 - bound) % bound;
@@ -25,7 +25,7 @@ class Generator {
     }
   }
 
-  // Uniform on [0, 1), with all 53 bits that a double can hold there.
+  // Uniform on [0, 1), a multiple of 2^-53.
   double fraction() { return static_cast<double>(twister_() >> 11) * 0x1p-53; }
 
   std::string state() const {
@@ -37,11 +37,11 @@ class Generator {
     std::istringstream text(state);
     std::mt19937_64 twister;
     text >> twister;
-    // A state of zeros would give zeros for ever, and drawing below a bound would never end.
+    // A state of zeros would produce only zeros, and below() would never return.
     std::mt19937_64 ahead = twister;
-    bool alive = false;
-    for (std::size_t i = 0; i < std::mt19937_64::state_size; ++i) alive |= ahead() != 0;
-    if (text.fail() || !alive)
+    bool nonzero = false;
+    for (std::size_t i = 0; i < std::mt19937_64::state_size; ++i) nonzero |= ahead() != 0;
+    if (text.fail() || !nonzero)
       throw std::invalid_argument("generator: expected the state of a 64-bit Mersenne twister");
     twister_ = twister;
   }

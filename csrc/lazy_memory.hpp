@@ -1,4 +1,4 @@
-// Memory for rings of gigabytes. This file knows no Python.
+// Memory for rings of several gigabytes.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@
 
 namespace pydqn {
 
-// Zeroed memory that costs nothing until it is written. Windows of frames lie far apart in a ring of gigabytes, so
-// ordinary 4 KiB pages would cost a TLB miss every half frame: huge pages are asked for where the system has them.
+// Zeroed memory that the system provides page by page as it is written. Samples lie far apart in a large ring, so
+// 4 KiB pages would cause a TLB miss for every half frame. Where the system supports huge pages, this requests them.
 class LazyMemory {
  public:
   explicit LazyMemory(std::size_t bytes) : bytes_(bytes) {
@@ -28,7 +28,7 @@ class LazyMemory {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: refusal costs speed, not correctness
+    madvise(memory, bytes, MADV_HUGEPAGE);  // failure is ignored: it costs only speed
 #endif
 #else
     void* memory = std::calloc(bytes, 1);
@@ -54,13 +54,13 @@ class LazyMemory {
   std::uint8_t* data_;
 };
 
-// Makes the C library keep memory that is freed, instead of giving it back to the system. Each update of a network on a
-// CPU allocates and frees the same few megabytes, and each time that they are given back and taken again, the system
-// hands out zeroed pages one by one. Concerns the whole process; false where the C library has no such setting.
+// Makes the C library keep freed memory instead of returning it to the system. Each network update on a CPU allocates
+// and frees the same few megabytes; if they were returned each time, the system would have to zero and map their pages
+// again. Affects the whole process. Returns false where the C library has no such setting.
 inline bool keep_freed_memory() {
 #if defined(__GLIBC__)
-  constexpr int kLargest = 32 << 20;  // what the C library accepts: larger blocks are mapped on their own
-  return mallopt(M_MMAP_THRESHOLD, kLargest) == 1 && mallopt(M_TRIM_THRESHOLD, 1 << 30) == 1;
+  constexpr int kMaxThreshold = 32 << 20;  // the largest that glibc accepts; larger blocks are always mapped separately
+  return mallopt(M_MMAP_THRESHOLD, kMaxThreshold) == 1 && mallopt(M_TRIM_THRESHOLD, 1 << 30) == 1;
 #else
   return false;
 #endif

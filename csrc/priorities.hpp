@@ -1,9 +1,9 @@
-// Proportional prioritized replay (Schaul et al. 2016, https://arxiv.org/abs/1511.05952, section 3.3). This file knows
-// no Python.
+// Proportional prioritized replay (Schaul et al. 2016, https://arxiv.org/abs/1511.05952, section 3.3).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -11,70 +11,72 @@
 
 namespace pydqn {
 
-// Each place holds p^alpha of the transition that starts there, or zero. A place is drawn in proportion to that.
+// Each slot holds p^alpha of the transition that starts there, or 0 if none does. A slot is drawn with a probability
+// proportional to that value.
 class Priorities {
  public:
-  Priorities(std::int64_t places, double alpha) : alpha_(alpha), places_(places), tree_(places) {}
+  Priorities(std::int64_t slots, double alpha) : alpha_(alpha), slots_(slots), tree_(slots) {}
 
-  // A new transition gets the largest priority so far, so that it is soon seen once; the first ones get 1.
-  void enter(std::int64_t place) { tree_.set(place, largest_); }
-  void leave(std::int64_t place) { tree_.set(place, 0.0); }
+  // A new transition gets the largest priority so far (1 at first), so that it is soon sampled.
+  void add(std::int64_t slot) { tree_.set(slot, largest_); }
+  void remove(std::int64_t slot) { tree_.set(slot, 0.0); }
 
-  // `priority` is positive and at most the largest float.
-  void update(std::int64_t place, double priority) {
+  // `priority` must be positive and at most the largest float.
+  void update(std::int64_t slot, double priority) {
     const double value = power(priority, alpha_);
-    tree_.set(place, value);
+    tree_.set(slot, value);
     largest_ = std::max(largest_, value);
-    most_ = std::max(most_, priority);
+    largest_priority_ = std::max(largest_priority_, priority);
   }
 
-  // Changes the exponent, also of what is held: but not away from 0, which has made all priorities 1.
+  // Changes the exponent, also of the stored values. A change from alpha = 0 leaves these at 1, since p^0 no longer
+  // tells what p was.
   void set_alpha(double alpha) {
     if (alpha == alpha_) return;
     if (alpha_ > 0.0) {
-      for (std::int64_t place = 0; place < places_; ++place) {
-        const double value = tree_[place];
-        if (value > 0.0) tree_.set(place, power(value, alpha / alpha_));
+      for (std::int64_t slot = 0; slot < slots_; ++slot) {
+        const double value = tree_[slot];
+        if (value > 0.0) tree_.set(slot, power(value, alpha / alpha_));
       }
     }
     alpha_ = alpha;
-    largest_ = power(most_, alpha);
+    largest_ = power(largest_priority_, alpha);
   }
 
-  // The place at `fraction` (from 0, below 1) of all priorities laid end to end. At least one is positive.
+  // The slot at `fraction` in [0, 1) of the cumulative sum of all values, of which at least one must be positive.
   std::int64_t find(double fraction) const { return tree_.find(fraction * tree_.total()); }
 
-  // Weights (N P(i))^-beta that undo the bias of drawing so, over the largest of them. Since total and N are the same
-  // for all, they cancel: the largest weight belongs to the smallest priority.
-  void weigh(const std::int64_t* places, std::int64_t count, double beta, float* weight) const {
-    double least = tree_[places[0]];
-    for (std::int64_t i = 1; i < count; ++i) least = std::min(least, tree_[places[i]]);
+  // Writes the importance weights (N P(i))^-beta, divided by the largest of the batch. N and the total cancel: the
+  // largest weight belongs to the smallest priority.
+  void importance_weights(const std::int64_t* slots, std::int64_t count, double beta, float* weight) const {
+    double smallest = tree_[slots[0]];
+    for (std::int64_t i = 1; i < count; ++i) smallest = std::min(smallest, tree_[slots[i]]);
     for (std::int64_t i = 0; i < count; ++i)
-      weight[i] = static_cast<float>(std::pow(least / tree_[places[i]], beta));
+      weight[i] = static_cast<float>(std::pow(smallest / tree_[slots[i]], beta));
   }
 
-  // p^alpha of a place, and of the largest priority so far: to be saved and restored.
-  double value(std::int64_t place) const { return tree_[place]; }
-  void set_value(std::int64_t place, double value) { tree_.set(place, value); }
+  // p^alpha of a slot, and of the largest priority so far; both are saved and restored.
+  double value(std::int64_t slot) const { return tree_[slot]; }
+  void set_value(std::int64_t slot, double value) { tree_.set(slot, value); }
   double largest() const { return largest_; }
   void set_largest(double value) {
     largest_ = value;
-    most_ = alpha_ > 0.0 ? std::pow(value, 1.0 / alpha_) : 1.0;
+    largest_priority_ = alpha_ > 0.0 ? std::pow(value, 1.0 / alpha_) : 1.0;
   }
 
-  void prefetch(std::int64_t place) const { tree_.prefetch(place); }
+  void prefetch(std::int64_t slot) const { tree_.prefetch(slot); }
   std::size_t bytes() const { return tree_.bytes(); }
 
  private:
-  // Kept positive: a place of zero would never be drawn again.
+  // At least the smallest positive double, because a transition of priority 0 would never be sampled again.
   static double power(double value, double exponent) {
     return std::max(std::pow(value, exponent), std::numeric_limits<double>::min());
   }
 
   double alpha_;
-  double largest_ = 1.0;  // to the power of alpha
-  double most_ = 1.0;     // as it came
-  std::int64_t places_;
+  double largest_ = 1.0;           // largest_priority_^alpha
+  double largest_priority_ = 1.0;
+  std::int64_t slots_;
   SumTree tree_;
 };
 

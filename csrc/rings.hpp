@@ -1,11 +1,11 @@
-// Frames and what led to them, in rings. This file knows no Python.
+// Ring buffers of frames, one per environment, with the action, reward and flags that led to each frame.
 //
-// Every lane (environment) owns a ring of `slots` = capacity + 1 frames. `capacity` of them can be read;
-// the one at the write cursor is spare, so that the next frame may be written into it while samplers read the rest.
+// A ring has `slots` = capacity + 1 slots. The newest `capacity` frames can be read. The other slot is where the next
+// frame goes, so that a caller can write it there while other threads sample.
 //
-// Frames are named by the tick at which they were appended (0, 1, 2, ... without end); a frame lives in slot
-// tick % slots while tick is among the newest `capacity`. Action, reward and flags of a tick are those that led to
-// its frame, so a transition that starts at tick t reads its action and first reward from tick t + 1.
+// Each environment counts its own time steps: 0, 1, 2, ... The frame appended at time step t is in slot t % slots. The
+// action, reward and flags recorded at t are those that led to its frame, so a transition that starts at t has the
+// action and the first reward recorded at t + 1.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,13 @@
 
 namespace pydqn {
 
-// kHistory: the frame belongs to its episode and its stacks, but no step that is stored led to it.
-enum Flag : std::uint8_t { kFirst = 1, kTerminated = 2, kTruncated = 4, kValid = 8, kHistory = 16 };
+enum Flag : std::uint8_t {
+  kFirst = 1,
+  kTerminated = 2,
+  kTruncated = 4,
+  kValid = 8,     // a transition that starts here can be sampled
+  kHistory = 16,  // the frame belongs to its episode and its stacks, but the step that led to it is not stored
+};
 
 struct Record {
   float reward;
@@ -30,50 +35,50 @@ struct Record {
 
 class Rings {
  public:
-  Rings(std::int64_t capacity, std::int64_t lanes, std::int64_t frame_bytes)
-      : lanes_(lanes),
+  Rings(std::int64_t capacity, std::int64_t num_envs, std::int64_t frame_bytes)
+      : num_envs_(num_envs),
         slots_(capacity + 1),
         frame_bytes_(frame_bytes),
-        frames_(checked_bytes(capacity, lanes, frame_bytes)),
-        records_(static_cast<std::size_t>(lanes * slots_) * sizeof(Record)) {}
+        frames_(checked_bytes(capacity, num_envs, frame_bytes)),
+        records_(static_cast<std::size_t>(num_envs * slots_) * sizeof(Record)) {}
 
   std::int64_t slots() const { return slots_; }
   std::size_t bytes() const { return frames_.bytes() + records_.bytes(); }
 
-  std::uint8_t* frame(std::int64_t lane, std::int64_t tick) const {
-    return frames_.data() + (lane * slots_ + tick % slots_) * frame_bytes_;
+  std::uint8_t* frame(std::int64_t env, std::int64_t t) const {
+    return frames_.data() + (env * slots_ + t % slots_) * frame_bytes_;
   }
-  Record& record(std::int64_t lane, std::int64_t tick) const {
-    return reinterpret_cast<Record*>(records_.data())[lane * slots_ + tick % slots_];
-  }
-
-  // A number for lane and slot, below lanes * slots: lanes side by side, as they are appended.
-  std::int64_t place(std::int64_t lane, std::int64_t tick) const { return tick % slots_ * lanes_ + lane; }
-  std::int64_t lane_of(std::int64_t place) const { return place % lanes_; }
-  // The newest tick before `ticks` that lives in the place.
-  std::int64_t tick_of(std::int64_t place, std::int64_t ticks) const {
-    return ticks - 1 - (ticks - 1 - place / lanes_) % slots_;
+  Record& record(std::int64_t env, std::int64_t t) const {
+    return reinterpret_cast<Record*>(records_.data())[env * slots_ + t % slots_];
   }
 
-  // Copies the held ticks [from, from + count) of a lane, which wrap at most once.
-  void copy_run(std::int64_t lane, std::int64_t from, std::int64_t count, std::uint8_t* out) const {
+  // Numbers the slots of all rings from 0 to num_envs * slots - 1. Slots that are filled together are adjacent.
+  std::int64_t slot_index(std::int64_t env, std::int64_t t) const { return t % slots_ * num_envs_ + env; }
+  std::int64_t env_of(std::int64_t slot_index) const { return slot_index % num_envs_; }
+  // The newest time step before `time_steps` that uses the slot.
+  std::int64_t time_step_of(std::int64_t slot_index, std::int64_t time_steps) const {
+    return time_steps - 1 - (time_steps - 1 - slot_index / num_envs_) % slots_;
+  }
+
+  // Copies the frames of time steps [from, from + count), which wrap around at most once.
+  void copy_run(std::int64_t env, std::int64_t from, std::int64_t count, std::uint8_t* out) const {
     const std::int64_t before_wrap = std::min(count, slots_ - from % slots_);
     const auto bytes = static_cast<std::size_t>(frame_bytes_);
-    std::memcpy(out, frame(lane, from), static_cast<std::size_t>(before_wrap) * bytes);
+    std::memcpy(out, frame(env, from), static_cast<std::size_t>(before_wrap) * bytes);
     if (before_wrap < count)
-      std::memcpy(out + static_cast<std::size_t>(before_wrap) * bytes, frame(lane, from + before_wrap),
+      std::memcpy(out + static_cast<std::size_t>(before_wrap) * bytes, frame(env, from + before_wrap),
                   static_cast<std::size_t>(count - before_wrap) * bytes);
   }
 
  private:
-  static std::size_t checked_bytes(std::int64_t capacity, std::int64_t lanes, std::int64_t frame_bytes) {
+  static std::size_t checked_bytes(std::int64_t capacity, std::int64_t num_envs, std::int64_t frame_bytes) {
     const auto limit = static_cast<double>(std::numeric_limits<std::int64_t>::max()) / 4;
-    if (static_cast<double>(capacity + 1) * static_cast<double>(lanes) * static_cast<double>(frame_bytes) > limit)
+    if (static_cast<double>(capacity + 1) * static_cast<double>(num_envs) * static_cast<double>(frame_bytes) > limit)
       throw std::bad_alloc();
-    return static_cast<std::size_t>((capacity + 1) * lanes * frame_bytes);
+    return static_cast<std::size_t>((capacity + 1) * num_envs * frame_bytes);
   }
 
-  std::int64_t lanes_, slots_, frame_bytes_;
+  std::int64_t num_envs_, slots_, frame_bytes_;
   LazyMemory frames_;
   LazyMemory records_;
 };

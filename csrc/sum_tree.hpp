@@ -1,4 +1,4 @@
-// Sums over many numbers that change one at a time, and the search in them. This file knows no Python.
+// Sums over many numbers that change one at a time, and search by partial sum.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,9 @@
 
 namespace pydqn {
 
-// A tree whose every node is the sum of the eight below it: eight doubles are one line of the cache, so a path from the
-// root to one of a million leaves touches seven lines, where a binary tree touches twenty. Nodes are summed anew from
-// their children whenever one changes, never adjusted by a difference, so the sums depend on the leaves alone and no
-// rounding error adds up. Leaves that were never set cost no memory.
+// A tree in which each node is the sum of its eight children. Eight doubles fill one cache line, so the path from a
+// leaf to the root touches 7 lines for a million leaves; a binary tree would touch 20. A changed node is summed anew
+// from its children, never adjusted by a difference, so rounding errors do not accumulate. Unset leaves use no memory.
 class SumTree {
  public:
   explicit SumTree(std::int64_t leaves) : memory_(nodes(leaves) * sizeof(double)) {
@@ -28,34 +27,34 @@ class SumTree {
   double total() const { return sum(levels_.back()); }
   double operator[](std::int64_t leaf) const { return levels_.front()[leaf]; }
 
-  // `value` is finite and not negative.
+  // `value` must be finite and not negative.
   void set(std::int64_t leaf, double value) {
-    auto place = static_cast<std::size_t>(leaf);
+    auto node = static_cast<std::size_t>(leaf);
     for (double* level : levels_) {
-      level[place] = value;
-      place /= kFan;
-      value = sum(&level[place * kFan]);
+      level[node] = value;
+      node /= kFan;
+      value = sum(&level[node * kFan]);
     }
   }
 
-  // The leaf in whose share of the total `mass` lies, when all shares are laid end to end; never one of zero, wherever
-  // rounding puts `mass`. The total is positive.
+  // The first leaf at which the cumulative sum of the leaves exceeds `mass`. Never returns a leaf of value 0, even if
+  // rounding puts `mass` at or beyond the total. The total must be positive.
   std::int64_t find(double mass) const {
-    std::size_t place = 0;
+    std::size_t node = 0;
     for (auto level = levels_.rbegin(); level != levels_.rend(); ++level) {
-      const double* children = *level + place * kFan;
+      const double* children = *level + node * kFan;
       std::size_t chosen = kFan - 1;
-      while (chosen > 0 && children[chosen] == 0.0) --chosen;  // the last share, if mass lies beyond all of them
+      while (chosen > 0 && children[chosen] == 0.0) --chosen;  // the last positive child, if `mass` exceeds the sum
       for (std::size_t i = 0; i < chosen; ++i) {
         if (mass < children[i]) chosen = i;
         else mass -= children[i];
       }
-      place = place * kFan + chosen;
+      node = node * kFan + chosen;
     }
-    return static_cast<std::int64_t>(place);
+    return static_cast<std::int64_t>(node);
   }
 
-  // Brings the leaf's line into the cache.
+  // Loads the leaf's cache line.
   void prefetch(std::int64_t leaf) const {
 #if defined(__GNUC__)
     __builtin_prefetch(levels_.front() + leaf);
@@ -69,7 +68,7 @@ class SumTree {
  private:
   static constexpr std::size_t kFan = 8;
 
-  // All levels together.
+  // The number of nodes in all levels.
   static std::size_t nodes(std::int64_t leaves) {
     std::size_t total = 0;
     auto width = static_cast<std::size_t>(leaves);
@@ -86,7 +85,7 @@ class SumTree {
   }
 
   LazyMemory memory_;
-  std::vector<double*> levels_;  // in it, leaves first; the last is the eight below the root
+  std::vector<double*> levels_;  // pointers into memory_; the first level is the leaves, the last the root's children
 };
 
 }  // namespace pydqn

@@ -36,7 +36,7 @@ class FrameReplay:
         terminated: ArrayLike,
         truncated: ArrayLike,
         first: ArrayLike,
-        lanes: ArrayLike | None,
+        env_indices: ArrayLike | None,
         history: ArrayLike | None,
         /,
     ) -> None: ...

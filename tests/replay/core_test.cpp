@@ -1,9 +1,9 @@
-// The core alone, without Python: against a slow twin, under sanitizers, and for long.
+// Tests of the C++ core without Python.
 //
-//   core_test sequences COUNT [SEED]   random sequences of calls, compared with a twin that keeps everything
-//   core_test threads SECONDS          appends, samples and sets priorities from several threads
-//   core_test drift UPDATES            sums of a tree after so many updates, beside one that adds differences in float32
-//   core_test long APPENDS             memory of the process while a ring goes round and round
+//   core_test sequences COUNT [SEED]   compares random sequences of calls with a reference implementation
+//   core_test threads SECONDS          appends, samples and sets priorities in several threads
+//   core_test drift UPDATES            compares rounding errors: SumTree and a tree that adds float32 differences
+//   core_test long APPENDS             checks that the process's memory does not grow while the rings are overwritten
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -46,64 +46,63 @@ struct Transition {
   float reward, discount;
 };
 
-// Everything that ever happened, read by the words of the contract.
-struct Twin {
+using Entries = std::vector<Entry>;  // of one environment, by time step
+
+// The reference implementation: keeps everything that was appended and searches it by definition.
+struct Reference {
   const Shape shape;
-  std::vector<std::vector<Entry>> lanes;
+  std::vector<Entries> envs;
 
-  static std::int64_t ticks(const std::vector<Entry>& lane) { return static_cast<std::int64_t>(lane.size()); }
-  std::int64_t oldest(const std::vector<Entry>& lane) const {
-    return std::max<std::int64_t>(0, ticks(lane) - shape.capacity);
-  }
+  static std::int64_t time_steps(const Entries& entries) { return static_cast<std::int64_t>(entries.size()); }
+  std::int64_t oldest(const Entries& all) const { return std::max<std::int64_t>(0, time_steps(all) - shape.capacity); }
 
-  // The frames of a stack, or nothing where one of them is not held any more.
-  std::optional<std::vector<std::uint8_t>> stack(const std::vector<Entry>& lane, std::int64_t tick) const {
+  // The stack that ends at t, or nothing if one of its frames has been overwritten.
+  std::optional<std::vector<std::uint8_t>> stack(const Entries& entries, std::int64_t t) const {
     std::vector<std::uint8_t> frames;
-    std::int64_t t = tick;
-    for (std::int64_t i = 0; i < shape.stack; ++i) {
-      if (t < oldest(lane)) return std::nullopt;
-      const auto& frame = lane[static_cast<std::size_t>(t)].frame;
-      frames.insert(frames.begin(), frame.begin(), frame.end());
-      if (lane[static_cast<std::size_t>(t)].first) {
+    for (std::int64_t i = 0; i < shape.stack; ++i, --t) {
+      if (t < oldest(entries)) return std::nullopt;
+      const Entry& entry = entries[static_cast<std::size_t>(t)];
+      frames.insert(frames.begin(), entry.frame.begin(), entry.frame.end());
+      if (entry.first) {
         const std::vector<std::uint8_t> pad =
-            shape.padding == Padding::kZero ? std::vector<std::uint8_t>(frame.size(), 0) : frame;
+            shape.padding == Padding::kZero ? std::vector<std::uint8_t>(entry.frame.size(), 0) : entry.frame;
         for (++i; i < shape.stack; ++i) frames.insert(frames.begin(), pad.begin(), pad.end());
         return frames;
       }
-      --t;
     }
     return frames;
   }
 
-  std::optional<Transition> at(std::size_t number, std::int64_t tick) const {
-    const auto& lane = lanes[number];
-    if (tick < oldest(lane)) return std::nullopt;
-    const auto obs = stack(lane, tick);
+  // The transition that starts at t, or nothing if it cannot be sampled.
+  std::optional<Transition> transition(const Entries& entries, std::int64_t t) const {
+    const auto obs = stack(entries, t);
     if (!obs) return std::nullopt;
     double reward = 0.0, discount = 1.0;
     for (std::int64_t k = 1;; ++k) {
-      if (tick + k >= ticks(lane)) return std::nullopt;  // the window is still open
-      const Entry& next = lane[static_cast<std::size_t>(tick + k)];
-      if (next.first || next.history) {  // cut off without a flag
+      if (t + k >= time_steps(entries)) return std::nullopt;  // the window is not complete yet
+      const Entry& next = entries[static_cast<std::size_t>(t + k)];
+      const std::int32_t action = entries[static_cast<std::size_t>(t + 1)].action;
+      if (next.first || next.history) {  // the episode ended without a flag
         if (k == 1) return std::nullopt;
-        return Transition{*obs, *stack(lane, tick + k - 1), lane[static_cast<std::size_t>(tick + 1)].action,
-                          static_cast<float>(reward), static_cast<float>(discount)};
+        return Transition{*obs, *stack(entries, t + k - 1), action, static_cast<float>(reward),
+                          static_cast<float>(discount)};
       }
       reward += discount * static_cast<double>(next.reward);
       discount *= shape.gamma;
       if (k == shape.n_step || next.terminated || next.truncated)
-        return Transition{*obs, *stack(lane, tick + k), lane[static_cast<std::size_t>(tick + 1)].action,
-                          static_cast<float>(reward), next.terminated ? 0.0f : static_cast<float>(discount)};
+        return Transition{*obs, *stack(entries, t + k), action, static_cast<float>(reward),
+                          next.terminated ? 0.0f : static_cast<float>(discount)};
     }
   }
 
+  // All transitions that can be sampled, by index.
   std::map<std::int64_t, Transition> transitions() const {
     std::map<std::int64_t, Transition> found;
-    for (std::size_t lane = 0; lane < lanes.size(); ++lane) {
+    for (std::size_t env = 0; env < envs.size(); ++env) {
       std::int64_t left = shape.limit ? shape.limit : shape.capacity;
-      for (std::int64_t tick = ticks(lanes[lane]) - 1; tick >= 0 && left > 0; --tick)
-        if (const auto transition = at(lane, tick)) {
-          found[tick * shape.lanes + static_cast<std::int64_t>(lane)] = *transition;
+      for (std::int64_t t = time_steps(envs[env]) - 1; t >= 0 && left > 0; --t)
+        if (const auto one = transition(envs[env], t)) {
+          found[t * shape.num_envs + static_cast<std::int64_t>(env)] = *one;
           --left;
         }
     }
@@ -129,14 +128,14 @@ struct Buffers {
 void compare(const Buffers& batch, const std::map<std::int64_t, Transition>& expected) {
   for (std::size_t i = 0; i < batch.index.size(); ++i) {
     const auto found = expected.find(batch.index[i]);
-    require(found != expected.end(), "a sampled transition may be sampled");
-    const Transition& twin = found->second;
+    require(found != expected.end(), "every transition in the batch is valid");
+    const Transition& wanted = found->second;
     const auto part = static_cast<std::ptrdiff_t>(i) * batch.stride;
-    require(std::equal(twin.obs.begin(), twin.obs.end(), batch.obs.begin() + part), "obs");
-    require(std::equal(twin.next_obs.begin(), twin.next_obs.end(), batch.next_obs.begin() + part), "next_obs");
-    require(twin.action == batch.action[i], "action");
-    require(twin.reward == batch.reward[i], "reward");
-    require(twin.discount == batch.discount[i], "discount");
+    require(std::equal(wanted.obs.begin(), wanted.obs.end(), batch.obs.begin() + part), "obs");
+    require(std::equal(wanted.next_obs.begin(), wanted.next_obs.end(), batch.next_obs.begin() + part), "next_obs");
+    require(wanted.action == batch.action[i], "action");
+    require(wanted.reward == batch.reward[i], "reward");
+    require(wanted.discount == batch.discount[i], "discount");
     require(batch.weight[i] > 0.0f && batch.weight[i] <= 1.0f, "weight");
   }
 }
@@ -149,8 +148,9 @@ class Sequence {
     if (pick(2)) shape_.alpha = 0.25 * static_cast<double>(pick(5));
     if (pick(2)) shape_.limit = 1 + pick(shape_.capacity);
     uneven_ = pick(2);
-    memory_ = std::make_unique<FrameReplay>(shape_, seed);
-    twin_ = std::make_unique<Twin>(Twin{shape_, std::vector<std::vector<Entry>>(static_cast<std::size_t>(shape_.lanes))});
+    replay_ = std::make_unique<FrameReplay>(shape_, seed);
+    reference_ = std::make_unique<Reference>(
+        Reference{shape_, std::vector<Entries>(static_cast<std::size_t>(shape_.num_envs))});
   }
 
   void run() {
@@ -165,89 +165,89 @@ class Sequence {
   }
 
  private:
-  std::int64_t pick(std::int64_t bound) { return static_cast<std::int64_t>(random_() % static_cast<std::uint64_t>(bound)); }
+  std::int64_t pick(std::int64_t bound) {
+    return static_cast<std::int64_t>(random_() % static_cast<std::uint64_t>(bound));
+  }
 
   void append() {
-    std::vector<std::int64_t> lanes;
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
-      if (!uneven_ || pick(3) > 0) lanes.push_back(lane);
-    if (uneven_) std::shuffle(lanes.begin(), lanes.end(), random_);
-    const std::size_t count = lanes.size();
+    std::vector<std::int64_t> envs;
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env)
+      if (!uneven_ || pick(3) > 0) envs.push_back(env);
+    if (uneven_) std::shuffle(envs.begin(), envs.end(), random_);
+    const std::size_t count = envs.size();
     std::vector<std::int32_t> action(count);
     std::vector<float> reward(count);
     const auto flags = [count] { return std::make_unique<bool[]>(count); };
     auto terminated = flags(), truncated = flags(), first = flags(), history = flags();
     std::vector<std::vector<std::uint8_t>> frames(count);
     for (std::size_t i = 0; i < count; ++i) {
-      for (std::int64_t byte = 0; byte < shape_.frame_bytes; ++byte) frames[i].push_back(static_cast<std::uint8_t>(random_()));
+      for (std::int64_t byte = 0; byte < shape_.frame_bytes; ++byte)
+        frames[i].push_back(static_cast<std::uint8_t>(random_()));
       action[i] = static_cast<std::int32_t>(pick(18));
       reward[i] = static_cast<float>(pick(7)) - 3.0f;
-      first[i] = lane_of(lanes[i]).empty() || pick(8) == 0;
+      first[i] = entries(envs[i]).empty() || pick(8) == 0;
       history[i] = pick(9) == 0;
       terminated[i] = pick(9) == 0;
       truncated[i] = pick(9) == 0;
     }
-    const bool in_place = !uneven_ && pick(2);
-    std::uint8_t* slot = uneven_ ? nullptr : memory_->next_slot();
-    const std::int64_t lane_bytes = memory_->lane_bytes();
-    if (in_place)
+    const bool in_slot = !uneven_ && pick(2);
+    std::uint8_t* slot = uneven_ ? nullptr : replay_->next_slot();
+    const std::int64_t env_bytes = replay_->env_bytes();
+    if (in_slot)
       for (std::size_t i = 0; i < count; ++i)
-        std::memcpy(slot + static_cast<std::int64_t>(i) * lane_bytes, frames[i].data(), frames[i].size());
-    memory_->append(
-        static_cast<std::int64_t>(count), uneven_ ? lanes.data() : nullptr,
-        [&](std::int64_t i) { return in_place ? slot + i * lane_bytes : frames[static_cast<std::size_t>(i)].data(); },
+        std::memcpy(slot + static_cast<std::int64_t>(i) * env_bytes, frames[i].data(), frames[i].size());
+    replay_->append(
+        static_cast<std::int64_t>(count), uneven_ ? envs.data() : nullptr,
+        [&](std::int64_t i) { return in_slot ? slot + i * env_bytes : frames[static_cast<std::size_t>(i)].data(); },
         action.data(), reward.data(), terminated.get(), truncated.get(), first.get(), history.get());
     for (std::size_t i = 0; i < count; ++i)
-      lane_of(lanes[i]).push_back(first[i]     ? Entry{frames[i], 0.0f, 0, false, false, true, false}
-                                  : history[i] ? Entry{frames[i], 0.0f, 0, false, false, false, true}
-                                               : Entry{frames[i], reward[i], action[i], terminated[i], truncated[i],
-                                                       false, false});
+      entries(envs[i]).push_back(
+          first[i] || history[i] ? Entry{frames[i], 0.0f, 0, false, false, first[i], !first[i]}
+                                 : Entry{frames[i], reward[i], action[i], terminated[i], truncated[i], false, false});
   }
 
-  std::vector<Entry>& lane_of(std::int64_t lane) { return twin_->lanes[static_cast<std::size_t>(lane)]; }
+  Entries& entries(std::int64_t env) { return reference_->envs[static_cast<std::size_t>(env)]; }
 
   void check() {
-    const auto expected = twin_->transitions();
+    const auto expected = reference_->transitions();
     std::vector<std::int64_t> indices;
     for (const auto& entry : expected) indices.push_back(entry.first);
-    require(memory_->valid_indices() == indices, "valid_indices");
-    require(memory_->size() == static_cast<std::int64_t>(indices.size()), "size");
+    require(replay_->valid_indices() == indices, "valid_indices");
+    require(replay_->size() == static_cast<std::int64_t>(indices.size()), "size");
     Buffers batch(shape_, static_cast<std::int64_t>(indices.size()));
-    memory_->gather(indices.data(), static_cast<std::int64_t>(indices.size()), batch.view());
+    replay_->gather(indices.data(), static_cast<std::int64_t>(indices.size()), batch.view());
     compare(batch, expected);
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane)
-      if (lane_of(lane).empty()) return;
-    std::vector<std::uint8_t> latest(static_cast<std::size_t>(shape_.lanes * shape_.stack * shape_.frame_bytes));
-    memory_->latest(latest.data());
-    if (shape_.capacity >= shape_.stack)
-      for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) {
-        const auto stack = twin_->stack(lane_of(lane), Twin::ticks(lane_of(lane)) - 1);
-        if (stack)
-          require(std::equal(stack->begin(), stack->end(),
-                             latest.begin() + lane * shape_.stack * shape_.frame_bytes), "latest");
-      }
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env)
+      if (entries(env).empty()) return;
+    std::vector<std::uint8_t> latest(static_cast<std::size_t>(shape_.num_envs * shape_.stack * shape_.frame_bytes));
+    replay_->latest(latest.data());
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env) {
+      const auto newest = latest.begin() + env * shape_.stack * shape_.frame_bytes;
+      if (const auto stack = reference_->stack(entries(env), Reference::time_steps(entries(env)) - 1))
+        require(std::equal(stack->begin(), stack->end(), newest), "latest");
+    }
   }
 
   void draw() {
-    if (memory_->size() == 0) return;
+    if (replay_->size() == 0) return;
     Buffers batch(shape_, 16);
-    memory_->sample(16, 0.5, batch.view());
-    compare(batch, twin_->transitions());
+    replay_->sample(16, 0.5, batch.view());
+    compare(batch, reference_->transitions());
     if (!shape_.alpha) return;
     std::vector<double> priority;
     for (int i = 0; i < 16; ++i) priority.push_back(std::ldexp(1.0, static_cast<int>(pick(60)) - 30));
-    memory_->update_priorities(batch.index.data(), priority.data(), 16);
+    replay_->update_priorities(batch.index.data(), priority.data(), 16);
   }
 
-  // Saves and loads, in pieces of random length, and goes on with what was loaded.
+  // Copies the buffer as saving and loading do, in chunks of random length, and continues with the copy.
   void reload() {
     auto other = std::make_unique<FrameReplay>(shape_, 0);
-    const std::vector<std::int64_t> all_ticks = memory_->ticks();
-    other->set_generator_state(memory_->generator_state());
-    other->set_largest_priority(memory_->largest_priority());
-    other->set_ticks(all_ticks);
-    for (std::int64_t lane = 0; lane < shape_.lanes; ++lane) {
-      const std::int64_t ticks = all_ticks[static_cast<std::size_t>(lane)], stored = memory_->stored(lane);
+    const std::vector<std::int64_t> all_time_steps = replay_->env_time_steps();
+    other->set_generator_state(replay_->generator_state());
+    other->set_largest_priority(replay_->largest_priority());
+    other->set_time_steps(all_time_steps);
+    for (std::int64_t env = 0; env < shape_.num_envs; ++env) {
+      const std::int64_t time_steps = all_time_steps[static_cast<std::size_t>(env)], stored = replay_->stored(env);
       for (std::int64_t position = 0; position < stored;) {
         const std::int64_t count = std::min(stored - position, 1 + pick(7));
         const auto size = static_cast<std::size_t>(count);
@@ -255,45 +255,45 @@ class Sequence {
         std::vector<float> reward(size);
         std::vector<std::int32_t> action(size);
         const FrameReplay::Columns columns{frames.data(), reward.data(), action.data(), flags.data()};
-        memory_->export_run(lane, position, count, ticks, columns);
-        other->import_run(lane, position, count, columns);
+        replay_->export_run(env, position, count, time_steps, columns);
+        other->import_run(env, position, count, columns);
         position += count;
       }
       if (!shape_.alpha) continue;
       std::vector<double> priorities(static_cast<std::size_t>(stored));
-      memory_->export_priorities(lane, ticks, priorities.data());
-      other->import_priorities(lane, priorities.data());
+      replay_->export_priorities(env, time_steps, priorities.data());
+      other->import_priorities(env, priorities.data());
     }
     other->end_import();
-    if (memory_->size() > 0) {
+    if (replay_->size() > 0) {
       Buffers one(shape_, 8), two(shape_, 8);
-      memory_->sample(8, 0.4, one.view());
+      replay_->sample(8, 0.4, one.view());
       other->sample(8, 0.4, two.view());
-      require(one.index == two.index && one.obs == two.obs && one.weight == two.weight, "the loaded memory draws the same");
+      require(one.index == two.index && one.obs == two.obs && one.weight == two.weight, "the copy draws the same");
     }
-    memory_ = std::move(other);
+    replay_ = std::move(other);
   }
 
   std::mt19937_64 random_;
   Shape shape_{};
-  bool uneven_ = false;  // lanes do not step together
-  std::unique_ptr<FrameReplay> memory_;
-  std::unique_ptr<Twin> twin_;
+  bool uneven_ = false;  // environments do not step together
+  std::unique_ptr<FrameReplay> replay_;
+  std::unique_ptr<Reference> reference_;
 };
 
-// Frames, actions and rewards all say the tick at which they came, so that a torn read shows.
+// Every byte of a frame, its action and its reward equal its time step modulo 250, so that a torn read is detected.
 int threads(double seconds) {
   const Shape shape{64, 3, 16, 4, 3, 1.0, Padding::kZero, 0.6};
-  FrameReplay memory(shape, 1);
-  std::atomic<bool> over{false};
+  FrameReplay replay(shape, 1);
+  std::atomic<bool> done{false};
   std::atomic<std::int64_t> drawn{0};
-  const auto append = [&](std::uint8_t tick) {
-    std::vector<std::uint8_t> frame(16, tick);
-    const std::int32_t action[3] = {tick, tick, tick};
-    const float reward[3] = {1.0f * tick, 1.0f * tick, 1.0f * tick};
-    const bool no[3] = {false, false, false}, all[3] = {true, true, true};
-    memory.append(3, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, tick % 50 == 49 ? all : no,
-                  tick % 50 == 0 ? all : no);
+  const auto append = [&](std::uint8_t t) {
+    const std::vector<std::uint8_t> frame(16, t);
+    const std::int32_t action[3] = {t, t, t};
+    const float reward[3] = {1.0f * t, 1.0f * t, 1.0f * t};
+    const bool no[3] = {}, all[3] = {true, true, true};
+    const bool *truncated = t % 50 == 49 ? all : no, *first = t % 50 == 0 ? all : no;
+    replay.append(3, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, truncated, first);
   };
   append(0);
   std::vector<std::thread> readers;
@@ -301,57 +301,56 @@ int threads(double seconds) {
     readers.emplace_back([&] {
       Buffers batch(shape, 8);
       const std::vector<double> priority(8, 2.0);
-      while (!over) {
-        if (memory.size() == 0) continue;
-        memory.sample(8, 0.5, batch.view());
+      while (!done) {
+        if (replay.size() == 0) continue;
+        replay.sample(8, 0.5, batch.view());
         for (std::size_t i = 0; i < 8; ++i) {
           const std::uint8_t* last = batch.obs.data() + (static_cast<std::int64_t>(i) + 1) * batch.stride - 16;
           for (int byte = 0; byte < 16; ++byte) require(last[byte] == last[0], "a frame is whole");
           require(batch.action[i] == (last[0] + 1) % 250, "an action follows its frame");
         }
-        memory.update_priorities(batch.index.data(), priority.data(), 8);
+        replay.update_priorities(batch.index.data(), priority.data(), 8);
         drawn += 8;
       }
     });
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  std::int64_t ticks = 1;
-  for (; std::chrono::steady_clock::now() < end; ++ticks) append(static_cast<std::uint8_t>(ticks % 250));
-  over = true;
+  std::int64_t appends = 1;
+  for (; std::chrono::steady_clock::now() < end; ++appends) append(static_cast<std::uint8_t>(appends % 250));
+  done = true;
   for (auto& reader : readers) reader.join();
-  std::printf("threads: %lld appends, %lld transitions checked\n", static_cast<long long>(ticks),
+  std::printf("threads: %lld appends, %lld transitions checked\n", static_cast<long long>(appends),
               static_cast<long long>(drawn.load()));
   return 0;
 }
 
-// A binary tree of float32 sums that adds the difference to every node above, as is common.
+// The baseline is a binary tree of float32 sums; as is common, it adds the difference to every node on the path.
 int drift(std::int64_t updates) {
   const std::int64_t leaves = 1 << 20;
   SumTree tree(leaves);
-  std::vector<float> common(2 * static_cast<std::size_t>(leaves), 0.0f);
+  std::vector<float> baseline(2 * static_cast<std::size_t>(leaves), 0.0f);
   std::mt19937_64 random(0);
   for (std::int64_t i = 0; i < updates; ++i) {
     const auto leaf = static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(leaves));
     const double value = std::pow(static_cast<double>(random() >> 11) * 0x1p-53 * 10.0, 0.6);
     tree.set(leaf, value);
     auto node = static_cast<std::size_t>(leaf + leaves);
-    const float difference = static_cast<float>(value) - common[node];
-    for (; node >= 1; node /= 2) common[node] += difference;
+    const float difference = static_cast<float>(value) - baseline[node];
+    for (; node >= 1; node /= 2) baseline[node] += difference;
   }
-  long double exact = 0.0L, exact_common = 0.0L;
+  long double exact = 0.0L, exact_baseline = 0.0L;
   for (std::int64_t leaf = 0; leaf < leaves; ++leaf) {
-    exact += static_cast<long double>(tree[leaf]);
-    exact_common += static_cast<long double>(common[static_cast<std::size_t>(leaf + leaves)]);
+    exact += tree[leaf];
+    exact_baseline += baseline[static_cast<std::size_t>(leaf + leaves)];
   }
-  const double ours = std::abs(static_cast<double>((static_cast<long double>(tree.total()) - exact) / exact));
-  const double theirs =
-      std::abs(static_cast<double>((static_cast<long double>(common[1]) - exact_common) / exact_common));
-  std::printf("drift: after %lld updates of %lld leaves the total is off by %.1e of it; float32 differences: %.1e\n",
+  const double ours = std::abs(static_cast<double>((tree.total() - exact) / exact));
+  const double theirs = std::abs(static_cast<double>((baseline[1] - exact_baseline) / exact_baseline));
+  std::printf("drift: relative error of the total after %lld updates of %lld leaves: %.1e; float32 differences: %.1e\n",
               static_cast<long long>(updates), static_cast<long long>(leaves), ours, theirs);
-  require(ours < 1e-13, "sums depend on the leaves alone");
+  require(ours < 1e-13, "rounding errors do not accumulate");
   return 0;
 }
 
-// On Linux; elsewhere 0, and nothing is checked.
+// 0 on systems other than Linux, where nothing is checked.
 long resident_kilobytes() {
   long pages = 0, ignored = 0;
   std::ifstream("/proc/self/statm") >> ignored >> pages;
@@ -360,22 +359,23 @@ long resident_kilobytes() {
 
 int long_run(std::int64_t appends) {
   const Shape shape{10000, 8, 64, 4, 3, 0.99, Padding::kZero, 0.6};
-  FrameReplay memory(shape, 0);
+  FrameReplay replay(shape, 0);
   Buffers batch(shape, 32);
   const std::vector<std::uint8_t> frame(64, 7);
   const std::int32_t action[8] = {};
   const float reward[8] = {};
   const bool no[8] = {}, all[8] = {true, true, true, true, true, true, true, true};
   long early = 0;
-  for (std::int64_t tick = 0; tick < appends; ++tick) {
-    memory.append(8, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, no, tick % 700 == 0 ? all : no);
-    if (tick % 100 == 99) memory.sample(32, 0.4, batch.view());
-    if (tick == 30000) early = resident_kilobytes();  // the ring has gone round
+  for (std::int64_t t = 0; t < appends; ++t) {
+    const bool* first = t % 700 == 0 ? all : no;
+    replay.append(8, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, no, first);
+    if (t % 100 == 99) replay.sample(32, 0.4, batch.view());
+    if (t == 30000) early = resident_kilobytes();  // every slot has been written
   }
   const long late = resident_kilobytes();
-  std::printf("long: %lld appends of 8 lanes, resident memory %ld KB after 30,000 and %ld KB at the end\n",
+  std::printf("long: %lld appends to 8 environments, resident memory %ld KB after 30,000 and %ld KB at the end\n",
               static_cast<long long>(appends), early, late);
-  require(appends <= 30000 || late - early < 256, "memory stays flat");
+  require(appends <= 30000 || late - early < 256, "memory does not grow");
   return 0;
 }
 
@@ -394,6 +394,6 @@ int main(int argc, char** argv) {
     context = "seed " + std::to_string(seed);
     Sequence(seed).run();
   }
-  std::printf("sequences: %lld of 120 appends each equal the twin\n", static_cast<long long>(count));
+  std::printf("sequences: %lld of 120 appends each agree with the reference\n", static_cast<long long>(count));
   return 0;
 }
