@@ -1,1 +1,1 @@
-"""Replay buffers: frames on the host or a device, whole transitions, saving."""
+"""Replay buffers: of frames on the host or on a device, and of whole transitions."""

@@ -1,10 +1,10 @@
-"""A growing store of rows on the disk: chunks that never change, what does change, and an index, written last.
+"""Rows in a folder on the disk: chunks that never change, a part that changes, and an index, written last.
 
-A store is a folder. Rows are numbered from 0 on and never change once they are there; the oldest may be forgotten. So
-each chunk, a fixed range of rows, is written once: saving again, here or elsewhere on the same disk, links the chunks
-that have been saved before and writes those that are new. All are compressed by Zstandard: it is faster than the disk.
+Rows are numbered from 0 on and never change; the oldest may be dropped. So each chunk, a fixed range of rows, is
+written once: saving again, here or elsewhere on the same disk, links the chunks that have been saved before and writes
+those that are new. All are compressed by Zstandard, which is faster than the disk.
 
-No name of a file is ever taken from a file: each follows from what the index says of the chunk.
+No file name is ever read from a file: each follows from what the index says about the chunk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LEVEL = 1
 
 
 class Chunk(NamedTuple):
-    """Rows from `start` to before `stop`, or what changes (from 0 to 0)."""
+    """Rows from `start` to before `stop`, or the part that changes (from 0 to 0)."""
 
     start: int
     stop: int
@@ -41,20 +41,23 @@ class Chunk(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the file: no two contents share one, so that writing never touches what an older index names."""
+        """File name. No two contents share one, so that writing never touches a file that an older index names."""
         return f"{self.start:012d}-{self.stop:012d}-{self.checksum.nbytes:x}-{self.checksum.checksum:08x}.zst"
 
 
 class ChunkWriter:
-    """Writes a store again and again. Knows what it has written before, and where.
+    """Writes rows again and again.
 
     Args:
         length: rows of a chunk.
+
+    Attributes:
+        known: files of chunks that have been written or loaded, by the chunk's number.
     """
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.known: dict[int, tuple[Path, Chunk]] = {}  # by number; what was loaded from there, too
+        self.known: dict[int, tuple[Path, Chunk]] = {}
 
     def save(
         self,
@@ -66,16 +69,16 @@ class ChunkWriter:
         changing: bytes | None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """Write the store, whole or not at all: until the index takes its place, that of before counts.
+        """Write everything, whole or not at all: until the new index is written, the old one counts.
 
         Args:
             folder: made if it is not there.
             kind: of the index.
             header: goes into the index.
-            rows: the first that is held, and the one after the last.
-            read: returns rows from one to before another.
-            changing: what is written anew each time.
-            progress: called with the share of the rows that is done.
+            rows: the first row that is held, and the one after the last.
+            read: returns the rows from one to before another.
+            changing: the part that changes, if there is one.
+            progress: called with the share of the rows that is written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         before = {path.name for path in folder.iterdir()}
@@ -87,7 +90,7 @@ class ChunkWriter:
             content = {**header, "chunks": plain, "changing": others[0].checksum if others else None}
             write_index(folder / _INDEX, kind, content)
         except BaseException:
-            # Whichever index is in its place by now, what that names must stay.
+            # Whichever index is there by now, the files that it names must stay.
             with suppress(Damaged):
                 before |= {chunk.name for chunk in ChunkReader(folder, kind).all_chunks()}
             _sweep(folder, before)
@@ -112,26 +115,22 @@ class ChunkWriter:
         return chunks
 
     def _linked(self, folder: Path, number: int, stop: int) -> Chunk | None:
-        """Return a chunk that holds the rows up to `stop`, linked into the folder, if it was saved and can be."""
+        """Link a known chunk with the rows up to `stop` into the folder and return it; None where that cannot be."""
         path, chunk = self.known.get(number, (None, None))
-        if path is None or chunk is None or chunk.stop != stop:  # (what is held never begins earlier than before)
+        if path is None or chunk is None or chunk.stop != stop:  # (the first row that is held never moves back)
             return None
         try:
             if path.stat().st_size != chunk.checksum.nbytes:
                 return None
             with suppress(FileExistsError):
                 os.link(path, folder / chunk.name)
-        except OSError:  # gone, or a file system without links: it is written anew
+        except OSError:  # it is gone, or the file system has no links: write it again
             return None
         return chunk
 
 
 class ChunkReader:
-    """Reads what a `ChunkWriter` wrote.
-
-    Raises:
-        Damaged: a file is not what was written.
-    """
+    """Reads what a `ChunkWriter` wrote. Every method raises `Damaged` if a file is not what was written."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
@@ -144,7 +143,7 @@ class ChunkReader:
             raise Damaged(f"{folder / _INDEX}: does not name its chunks ({error})") from None
 
     def check(self, first: int, end: int, length: int) -> None:
-        """Raise `Damaged` unless the chunks are these rows, each of at most `length` of them."""
+        """Raise `Damaged` unless the chunks hold these rows, at most `length` each."""
         reached = self.chunks[0].start if self.chunks else 0
         good = reached <= first
         for chunk in self.chunks:
@@ -154,9 +153,9 @@ class ChunkReader:
             raise Damaged(f"{self.folder / _INDEX}: its chunks are not the rows from {first} to {end}")
 
     def read(self, chunk: Chunk, nbytes: int) -> bytes:
-        """Return a chunk, which must hold so many bytes."""
+        """Return the content of a chunk, which must be so many bytes."""
         path = self.folder / chunk.name
-        # Before a byte is read: no compressed file is much larger than what it holds, and none much smaller.
+        # Before a byte is read: a compressed file is neither much larger nor very much smaller than its content.
         if not nbytes >> 16 <= chunk.checksum.nbytes <= nbytes + (nbytes >> 7) + 1024:
             raise Damaged(f"{path}: {chunk.checksum.nbytes} bytes cannot hold {nbytes}")
         import zstandard
@@ -170,13 +169,13 @@ class ChunkReader:
             raise Damaged(f"{path}: cannot be decompressed ({error})") from None
 
     def changing(self, nbytes: int) -> bytes:
-        """Return what is written anew each time."""
+        """Return the part that changes, which must be so many bytes."""
         if self._changing is None:
             raise Damaged(f"{self.folder / _INDEX}: names no part that changes")
         return self.read(self._changing, nbytes)
 
     def all_chunks(self) -> list[Chunk]:
-        """Return those that hold rows, and what changes."""
+        """Return the chunks of rows, and the part that changes."""
         return self.chunks if self._changing is None else [*self.chunks, self._changing]
 
     def verify(self) -> None:
@@ -195,7 +194,7 @@ def _write(folder: Path, start: int, stop: int, data: bytes) -> Chunk:
 
 
 def _sweep(folder: Path, keep: set[str]) -> None:
-    """Remove what a `ChunkWriter` once wrote there, but for some names."""
+    """Remove all files that a `ChunkWriter` wrote to the folder, except those to keep."""
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in keep:
             with suppress(OSError):

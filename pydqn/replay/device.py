@@ -1,4 +1,4 @@
-"""A replay buffer whose frames lie on the learner's device; everything else about it stays in the C++ core."""
+"""A replay buffer whose frames are on the learner's device (see `DeviceReplay`)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pydqn._util.cuda import on
-from pydqn.replay.frames import Batch, FrameReplay
+from pydqn.replay.base import BaseReplay
 from pydqn.replay.lookup import as_words, look_up
-
-Rows = TypeVar("Rows")
+from pydqn.replay.saving import SavedReplay
+from pydqn.replay.uploads import Uploads
 
 _MOST_ROWS = 2**31 - 1  # rows are int32
 _SHARE = 0.8  # of a GPU's free memory that frames may take; the rest is for networks, graphs and others
@@ -38,22 +37,110 @@ def resolve_storage(name: str, device: torch.device, nbytes: int) -> Storage:
     if device.type != "cuda":
         return Storage("host", f"no GPU, {size}")
     free, _ = torch.cuda.mem_get_info(device)
-    # What PyTorch keeps for later allocations, it gives back where one would fail.
+    # Memory that PyTorch keeps for later allocations is given back where an allocation would fail.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     where = "device" if nbytes <= _SHARE * free else "host"
     return Storage(where, f"{size}, {free / 1e9:.1f} GB free on {device}")
 
 
-class DeviceReplay(FrameReplay):
-    """A `FrameReplay` that keeps its frames in one tensor on a device.
+class FramesOnDevice:
+    """A `FrameStore` of one tensor on a device, whose cells are numbers of rows.
 
-    Each step sends only the new frames there (7 KB per Atari environment). The core stores, in place of a frame, the number of
-    its row in that tensor, so validity, stacks, n-step windows and priorities are the very same code as on the host.
-    Batches (and `latest`) hold rows, too: `obs` and `next_obs` are (B, stack) int32, to be looked up in `frames` on the
-    device, as `Learner(frames=)` and `Actor(frames=)` do.
+    At time step t, frames are written to the rows from 1 + t % slots * num_envs on, one for each environment.
+
+    Args:
+        slots: time steps that the tensor holds.
+        num_envs: environments.
+        frame_shape: of one frame.
+        dtype: of the frames.
+        device: where the tensor is.
+    """
+
+    cell_shape: tuple[int, ...] = ()
+    cell_dtype = np.dtype(np.int32)
+
+    def __init__(
+        self, slots: int, num_envs: int, frame_shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device
+    ) -> None:
+        self.frame_shape, self.dtype = frame_shape, dtype
+        self._slots, self._num_envs = slots, num_envs
+        try:
+            kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        except TypeError:
+            raise ValueError(f"dtype: expected one that PyTorch has, too, got {dtype}") from None
+        rows = 1 + slots * num_envs
+        if rows > _MOST_ROWS:
+            capacity = (slots - 1) * num_envs
+            raise ValueError(f"capacity: expected at most {_MOST_ROWS} frames on a device, got {capacity}")
+        self.frames = torch.empty((rows, *frame_shape), dtype=kind, device=device)
+        as_words(self.frames)[0] = 0
+        self.lock = threading.RLock()
+        self.uploads = Uploads(self.frames, num_envs) if device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.frames.nbytes
+
+    def rows(self, time_step: int) -> NDArray[np.int32]:
+        """Return (num_envs,): the rows of the frames of a time step."""
+        start = 1 + time_step % self._slots * self._num_envs
+        return np.arange(start, start + self._num_envs, dtype=np.int32)
+
+    def slot(self, time_step: int) -> NDArray[Any]:
+        """Return memory for the frames of a time step, (num_envs, *frame_shape), free to be written."""
+        if self.uploads is not None:
+            return self.uploads.slot(time_step)
+        start = self.rows(time_step)[0]
+        slot: NDArray[Any] = self.frames[start : start + self._num_envs].numpy()
+        return slot
+
+    def send(self, time_step: int) -> None:
+        """Launch the copy of what `slot` holds to its rows."""
+        if self.uploads is not None:
+            self.uploads.send(time_step, int(self.rows(time_step)[0]))
+
+    def wait(self) -> None:
+        """Let the current stream wait for all frames: `append` may run on another stream."""
+        if self.uploads is not None:
+            self.uploads.wait()
+
+    def let_finish(self) -> None:
+        """Let later frames wait for what the current stream has launched by now."""
+        if self.uploads is not None:
+            self.uploads.let_finish()
+
+    def read(self, cells: NDArray[Any]) -> NDArray[Any]:
+        """Return the frames of (n,) rows."""
+        self.wait()
+        frames: NDArray[Any] = look_up(self.frames, torch.from_numpy(cells).to(self.frames.device)).cpu().numpy()
+        return frames
+
+    def write(self, env_index: int, time_step: int, frames: NDArray[Any]) -> NDArray[Any]:
+        """Store frames of one environment, which are rows apart from each other; return the rows."""
+        rows = 1 + np.arange(time_step, time_step + len(frames)) % self._slots * self._num_envs + env_index
+        device = self.frames.device
+        values = as_words(torch.from_numpy(frames.copy()).to(device))
+        self._synchronize()  # other streams may still read what these rows held, or bring frames there
+        as_words(self.frames).index_copy_(0, torch.from_numpy(rows).to(device), values)
+        self._synchronize()
+        return rows.astype(np.int32)
+
+    def _synchronize(self) -> None:
+        if self.frames.device.type == "cuda":
+            torch.cuda.synchronize(self.frames.device)
+
+
+class DeviceReplay(BaseReplay):
+    """A replay buffer like `FrameReplay` that keeps its frames in one tensor on a device.
+
+    Each step sends only the new frames there (7 KB per Atari environment). The index core holds, in place of each
+    frame, the number of its row in that tensor, so validity, stacks, n-step windows and priorities are those of
+    `FrameReplay`. Batches (and `latest`) hold rows, too: `obs` and `next_obs` are (B, stack) int32, to be looked up in
+    `frames` on the device, as `Learner(frames=)` and `Actor(frames=)` do.
 
     The thread that appends has to launch what reads rows of `frames` before the next `append`, on its current stream:
-    later appends write frames over the oldest ones, behind what has been launched, not behind what is launched later.
+    later appends overwrite the oldest frames, behind what has been launched, not behind what is launched later.
     Other threads may call every method at any time. While they use rows, they keep the frames in place by `reading`.
 
     Args:
@@ -67,32 +154,19 @@ class DeviceReplay(FrameReplay):
         RuntimeError: the device has not enough memory (`torch.OutOfMemoryError`).
     """
 
-    frames: Tensor
-    """(1 + (capacity // num_envs + 1) * num_envs, *frame_shape): row 0 is zero, what stands before an episode."""
+    _store: FramesOnDevice
 
     def __init__(
         self, capacity: int, frame_shape: tuple[int, ...] = (84, 84), *, device: torch.device | str, **settings: Any
     ) -> None:
-        super().__init__(capacity, frame_shape, **settings)
         self.device = torch.device(device)
-        try:
-            dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
-        except TypeError:
-            raise ValueError(f"dtype: expected one that PyTorch has, too, got {self.dtype}") from None
-        self._lock = threading.RLock()  # held while an append brings its frames, and by readers
-        self._slots = self.capacity // self.num_envs + 1
-        rows = 1 + self._slots * self.num_envs
-        if rows > _MOST_ROWS:
-            raise ValueError(f"capacity: expected at most {_MOST_ROWS} frames on a device, got {self.capacity}")
-        self.frames = torch.empty((rows, *self.frame_shape), dtype=dtype, device=self.device)
+        super().__init__(capacity, frame_shape, **settings)
         self.device = self.frames.device  # "cuda" is whichever is current: from now on that one
-        as_words(self.frames)[0] = 0
-        self._uploads = Uploads(self.frames, self.num_envs) if self.device.type == "cuda" else None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held, on the host and on the device."""
-        return self._core.nbytes + self.frames.nbytes
+    def frames(self) -> Tensor:
+        """(1 + (capacity // num_envs + 1) * num_envs, *frame_shape). Row 0 is zero: it pads stacks."""
+        return self._store.frames
 
     def append(
         self,
@@ -103,71 +177,57 @@ class DeviceReplay(FrameReplay):
         truncated: ArrayLike,
         first: ArrayLike,
     ) -> None:
-        """See `FrameReplay.append`. The frames are on their way when it returns."""
+        """See `FrameReplay.append`. The frames may still be on their way when it returns."""
         frames, expected = np.asarray(frame), (self.num_envs, *self.frame_shape)
         if frames.shape != expected:
             raise ValueError(f"frame: expected shape {expected}, got shape {frames.shape}")
         if frames.dtype != self.dtype:
             raise ValueError(f"frame: expected dtype {self.dtype}, got dtype {frames.dtype}")
-        with self._lock:
+        with self._store.lock:
             time_step = self._core.time_steps
-            rows = self._rows(np.array([time_step]), slice(None))
-            slot = self.next_slot()
+            slot = self._store.slot(time_step)
             if frames.ctypes.data != slot.ctypes.data or frames.strides != slot.strides:
                 np.copyto(slot, frames)
-            if self._uploads is not None:
-                self._uploads.send(time_step, int(rows[0, 0]))
-            # From here on others see the rows, so the frames come first. Where this raises, they lie in a spare slot.
-            self._core.append(rows[0], action, reward, terminated, truncated, first, None, None)
+            self._store.send(time_step)
+            # Once this returns, others see the rows, so the frames come first. If it raises, they are in a spare slot.
+            self._core.append(self._store.rows(time_step), action, reward, terminated, truncated, first, None, None)
 
     def append_to(self, env_indices: ArrayLike, *columns: Any, **named: Any) -> None:
-        """Not offered: frames are sent to the device for all environments at once."""
+        """Raise RuntimeError: frames are sent to the device for all environments at once."""
         raise RuntimeError("append_to: a DeviceReplay takes the frames of all environments at once (append)")
 
     def next_slot(self) -> NDArray[Any]:
-        """See `FrameReplay.next_slot`."""
-        time_step = self._core.time_steps
-        if self._uploads is not None:
-            return self._uploads.slot(time_step)
-        start = int(self._rows(np.array([time_step]), 0)[0])
-        slot: NDArray[Any] = self.frames[start : start + self.num_envs].numpy()
-        return slot
+        return self._store.slot(self._core.time_steps)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep all frames that can be read in their places, for threads that do not append themselves.
+        """Keep all frames that can be read in place, for threads that do not append themselves.
 
         Within the block, `append` waits. What the block launches on its current stream is done before a later append
-        writes over what it reads::
+        overwrites what it reads::
 
             with replay.reading():
                 batch = replay.sample(32)
                 obs = look_up(replay.frames, torch.from_numpy(batch.obs).to(replay.device))
         """
-        with self._lock:
+        with self._store.lock:
             try:
                 yield
             finally:
-                if self._uploads is not None:
-                    self._uploads.let_finish()
+                self._store.let_finish()
 
-    def sample(self, batch_size: int, out: Batch | None = None) -> Batch:
-        """See `FrameReplay.sample`."""
-        return self._arrived(super().sample(batch_size, out))
+    def clear(self) -> None:
+        """See `FrameReplay.clear`."""
+        with self._store.lock:
+            super().clear()
+            self._store.let_finish()
 
-    def gather(self, index: ArrayLike, out: Batch | None = None) -> Batch:
-        """See `FrameReplay.gather`."""
-        return self._arrived(super().gather(index, out))
-
-    def latest(self, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """See `FrameReplay.latest`."""
-        return self._arrived(super().latest(out))
-
-    def _arrived(self, rows: Rows) -> Rows:
-        """Let the current stream wait for the frames of these rows: `append` may run on another stream."""
-        if self._uploads is not None:
-            self._uploads.wait()
-        return rows
+    def _take(self, saved: SavedReplay) -> None:
+        with self._store.lock:
+            if self._core.time_steps:
+                saved.verify()  # before rows that are held are overwritten
+            self.clear()
+            super()._take(saved)
 
     @classmethod
     def load(
@@ -180,95 +240,12 @@ class DeviceReplay(FrameReplay):
         """See `FrameReplay.load`; reads what either kind has saved."""
         return cls._load(path, expected, device=device)
 
-    def _elsewhere(self) -> dict[str, Any]:
-        return {"device": str(self.device)}
+    def __getstate__(self) -> dict[str, Any]:
+        """See `FrameReplay.__getstate__`."""
+        state = super().__getstate__()
+        state["settings"]["device"] = str(self.device)
+        return state
 
-    def _cell(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        return (), np.dtype(np.int32)
-
-    def _rows(self, time_steps: NDArray[np.int64], env_index: int | slice) -> NDArray[np.int32]:
-        """Rows of the frames that were, or will be, appended at these time steps: (T,), or (T, num_envs) for a slice."""
-        env_indices = np.arange(self.num_envs)[env_index]
-        starts = 1 + time_steps % self._slots * self.num_envs
-        return (starts[:, None] + env_indices if isinstance(env_index, slice) else starts + env_indices).astype(
-            np.int32
-        )
-
-    def _export(self, env_index: int, position: int, count: int, time_steps: int) -> tuple[NDArray[Any], ...]:
-        with self._lock:
-            rows, *rest = self._arrived(super()._export(env_index, position, count, time_steps))
-            return look_up(self.frames, torch.from_numpy(rows).to(self.device)).cpu().numpy(), *rest
-
-    def _import(self, env_index: int, position: int, frames: NDArray[Any], *rest: NDArray[Any]) -> None:
-        first = self._core.time_steps - self._core.stored(env_index) + position
-        rows = self._rows(np.arange(first, first + len(frames)), env_index)
-        # Rows of one environment lie apart: sent in one write, and put in their places there.
-        to = torch.from_numpy(rows).to(self.device, torch.int64)
-        as_words(self.frames).index_copy_(0, to, as_words(torch.from_numpy(frames.copy()).to(self.device)))
-        super()._import(env_index, position, rows, *rest)
-
-
-class Uploads:
-    """New frames on their way from pinned memory to their rows, on a stream of their own.
-
-    Three rules keep them apart from readers:
-
-    * Whatever is launched on the current stream after `send` waits until its frames are there. Other streams, those of
-      other threads, `wait`.
-    * The row that is written at time step t held a frame that batches could name until time step t - 1 was appended. So the copy
-      waits for all that had been launched on the current stream by then, and for nothing younger: it runs beside the
-      updates of its own step.
-    * It waits for all that other streams had launched when they called `let_finish`.
-
-    Args:
-        frames: (R, *frame_shape) on the device.
-        num_envs: rows that are sent at a time.
-        cuda: what makes streams and events.
-    """
-
-    def __init__(self, frames: Tensor, num_envs: int, cuda: Any = torch.cuda) -> None:
-        self._frames, self._cuda = frames, cuda
-        pinned = frames.device.type == "cuda"
-        shape = (2, num_envs, *frames.shape[1:])  # one is filled while the other may still be read
-        self._staging = torch.empty(shape, dtype=frames.dtype, device="cpu", pin_memory=pinned)
-        self._readers: dict[int, Any] = {}  # the newest event of each stream
-        with on(frames.device):
-            self._stream = cuda.Stream(frames.device)
-            self._arrived = [cuda.Event(), cuda.Event()]  # per half of the staging memory
-            self._newest = self._arrived[0]
-            self._launched = cuda.Event()  # all that was launched when the previous frames were sent
-            self._launched.record(cuda.current_stream(frames.device))
-
-    def slot(self, time_step: int) -> NDArray[Any]:
-        """Return the pinned memory for the frames of `time_step`, (num_envs, *frame_shape), free to be written."""
-        self._arrived[time_step % 2].synchronize()
-        half: NDArray[Any] = self._staging[time_step % 2].numpy()
-        return half
-
-    def send(self, time_step: int, row: int) -> None:
-        """Launch the copy of what `slot(time_step)` holds to the rows from `row` on."""
-        half, arrived = self._staging[time_step % 2], self._arrived[time_step % 2]
-        with on(self._frames.device):
-            current = self._cuda.current_stream(self._frames.device)
-            for event in (self._launched, *self._readers.values()):
-                self._stream.wait_event(event)
-            self._readers.clear()
-            with self._cuda.stream(self._stream):
-                self._frames[row : row + len(half)].copy_(half, non_blocking=True)
-                arrived.record(self._stream)
-            current.wait_event(arrived)
-            self._launched.record(current)
-            self._newest = arrived
-
-    def wait(self) -> None:
-        """Let the current stream wait for the frames that were sent last, and so for all before them."""
-        with on(self._frames.device):
-            self._cuda.current_stream(self._frames.device).wait_event(self._newest)
-
-    def let_finish(self) -> None:
-        """Let what is sent later wait for all that the current stream has launched by now."""
-        with on(self._frames.device):
-            stream = self._cuda.current_stream(self._frames.device)
-            event = self._cuda.Event()
-            event.record(stream)
-            self._readers[stream.cuda_stream] = event
+    def _make_store(self) -> FramesOnDevice:
+        slots = self.capacity // self.num_envs + 1
+        return FramesOnDevice(slots, self.num_envs, self.frame_shape, self.dtype, self.device)

@@ -1,4 +1,4 @@
-"""Frames that are looked up by the numbers of their rows, on any device."""
+"""Looks frames up by the numbers of their rows, on any device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def look_up(frames: Tensor, rows: Tensor) -> Tensor:
 def as_words(frames: Tensor) -> Tensor:
     """Return (R, *frame_shape) frames as (R, n) of the widest integers that their rows are whole numbers of.
 
-    A view of the same memory. There are fewer of them than pixels: PyTorch's kernels for tensors of more than 2^31
-    elements are slow. And there are kernels for them, which some dtypes lack (uint16, uint32).
+    A view of the same memory. PyTorch's kernels are slow for tensors of more than 2^31 elements, and there are fewer
+    words than pixels. It also lacks kernels for some dtypes (uint16, uint32), but not for these.
     """
     flat = frames.flatten(1)
     nbytes = flat.shape[1] * flat.element_size()

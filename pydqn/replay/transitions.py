@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from pydqn._util.checks import converted, indices, integer, number_dtype
-from pydqn.replay.frames import Batch, FrameReplay, Windows
+from pydqn.replay.batch import Batch, Windows
+from pydqn.replay.frames import FrameReplay
 
 _SMALL = 1024  # bytes of a frame up to which memory for the worst case is cheap
 _SPARE = 32  # one frame in so many is set aside for the ends of episodes

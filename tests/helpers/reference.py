@@ -1,4 +1,4 @@
-"""Slow references of the fast paths: plain, and obviously right; and what fills a replay buffer."""
+"""Slow reference implementations of the fast paths, plain enough to be read as their definition; and `fill`."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Transition(NamedTuple):
 
 @dataclass
 class EpisodeReplay:
-    """A replay buffer as a list per environment of everything that ever happened, read by the words of the contract."""
+    """A replay buffer that keeps all that ever happened in each environment, and finds transitions by definition."""
 
     capacity: int  # frames per environment
-    env_indices: int
+    num_envs: int
     stack: int
     n_step: int
     gamma: float
     padding: str
     limit: int | None = None  # transitions per environment, the newest
     history: list[list[Entry]] = field(default_factory=list)
-    not_led_to: set[tuple[int, int]] = field(default_factory=set)  # environment and time step where no step led
+    not_led_to: set[tuple[int, int]] = field(default_factory=set)  # (environment, time step)
 
     def __post_init__(self) -> None:
-        self.history = [[] for _ in range(self.env_indices)]
+        self.history = [[] for _ in range(self.num_envs)]
 
     def append(self, entries: list[Entry]) -> None:
         for env_index, entry in enumerate(entries):
@@ -54,15 +54,15 @@ class EpisodeReplay:
         self.history[env_index].append(entry)
 
     def transitions(self) -> dict[int, Transition]:
-        """Every transition that may be sampled now, by index (time step * environments + environment)."""
+        """Every transition that may be sampled now, by index (time step * num_envs + environment)."""
         found = {}
         for env_index, entries in enumerate(self.history):
-            all_of_lane = {}
+            of_env = {}
             for time_step in range(len(entries)):
                 transition = self._transition(entries, time_step, env_index)
                 if transition is not None:
-                    all_of_lane[time_step * self.env_indices + env_index] = transition
-            found |= dict([*all_of_lane.items()][-self.limit if self.limit else 0 :])
+                    of_env[time_step * self.num_envs + env_index] = transition
+            found |= dict([*of_env.items()][-self.limit if self.limit else 0 :])
         return found
 
     def latest(self) -> list[np.ndarray]:
@@ -73,10 +73,10 @@ class EpisodeReplay:
 
     def _stack(self, entries: list[Entry], time_step: int) -> tuple[bool, np.ndarray]:
         """The observation that ends at `time_step`, and whether all its frames are still held."""
-        opening = time_step
-        while not entries[opening].first:
-            opening -= 1
-        time_steps = [t for t in range(time_step - self.stack + 1, time_step + 1) if t >= opening]
+        start = time_step
+        while not entries[start].first:
+            start -= 1
+        time_steps = [t for t in range(time_step - self.stack + 1, time_step + 1) if t >= start]
         held = all(self._is_held(entries, t) for t in time_steps)
         if not held:
             time_steps = [t for t in time_steps if self._is_held(entries, t)]
@@ -119,26 +119,21 @@ def double_q_update(q_tm1, a_tm1, r_t, discount_t, q_t, selector_t, delta):
     return losses
 
 
-def lanes_of(value, count):
-    return np.full(count, value)
-
-
 def fill(replay, time_steps, ends=(), seed=0):
-    """Append `time_steps` random frames per environment; `ends` are time steps at which every environment's episode terminates."""
+    """Append random frames in every environment; all episodes terminate at the time steps `ends`."""
     generator = np.random.default_rng(seed)
-    env_indices, first = replay.num_envs, np.ones(replay.num_envs, bool)
+    num_envs, first = replay.num_envs, np.ones(replay.num_envs, bool)
+    zeros, ones, no = np.zeros(num_envs, int), np.ones(num_envs), np.zeros(num_envs, bool)
     for time_step in range(time_steps):
-        frame = generator.integers(0, 255, (env_indices, *replay.frame_shape)).astype(replay.dtype)
-        end = np.full(env_indices, time_step in ends)
-        replay.append(
-            frame, lanes_of(0, env_indices), lanes_of(1.0, env_indices), end, ~lanes_of(True, env_indices), first
-        )
+        frame = generator.integers(0, 255, (num_envs, *replay.frame_shape)).astype(replay.dtype)
+        end = no | (time_step in ends)
+        replay.append(frame, zeros, ones, end, no, first)
         first = end
     return replay
 
 
 class NaiveSumTree:
-    """A list of numbers."""
+    """A list of numbers instead of a tree."""
 
     def __init__(self, leaves: int) -> None:
         self.values = [0.0] * leaves

@@ -1,4 +1,4 @@
-"""The C++ core without Python, under the compiler's sanitizers; `core_test.cpp` says what it does."""
+"""The C++ core without Python, under the compiler's sanitizers; `core_test.cpp` says what is tested."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def core_test(tmp_path_factory):
     return run
 
 
-def test_sequences_of_calls_equal_the_twin(core_test):
+def test_sequences_of_calls_equal_the_reference(core_test):
     assert "150 of 120 appends" in core_test("address,undefined", "sequences", 150)
 
 

@@ -1,4 +1,4 @@
-"""A default device that the user has set for PyTorch changes nothing: whatever makes a tensor names its device."""
+"""PyTorch's default device changes nothing: all code that makes a tensor names its device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pydqn import FrameReplay, preset, train
+from pydqn import DeviceReplay, FrameReplay, preset, train
 from pydqn._util.cuda import DeviceToHost, HostToDevice
 from pydqn._util.weights import load_weights, save_weights
 from pydqn.learning.networks import Table, make_network
 from pydqn.learning.policy import Actor
-from pydqn.replay.device import DeviceReplay, Uploads
+from pydqn.replay.uploads import Uploads
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from tests.learning.test_learner import assert_equal_learners
 from tests.learning.test_learner import make as make_learner
@@ -59,27 +59,27 @@ def test_a_learner_learns_the_same(tmp_path, settings, storage):
         actor = Actor(learner.policy, replay.latest(), getattr(replay, "frames", None))
         for _ in range(8):
             learner.update(replay.sample(32))
-        save_weights(tmp_path / "state.safetensors", learner.state(), {})
+        save_weights(tmp_path / "state.safetensors", learner.state_dict(), {})
         learner, _, _ = make_learner(storage=storage, **settings)
-        learner.restore(load_weights(tmp_path / "state.safetensors")[0], 8)
+        learner.load_state_dict(load_weights(tmp_path / "state.safetensors")[0])
         learner.update(replay.sample(32))
         assert learner.diagnosis()
-        return learner, learner.metrics(), actor.values(replay.latest()).copy()
+        return learner, learner.statistics()[:-1], actor.values(replay.latest()).copy()
 
-    expected, metrics, values = learned()
+    expected, statistics, values = learned()
     with default_device("meta"):
-        found, found_metrics, found_values = learned()
+        found, found_statistics, found_values = learned()
     assert_equal_learners(expected, found, rtol=0, atol=0)
-    assert metrics == found_metrics
+    assert statistics == found_statistics
     np.testing.assert_array_equal(values, found_values)
 
 
-def test_a_memory_on_a_device_is_saved_and_loaded(tmp_path):
+def test_a_buffer_on_a_device_is_saved_and_loaded(tmp_path):
     with default_device("meta"):
-        memory = DeviceReplay(20, (3,), device="cpu", stack=2)
+        replay = DeviceReplay(20, (3,), device="cpu", stack=2)
         for time_step in range(9):
-            memory.append(np.full((1, 3), time_step, np.uint8), [0], [0.0], [False], [False], [time_step == 0])
-        memory.save(tmp_path / "replay")
+            replay.append(np.full((1, 3), time_step, np.uint8), [0], [0.0], [False], [False], [time_step == 0])
+        replay.save(tmp_path / "replay")
         again = DeviceReplay.load(tmp_path / "replay")
     host = FrameReplay.load(tmp_path / "replay")
     np.testing.assert_array_equal(again.frames.numpy()[again.latest()], host.latest())
@@ -97,7 +97,7 @@ def test_a_run_is_the_same_run(tmp_path):
 
 
 def test_pinned_memory_is_on_the_host(monkeypatch):
-    """Where there is a GPU, buffers are pinned: here without, under another default device."""
+    """With a GPU, memory for transfers is pinned. Here without one, under another default device."""
     made, empty = [], torch.empty
 
     def noted(*shape, pin_memory=False, device=None, **named):
@@ -121,11 +121,10 @@ def test_pinned_memory_is_on_the_host(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", noted)
     monkeypatch.setattr(torch.cuda, "Event", Events)
-    monkeypatch.setattr("pydqn.replay.device.on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("pydqn.replay.uploads.on", lambda device: contextlib.nullcontext())
     cuda = torch.device("cuda", 0)
     with default_device("meta"):
         HostToDevice([np.zeros(3, np.float32)], cuda)
-        outbox = DeviceToHost(cuda)
-        outbox.put(empty(3, device="cpu"))
+        DeviceToHost(cuda).put(empty(3, device="cpu"))
         Uploads(Frames(), 1, Streams)
     assert made == ["cpu"] * 3

@@ -1,4 +1,4 @@
-"""Frames on the device: the same memory as on the host; and no copy overtakes what may still read."""
+"""A buffer with its frames on a device equals one on the host; and no copy overwrites what may still be read."""
 
 from __future__ import annotations
 
@@ -9,71 +9,82 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pydqn import FrameReplay
-from pydqn.replay.device import DeviceReplay, Uploads, resolve_storage
-from pydqn.replay.lookup import look_up
-from tests.replay.test_frames import assert_same as assert_twin
-from tests.replay.test_frames import play, streams
+from pydqn import DeviceReplay, FrameReplay
+from pydqn.replay.device import resolve_storage
+from tests.helpers.cuda_streams import FakeCuda, launch_check, looked_up, upload_through
+from tests.helpers.replay_streams import assert_equals_reference, play, streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 
 
-def both(device="cpu", capacity=60, **options):
-    """The same stream, with ends of all kinds, in memory of both kinds."""
-    host = FrameReplay(capacity, (5, 3), num_envs=3, seed=4, **options)
-    there = DeviceReplay(capacity, (5, 3), num_envs=3, seed=4, device=device, **options)
+def both(device="cpu", capacity=60, seed=4, **options):
+    """Return empty buffers of both kinds with the same settings."""
+    host = FrameReplay(capacity, (5, 3), num_envs=3, seed=seed, **options)
+    there = DeviceReplay(capacity, (5, 3), num_envs=3, seed=seed, device=device, **options)
     return host, there
 
 
-def feed(memories, time_steps, seed=0, since=0):
+def feed(replays, time_steps, seed=0, since=0):
+    """Append the same stream, with ends of all kinds, to several buffers."""
     generator = np.random.default_rng(seed)
     for time_step in range(since, since + time_steps):
         frame = generator.integers(1, 255, (3, 5, 3), dtype=np.uint8)
         ends = generator.random((2, 3)) < 0.1
         first = (generator.random(3) < 0.1) | (time_step == 0)
         row = (generator.integers(4, size=3), generator.normal(size=3), *ends, first)
-        for number, memory in enumerate(memories):
-            if (time_step + number) % 2:  # both ways to bring in a frame
-                slot = memory.next_slot()
+        for number, replay in enumerate(replays):
+            if (time_step + number) % 2:  # both ways to append a frame
+                slot = replay.next_slot()
                 slot[...] = frame
-                memory.append(slot, *row)
+                replay.append(slot, *row)
             else:
-                memory.append(frame, *row)
+                replay.append(frame, *row)
+
+
+def saved_to(replay, path):
+    replay.save(path)
+    return path
+
+
+def assert_equal(one, other):
+    """Compare two `FrameReplay`, without a draw."""
+    index = one.valid_indices()
+    np.testing.assert_array_equal(index, other.valid_indices())
+    assert one._core.generator_state == other._core.generator_state
+    for ours, theirs in zip(one.gather(index), other.gather(index), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def assert_same(host, there):
+    """Compare a `FrameReplay` with a `DeviceReplay`, draws included."""
     np.testing.assert_array_equal(host.valid_indices(), there.valid_indices())
-    np.testing.assert_array_equal(host.latest(), seen(there, there.latest()))
+    np.testing.assert_array_equal(host.latest(), looked_up(there, there.latest()))
     if len(host):
         one, other = host.sample(16), there.sample(16)
         assert other.obs.dtype == other.next_obs.dtype == np.int32
-        np.testing.assert_array_equal(one.obs, seen(there, other.obs))
-        np.testing.assert_array_equal(one.next_obs, seen(there, other.next_obs))
+        np.testing.assert_array_equal(one.obs, looked_up(there, other.obs))
+        np.testing.assert_array_equal(one.next_obs, looked_up(there, other.next_obs))
         for name in ("action", "reward", "discount", "index", "weight"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-
-
-def seen(memory, rows):
-    return look_up(memory.frames, torch.from_numpy(rows).to(memory.device)).cpu().numpy()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.parametrize("padding", ["zero", "first"])
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_equals_the_memory_on_the_host(device, n_step, padding, prioritized):
+def test_equals_the_buffer_on_the_host(device, n_step, padding, prioritized):
     host, there = both(device, n_step=n_step, padding=padding, prioritized=prioritized)
     for since in range(70):
         feed((host, there), 1, seed=since, since=since)
         assert_same(host, there)
         if prioritized and len(host):
             index = host.valid_indices()[::3]
-            for memory in (host, there):
-                memory.update_priorities(index, 1.0 + index % 5)
+            for replay in (host, there):
+                replay.update_priorities(index, 1.0 + index % 5)
 
 
 class LookedUp(DeviceReplay):
-    """Gives observations, as the memory on the host does."""
+    """Returns observations instead of rows, as `FrameReplay` does."""
 
     def __init__(self, *shape, **options):
         super().__init__(*shape, device="cpu", **options)
@@ -85,17 +96,17 @@ class LookedUp(DeviceReplay):
         return self._looked_up(super().gather(index))
 
     def latest(self, out=None):
-        return seen(self, super().latest(out))
+        return looked_up(self, super().latest(out))
 
     def _looked_up(self, batch):
-        return batch._replace(obs=seen(self, batch.obs), next_obs=seen(self, batch.next_obs))
+        return batch._replace(obs=looked_up(self, batch.obs), next_obs=looked_up(self, batch.next_obs))
 
 
 @settings(max_examples=100, deadline=None)
 @given(streams())
-def test_equals_the_twin_at_every_tick(stream):
-    for replay, twin in play(stream, kind=LookedUp):
-        assert_twin(replay, twin)
+def test_equals_the_reference_at_every_time_step(stream):
+    for replay, reference in play(stream, kind=LookedUp):
+        assert_equals_reference(replay, reference)
 
 
 @pytest.mark.parametrize("saved", ["host", "device"])
@@ -111,6 +122,97 @@ def test_either_kind_reads_what_either_saved(tmp_path, saved, loaded):
         else:
             assert_same(host, again)
         feed((host, there, again), 1, seed=since, since=since)
+
+
+def test_uneven_environments_are_loaded(tmp_path):
+    """Saved by a `FrameReplay` whose environments have different numbers of frames."""
+    host = FrameReplay(24, (1,), num_envs=2, stack=1, seed=4)
+    time_step, no = np.zeros((2, 1), np.uint8), np.zeros(1, bool)
+    for env_index in [0, 1, 0, 0, 1, *[0] * 20, *[1] * 4]:
+        frame = 10 * env_index + time_step[[env_index]]
+        host.append_to([env_index], frame, [0], [0.0], no, no, time_step[env_index] == 0)
+        time_step[env_index] += 1
+    host.save(tmp_path / "replay")
+    there = DeviceReplay.load(tmp_path / "replay")
+    for each in range(30):
+        assert_same(host, there)
+        for replay in (host, there):
+            two = np.zeros(2, int)
+            replay.append(np.full((2, 1), 100 + each, np.uint8), two, two, two > 0, two > 0, two > 0)
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_restored_in_place(tmp_path, kind):
+    """What is restored is sampled as the saved buffer would have sampled, and no frame of before comes back."""
+    host, there = both(prioritized=True)
+    feed((host, there), 90)
+    host.beta = there.beta = 0.7
+    host.update_priorities(host.valid_indices()[:9], np.arange(1.0, 10.0))
+    host.save(tmp_path / "replay")
+    for before in (0, 7, 50):
+        replay = both(seed=0, prioritized=True)[kind == "device"]
+        feed((replay,), before, seed=99)
+        frames = getattr(replay, "frames", None)
+        replay.restore(tmp_path / "replay")
+        assert getattr(replay, "frames", None) is frames
+        expected = FrameReplay.load(tmp_path / "replay")
+        assert replay.beta == 0.7
+        for since in range(90, 130):
+            assert_same(expected, replay) if kind == "device" else assert_equal(expected, replay)
+            feed((expected, replay), 1, seed=since, since=since)
+        replay.save(tmp_path / "again")  # links no chunk of the buffer before
+        assert_equal(FrameReplay.load(tmp_path / "again"), expected)
+
+
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_a_refused_restore_keeps_what_is_held(tmp_path, kind):
+    saved = both()[0]
+    feed((saved,), 60)
+    saved.save(tmp_path / "replay")
+    for trouble, other in (("capacity 60, expected 63", {"capacity": 63}), ("alpha 0.6", {"alpha": 0.5}), ("", {})):
+        expected, there = both(**other)
+        feed((expected, there), 30, seed=1)
+        replay = there if kind == "device" else FrameReplay.load(saved_to(expected, tmp_path / "held"))
+        if not trouble:
+            chunk = min((tmp_path / "replay").glob("*.zst"))
+            chunk.write_bytes(chunk.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=f"replay.*{trouble}"):
+            replay.restore(tmp_path / "replay")
+        assert_same(expected, replay) if kind == "device" else assert_equal(expected, replay)
+
+
+def test_where_reading_fails_on_a_device_the_buffer_is_empty(tmp_path, monkeypatch):
+    """Its checksums are right, but it holds no replay buffer."""
+    host, there = both(n_step=2)
+    feed((host, there), 60)
+    host.save(tmp_path / "replay")
+    monkeypatch.setattr("pydqn.replay.chunks.ChunkReader.read", lambda *_: b"")
+    with pytest.raises(ValueError, match="what it holds is no replay buffer"):
+        there.restore(tmp_path / "replay")
+    assert (len(there), there.env_time_steps) == (0, [0, 0, 0])
+    monkeypatch.undo()
+    there.restore(tmp_path / "replay")
+    assert_same(host, there)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cleared_it_is_empty_and_the_generator_goes_on(tmp_path, device):
+    host, there = both(device, prioritized=True)
+    for replay in (host, there):
+        feed((replay,), 40)
+        replay.save(tmp_path / "replay")
+        replay.sample(5)
+        replay.alpha, replay.beta = 0.3, 0.9
+        generator = replay._core.generator_state
+        replay.clear()
+        assert (len(replay), replay.alpha, replay.beta, replay.largest_priority) == (0, 0.3, 0.9, 1)
+        assert replay._core.generator_state == generator
+        with pytest.raises(RuntimeError, match="nothing has been appended"):
+            replay.latest()
+    feed((host, there), 50, seed=3)
+    assert_same(host, there)
+    host.save(tmp_path / "replay")  # links no chunk of before
+    assert_equal(FrameReplay.load(tmp_path / "replay"), host)
 
 
 def test_bad_frames_change_nothing():
@@ -135,22 +237,22 @@ def test_dtypes_that_pytorch_lacks_are_refused():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64", "int64", "float16", "float64"])
 def test_frames_of_any_dtype_come_back(device, dtype, tmp_path):
-    """Also those for which PyTorch has few kernels: through a file, too, and a copy."""
-    memory = DeviceReplay(40, (3,), num_envs=2, stack=2, dtype=dtype, device=device)
+    """Also dtypes for which PyTorch has few kernels; also through a file and a copy."""
+    there = DeviceReplay(40, (3,), num_envs=2, stack=2, dtype=dtype, device=device)
     host = FrameReplay(40, (3,), num_envs=2, stack=2, dtype=dtype)
     generator, off = np.random.default_rng(0), np.zeros(2, bool)
     for time_step in range(30):
         bits = generator.integers(0, 256, (2, 3 * np.dtype(dtype).itemsize), dtype=np.uint8)
         frame = bits & 1 == 1 if dtype == "bool" else bits.view(dtype)
-        for replay in (host, memory):
+        for replay in (host, there):
             replay.append(np.nan_to_num(frame), [0, 0], [0.0, 0.0], off, off, ~off if time_step % 9 == 0 else off)
-    memory.save(tmp_path / "replay")
+    there.save(tmp_path / "replay")
     index = host.valid_indices()
-    for replay in (memory, DeviceReplay.load(tmp_path / "replay", device=device), copy.deepcopy(memory)):
+    for replay in (there, DeviceReplay.load(tmp_path / "replay", device=device), copy.deepcopy(there)):
         found, expected = replay.gather(index), host.gather(index)
-        np.testing.assert_array_equal(seen(replay, found.obs), expected.obs)
-        np.testing.assert_array_equal(seen(replay, found.next_obs), expected.next_obs)
-        assert seen(replay, found.obs).dtype == dtype
+        np.testing.assert_array_equal(looked_up(replay, found.obs), expected.obs)
+        np.testing.assert_array_equal(looked_up(replay, found.next_obs), expected.next_obs)
+        assert looked_up(replay, found.obs).dtype == dtype
 
 
 def test_bytes_are_counted():
@@ -165,7 +267,7 @@ def test_where_frames_are_kept(monkeypatch):
     assert resolve_storage("auto", torch.device("cpu"), 1)[0] == "host"
     assert resolve_storage("auto", cuda, 7 * 10**9) == ("device", "7.0 GB of frames, 10.0 GB free on cuda")
     assert resolve_storage("auto", cuda, 9 * 10**9)[0] == "host"
-    # PyTorch holds two more, and would give them back.
+    # PyTorch holds two more GB, and would give them back.
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * 10**9)
     assert resolve_storage("auto", cuda, 9 * 10**9) == ("device", "9.0 GB of frames, 12.0 GB free on cuda")
     assert resolve_storage("auto", cuda, 10 * 10**9)[0] == "host"
@@ -176,117 +278,23 @@ def test_where_frames_are_kept(monkeypatch):
 # --- streams ---
 
 
-class Streams:
-    """Stands for `torch.cuda`: work is kept in queues, and then done in any order that streams and events allow."""
-
-    def __init__(self, seed):
-        self.main, self._active = self._Stream(self), None
-        self.queues = [self.main]
-        self._choose = np.random.default_rng(seed)
-
-    class _Stream:
-        def __init__(self, owner):
-            self.owner, self.work, self.cuda_stream = owner, [], id(self)
-
-        def wait_event(self, event):
-            recorded = event.times
-            self.work.append((lambda: event.passed >= recorded, lambda: None))
-
-    class _Event:
-        def __init__(self, owner):
-            self.owner, self.times, self.passed = owner, 0, 0
-
-        def record(self, stream):
-            self.times += 1
-            time = self.times
-
-            def passes():
-                self.passed = time
-
-            stream.work.append((lambda: True, passes))
-
-        def synchronize(self):
-            self.owner.run(until=lambda: self.passed >= self.times)
-
-    def Stream(self, device):
-        stream = self._Stream(self)
-        self.queues.append(stream)
-        return stream
-
-    def Event(self):
-        return self._Event(self)
-
-    def current_stream(self, device):
-        return self._active or self.main
-
-    def stream(self, stream):
-        owner = self
-
-        class Within:
-            def __enter__(self):
-                owner._active = stream
-
-            def __exit__(self, *error):
-                owner._active = None
-
-        return Within()
-
-    def launch(self, work):
-        (self._active or self.main).work.append((lambda: True, work))
-
-    def run(self, until=lambda: False):
-        """Do what is queued until the condition holds, one thing at a time, from a queue drawn at random."""
-        while not until():
-            ready = [queue for queue in self.queues if queue.work and queue.work[0][0]()]
-            if not ready:
-                assert not any(queue.work for queue in self.queues), "the streams wait for each other"
-                return
-            _, work = ready[self._choose.integers(len(ready))].work.pop(0)
-            work()
-
-
-class Late:
-    """A tensor that is written when its stream comes to it."""
-
-    def __init__(self, tensor, streams):
-        self._tensor, self._streams = tensor, streams
-        self.device, self.shape, self.dtype = tensor.device, tensor.shape, tensor.dtype
-
-    def __getitem__(self, rows):
-        return Late(self._tensor[rows], self._streams)
-
-    def copy_(self, source, non_blocking):
-        assert non_blocking
-        self._streams.launch(lambda: self._tensor.copy_(source))
-
-
 def race(seed, break_rule=None):
-    """Steps of a loop in which the host runs ahead of the device; returns whether each reader saw its own frames."""
-    streams = Streams(seed)
-    memory = DeviceReplay(8, (1,), stack=1, device="cpu", dtype="int64", seed=seed)
-    memory._uploads = Uploads(Late(memory.frames, streams), 1, cuda=streams)
+    """Steps of a loop in which the host runs ahead of the device; return what readers expected and did not find."""
+    cuda = FakeCuda(seed)
+    replay = DeviceReplay(8, (1,), stack=1, device="cpu", dtype="int64", seed=seed)
+    uploads, wrong = upload_through(replay, cuda), []
     if break_rule:
-        break_rule(memory._uploads)
-    wrong = []
-
-    def read(rows, expected):
-        def check():
-            if not np.array_equal(seen(memory, rows)[..., 0], expected):
-                wrong.append(expected)
-
-        streams.launch(check)
-
+        break_rule(uploads)
     for time_step in range(60):
-        slot = memory.next_slot()
+        slot = replay.next_slot()
         slot[...] = time_step
-        memory.append(slot, [0], [0.0], [False], [False], [time_step == 0])
-        newest = memory.latest()
-        read(newest.copy(), [[time_step]])
-        if len(memory):
-            batch = memory.sample(4)
-            read(batch.obs.copy(), batch.index[:, None])
-            read(batch.next_obs.copy(), batch.index[:, None] + 1)
-    streams.run()
+        replay.append(slot, [0], [0.0], [False], [False], [time_step == 0])
+        launch_check(replay, cuda, replay.latest(), [[time_step]], wrong)
+        if len(replay):
+            batch = replay.sample(4)
+            launch_check(replay, cuda, batch.obs, batch.index[:, None], wrong)
+            launch_check(replay, cuda, batch.next_obs, batch.index[:, None] + 1, wrong)
+    cuda.run()
     return wrong
 
 
@@ -303,12 +311,12 @@ def no_wait_for_the_writer(uploads):
     uploads._cuda.main.wait_event = lambda event: None
 
 
-def no_wait_for_the_staging_memory(uploads):
+def no_wait_for_the_pinned_memory(uploads):
     for event in uploads._arrived:
         event.synchronize = lambda: None
 
 
-@pytest.mark.parametrize("rule", [no_wait_for_readers, no_wait_for_the_writer, no_wait_for_the_staging_memory])
+@pytest.mark.parametrize("rule", [no_wait_for_readers, no_wait_for_the_writer, no_wait_for_the_pinned_memory])
 def test_each_rule_is_needed(rule):
-    """The test above would see a race: without any one of the rules it does."""
+    """Without any one of the rules of `Uploads`, the test above finds a race."""
     assert any(race(seed, rule) for seed in range(20))

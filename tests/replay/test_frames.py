@@ -1,4 +1,4 @@
-"""The replay buffer against its slow reference, exhaustively and at random."""
+"""The replay buffer against its reference implementation, exhaustively and at random."""
 
 from __future__ import annotations
 
@@ -12,156 +12,83 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydqn import FrameReplay
-from tests.helpers.reference import Entry, EpisodeReplay, fill, lanes_of
-
-
-def append_entries(replay, entries):
-    columns = list(zip(*entries, strict=True))
-    frames = np.stack(columns[0]).astype(replay.dtype)
-    replay.append(frames, *(np.array(column) for column in columns[1:]))
-
-
-def assert_same(replay, twin):
-    """Everything that can be sampled, and what it holds, equals the reference's."""
-    expected = twin.transitions()
-    indices = replay.valid_indices()
-    assert sorted(indices.tolist()) == sorted(expected)
-    assert len(replay) == len(expected)
-    if expected:
-        batch = replay.gather(indices)
-        for row, index in enumerate(indices.tolist()):
-            transition = expected[index]
-            np.testing.assert_array_equal(batch.obs[row], transition.obs)
-            np.testing.assert_array_equal(batch.next_obs[row], transition.next_obs)
-            assert batch.action[row] == transition.action
-            assert batch.reward[row] == np.float32(transition.reward)
-            assert batch.discount[row] == np.float32(transition.discount)
-        np.testing.assert_array_equal(batch.index, indices)
-        assert replay.prioritized or (batch.weight == 1).all()
-        sampled = replay.sample(16)
-        for row, index in enumerate(sampled.index.tolist()):
-            np.testing.assert_array_equal(sampled.next_obs[row], expected[index].next_obs)
-    np.testing.assert_array_equal(replay.latest(), twin.latest())
-
-
-# --- against the reference ---
-
-ENDS = st.sampled_from(["", "", "", "", "terminated", "truncated", "both", "life", "cut"])
-
-
-@st.composite
-def streams(draw):
-    """A memory's shape, and per environment the ends of a stream: life = terminated, but the episode goes on."""
-    env_indices = draw(st.integers(1, 4))
-    stack, n_step = draw(st.integers(1, 5)), draw(st.integers(1, 6))
-    shape = {
-        "capacity": draw(st.integers(env_indices * (stack + n_step), 60)),
-        "stack": stack,
-        "n_step": n_step,
-        "gamma": draw(st.sampled_from([0.0, 0.5, 0.99, 1.0])),
-        "padding": draw(st.sampled_from(["zero", "first"])),
-    }
-    ends = draw(st.lists(st.lists(ENDS, min_size=env_indices, max_size=env_indices), min_size=1, max_size=70))
-    return shape, env_indices, ends
-
-
-def play(stream, frame_shape=(2,), dtype="uint8", seed=0, kind=FrameReplay):
-    """Yield (replay, reference) after every time step of a stream."""
-    shape, env_indices, ends = stream
-    generator = np.random.default_rng(seed)
-    replay = kind(frame_shape=frame_shape, num_envs=env_indices, dtype=dtype, seed=seed, **shape)
-    twin = EpisodeReplay(
-        shape["capacity"] // env_indices, env_indices, shape["stack"], shape["n_step"], shape["gamma"], shape["padding"]
-    )
-    first = [True] * env_indices
-    for row in ends:
-        entries = []
-        for env_index, end in enumerate(row):
-            frame = generator.integers(1, 200, frame_shape).astype(dtype)
-            fresh = first[env_index]
-            terminated = end in ("terminated", "both", "life") and not fresh
-            truncated = end in ("truncated", "both") and not fresh
-            reward = float(generator.normal())
-            entries.append(Entry(frame, int(generator.integers(18)), reward, terminated, truncated, fresh))
-            first[env_index] = end in ("terminated", "truncated", "both", "cut")
-        append_entries(replay, entries)
-        twin.append(entries)
-        yield replay, twin
+from tests.helpers.reference import fill
+from tests.helpers.replay_streams import assert_equals_reference, play, streams
 
 
 @settings(max_examples=150, deadline=None)
 @given(streams())
-def test_equals_the_twin_at_every_tick(stream):
-    for replay, twin in play(stream):
-        assert_same(replay, twin)
+def test_equals_the_reference_at_every_time_step(stream):
+    for replay, reference in play(stream):
+        assert_equals_reference(replay, reference)
 
 
 @settings(max_examples=40, deadline=None)
 @given(streams(), st.sampled_from([("float32", (3,)), ("int16", (2, 2)), ("float64", (1, 2, 3)), ("bool", (4,))]))
-def test_equals_the_twin_for_other_frames(stream, kind):
+def test_equals_the_reference_for_other_frames(stream, kind):
     dtype, frame_shape = kind
-    *_, (replay, twin) = play(stream, frame_shape, dtype)
-    assert_same(replay, twin)
+    *_, (replay, reference) = play(stream, frame_shape, dtype)
+    assert_equals_reference(replay, reference)
 
 
 @settings(max_examples=40, deadline=None)
 @given(streams())
-def test_a_loaded_memory_goes_on_as_the_saved_one(tmp_path_factory, stream):
-    path = tmp_path_factory.mktemp("replay") / "memory"
-    *_, (replay, twin) = play(stream)
+def test_a_loaded_buffer_goes_on_as_the_saved_one(tmp_path_factory, stream):
+    path = tmp_path_factory.mktemp("replay") / "saved"
+    *_, (replay, reference) = play(stream)
     replay.save(path)
     loaded = FrameReplay.load(path)
-    assert_same(loaded, twin)
+    assert_equals_reference(loaded, reference)
     if len(replay):
         for ours, theirs in zip(replay.sample(8), FrameReplay.load(path).sample(8), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    frame = np.ones((replay.num_envs, *replay.frame_shape), replay.dtype)
-    off = np.zeros(replay.num_envs, bool)
-    for memory in (replay, loaded):
-        memory.append(frame, lanes_of(1, replay.num_envs), lanes_of(0.5, replay.num_envs), off, off, off)
+    num_envs = replay.num_envs
+    frame, off = np.ones((num_envs, *replay.frame_shape), replay.dtype), np.zeros(num_envs, bool)
+    for each in (replay, loaded):
+        each.append(frame, np.full(num_envs, 1), np.full(num_envs, 0.5), off, off, off)
     np.testing.assert_array_equal(replay.valid_indices(), loaded.valid_indices())
 
 
 @pytest.mark.parametrize("stack", [1, 2, 3, 4])
 @pytest.mark.parametrize("n_step", [1, 2, 3, 4, 5])
 def test_every_pattern_of_ends_in_every_small_ring(stack, n_step):
-    """Each environment plays another pattern, so that one memory goes through all of them at once."""
+    """Each environment plays another pattern, so that one buffer goes through all of them at once."""
     for capacity in range(stack + n_step, 13):
         kinds = 3 if capacity <= 5 else 2  # an end is a termination or a truncation; in larger rings they take turns
         length = capacity + 2
         patterns = np.array(list(itertools.product(range(kinds), repeat=length)), np.uint8)
         if kinds == 2:
             patterns[patterns == 1] = 1 + np.arange(np.count_nonzero(patterns)) % 2
-        env_indices = len(patterns)
-        replay = FrameReplay(capacity * env_indices, (1,), stack=stack, n_step=n_step, gamma=0.5, num_envs=env_indices)
-        first = np.ones((length + 1, env_indices), bool)
+        num_envs = len(patterns)
+        replay = FrameReplay(capacity * num_envs, (1,), stack=stack, n_step=n_step, gamma=0.5, num_envs=num_envs)
+        first = np.ones((length + 1, num_envs), bool)
         first[1:] = patterns.T > 0
         for time_step in range(length):
-            frame = np.full((env_indices, 1), time_step + 1, np.uint8)
+            frame = np.full((num_envs, 1), time_step + 1, np.uint8)
             ends = patterns[:, time_step]
             replay.append(
                 frame,
-                lanes_of(time_step, env_indices),
-                lanes_of(2.0**time_step, env_indices),
+                np.full(num_envs, time_step),
+                np.full(num_envs, 2.0**time_step),
                 ends == 1,
                 ends == 2,
                 first[time_step],
             )
-        check_lanes(replay, patterns, first, capacity, length)
+        check_environments(replay, patterns, first, capacity, length)
 
 
-def check_lanes(replay, patterns, first, capacity, length):
-    """The rules once more, time step by time step, for all environments at once. A frame's content is its time step + 1; 0 is padding."""
-    stack, n_step, env_indices = replay.stack, replay.n_step, len(patterns)
-    flags = np.where(first[:length].T, 0, patterns)  # the flags of an opening frame are ignored
+def check_environments(replay, patterns, first, capacity, length):
+    """Compare with the rules, time step by time step. A frame's content is its time step + 1; 0 is padding."""
+    stack, n_step, num_envs = replay.stack, replay.n_step, len(patterns)
+    flags = np.where(first[:length].T, 0, patterns)  # the flags of a first frame are ignored
     start_of = np.maximum.accumulate(np.where(first[:length].T, np.arange(length), 0), axis=1)
     count = 0
     batch = replay.gather(replay.valid_indices()) if len(replay) else None
     rows = {int(index): row for row, index in enumerate(batch.index)} if batch else {}
     for time_step in range(max(0, length - capacity), length):
-        k = np.zeros(env_indices, int)
-        done = np.zeros(env_indices, bool)
-        reward, discount = np.zeros(env_indices), np.ones(env_indices)
+        k = np.zeros(num_envs, int)
+        done = np.zeros(num_envs, bool)
+        reward, discount = np.zeros(num_envs), np.ones(num_envs)
         for j in range(1, n_step + 1):
             if time_step + j >= length:
                 break
@@ -175,8 +102,8 @@ def check_lanes(replay, patterns, first, capacity, length):
         oldest_needed = np.maximum(time_step - stack + 1, start_of[:, time_step])
         valid = closed & (k > 0) & (oldest_needed >= length - capacity)
         count += np.count_nonzero(valid)
-        for env_index in np.flatnonzero(valid)[:: max(1, env_indices // 64)]:  # content: a spread of the environments
-            row = rows[time_step * env_indices + env_index]
+        for env_index in np.flatnonzero(valid)[:: max(1, num_envs // 64)]:  # content: a spread of the environments
+            row = rows[time_step * num_envs + env_index]
             for when, got in ((time_step, batch.obs), (time_step + k[env_index], batch.next_obs)):
                 window = np.arange(when - stack + 1, when + 1)
                 expected = np.where(window >= start_of[env_index, time_step], window + 1, 0)
@@ -184,7 +111,7 @@ def check_lanes(replay, patterns, first, capacity, length):
             assert batch.action[row] == time_step + 1
         wanted = np.flatnonzero(valid)
         if len(wanted):
-            at = [rows[time_step * env_indices + int(env_index)] for env_index in wanted]
+            at = [rows[time_step * num_envs + int(env_index)] for env_index in wanted]
             np.testing.assert_array_equal(batch.reward[at], reward[wanted].astype(np.float32))
             terminated = flags[wanted, time_step + k[wanted]] == 1
             np.testing.assert_array_equal(batch.discount[at], np.where(terminated, 0, discount[wanted]))
@@ -242,15 +169,16 @@ def test_sample_fills_the_batch_it_is_given():
 
 
 def test_one_step_observations_share_memory_and_long_ones_do_not():
-    assert np.shares_memory(*(lambda b: (b.obs, b.next_obs))(FrameReplay(50, n_step=1).empty_batch(4)))
-    assert not np.shares_memory(*(lambda b: (b.obs, b.next_obs))(FrameReplay(50, n_step=3).empty_batch(4)))
+    for n_step, shares in ((1, True), (3, False)):
+        empty = FrameReplay(50, n_step=n_step).empty_batch(4)
+        assert np.shares_memory(empty.obs, empty.next_obs) == shares
     replay = fill(FrameReplay(100, (1,), stack=1, n_step=3), 50, ends={10, 20})
     batch = replay.gather(replay.valid_indices())
     stepped = batch.next_obs[batch.discount == np.float32(0.99**3)]
     assert len(stepped) > 30
 
 
-# --- bugs that shipped elsewhere ---
+# --- bugs that other replay buffers have had ---
 
 
 def single(stack=2, n_step=1, capacity=50, gamma=0.9):
@@ -315,12 +243,12 @@ def test_n_step_tail_and_powers_of_gamma():
 # --- memory ---
 
 
-def test_a_million_atari_transitions_cost_at_most_7100_bytes_each():
+def test_a_million_atari_transitions_take_at_most_7100_bytes_each():
     assert FrameReplay(1_000_000, n_step=3, num_envs=8).nbytes <= 7_100 * 1_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_empty_ring_costs_nothing():
+def test_an_empty_ring_takes_no_memory():
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
@@ -334,18 +262,18 @@ def test_an_empty_ring_costs_nothing():
 
 def test_a_kernel_can_write_into_the_next_slot():
     replay = FrameReplay(12, (2,), num_envs=2, stack=2)
-    twin = FrameReplay(12, (2,), num_envs=2, stack=2)
+    other = FrameReplay(12, (2,), num_envs=2, stack=2)
     for time_step in range(20):
         frame = np.arange(4, dtype=np.uint8).reshape(2, 2) + 10 * time_step
         flags = np.zeros(2, bool)
         slot = replay.next_slot()
         slot[...] = frame
-        for memory, what in ((replay, slot), (twin, frame)):
-            memory.append(what, [1, 1], [0.0, 0.0], flags, flags, np.full(2, time_step % 7 == 0))
-        np.testing.assert_array_equal(replay.latest(), twin.latest())
+        for each, what in ((replay, slot), (other, frame)):
+            each.append(what, [1, 1], [0.0, 0.0], flags, flags, np.full(2, time_step % 7 == 0))
+        np.testing.assert_array_equal(replay.latest(), other.latest())
         np.testing.assert_array_equal(
             replay.gather(replay.valid_indices()).obs if len(replay) else 0,
-            twin.gather(twin.valid_indices()).obs if len(twin) else 0,
+            other.gather(other.valid_indices()).obs if len(other) else 0,
         )
 
 

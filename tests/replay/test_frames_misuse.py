@@ -1,4 +1,4 @@
-"""The replay buffer under misuse: wrong arguments."""
+"""Wrong arguments are refused by name, and change nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 
 from pydqn import FrameReplay
 from tests.helpers.reference import Entry, EpisodeReplay, fill
-
-# --- arguments ---
 
 GOOD = {
     "frame": np.zeros((2, 3), np.uint8),
@@ -23,7 +21,7 @@ GOOD = {
 
 
 def test_arrays_that_begin_at_any_byte_are_taken():
-    """NumPy has such arrays; the core, as C++ in general, has not."""
+    """NumPy has such arrays; C++ does not."""
 
     def odd(values, dtype):
         array = np.frombuffer(b"x" + np.array(values, dtype).tobytes(), dtype, offset=1)
@@ -118,18 +116,18 @@ def test_a_ring_beyond_the_address_space_is_a_memory_error(arguments):
 @pytest.mark.parametrize("n_step", [1, 2, 3, 5])
 @pytest.mark.parametrize("stack", [1, 2, 4])
 def test_each_environment_must_hold_a_transition(stack, n_step, num_envs):
-    """Whatever never holds one in the middle of an episode is refused, and nothing else: by the reference."""
+    """Capacities are refused if, by the reference, no transition is held in the middle of an episode; no others are."""
     for frames in range(1, 12):
-        twin = EpisodeReplay(frames, num_envs, stack, n_step, 0.9, "zero")
+        reference = EpisodeReplay(frames, num_envs, stack, n_step, 0.9, "zero")
         for time_step in range(30):
-            twin.append([Entry(np.zeros(1, np.uint8), 0, 0.0, False, False, time_step == 0)] * num_envs)
-        for capacity in range(frames * num_envs, (frames + 1) * num_envs):  # what is over is no frame more
+            reference.append([Entry(np.zeros(1, np.uint8), 0, 0.0, False, False, time_step == 0)] * num_envs)
+        for capacity in range(frames * num_envs, (frames + 1) * num_envs):  # the remainder adds no frame
             make = functools.partial(FrameReplay, capacity, (1,), stack=stack, n_step=n_step, num_envs=num_envs)
-            if twin.transitions():
+            if reference.transitions():
                 replay = make()
                 for time_step in range(30):
                     replay.append(np.zeros((num_envs, 1), np.uint8), *row(num_envs, first=time_step == 0))
-                assert len(replay) == len(twin.transitions())
+                assert len(replay) == len(reference.transitions())
             else:
                 least = num_envs * (stack + n_step)
                 message = rf"^capacity: expected at least num_envs \* \(stack \+ n_step\) = {least} .*, got {capacity}$"
@@ -159,7 +157,7 @@ def test_bad_indices_and_batches_are_refused():
             replay.gather(bad)
     with pytest.raises(ValueError, match="obs"):
         replay.sample(4, replay.empty_batch(5))
-    with pytest.raises(ValueError, match="next_obs: expected memory apart"):
+    with pytest.raises(ValueError, match="next_obs: expected memory that does not overlap obs"):
         FrameReplay(20, (3,), stack=2, n_step=2).sample(4, replay.empty_batch(4))
     other = replay.empty_batch(4)._replace(reward=np.empty(4))
     with pytest.raises(ValueError, match="reward: expected dtype float32"):
@@ -193,7 +191,7 @@ def test_a_batch_whose_arrays_overlap_is_refused(n_step):
     for name, changes in bad.items():
         for change in changes:
             before = {field: np.array(getattr(batch._replace(**change), field)) for field in batch._fields}
-            with pytest.raises(ValueError, match=f"^{name}: expected .* apart from"):
+            with pytest.raises(ValueError, match=f"^{name}: expected .* not overlap"):
                 replay.sample(4, batch._replace(**change))
             for field, value in before.items():
                 np.testing.assert_array_equal(getattr(batch._replace(**change), field), value)
@@ -201,7 +199,7 @@ def test_a_batch_whose_arrays_overlap_is_refused(n_step):
 
 @pytest.mark.parametrize("n_step", [1, 2])
 def test_batches_of_any_layout_are_filled(n_step):
-    """What is apart may lie in any order."""
+    """Arrays that do not overlap may lie in any order."""
     replay = fill(FrameReplay(60, (3,), stack=2, n_step=n_step), 50)
     index = replay.valid_indices()[:4]
     expected = replay.gather(index)
@@ -223,10 +221,10 @@ def test_batches_of_any_layout_are_filled(n_step):
         batch = replay.gather(index, replay.empty_batch(4)._replace(obs=obs, next_obs=next_obs))
         for ours, theirs in zip(batch, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    for start in (0, 2):  # one transition alone, forwards and backwards into another's memory
+    for start in (0, 2):  # one transition alone, whose next_obs begins within its obs
         pair = {"obs": flat[1:3][None], "next_obs": flat[start : start + 2][None]}
         if n_step > 1 or start == 0:
-            with pytest.raises(ValueError, match="^next_obs: expected memory apart from obs"):
+            with pytest.raises(ValueError, match="^next_obs: expected memory that does not overlap obs"):
                 replay.gather(index[:1], replay.empty_batch(1)._replace(**pair))
     single = replay.gather(index[:1], replay.empty_batch(1)._replace(obs=two[0, :1], next_obs=two[0, 1:2]))
     np.testing.assert_array_equal(single.next_obs, expected.next_obs[:1])
@@ -247,19 +245,19 @@ def test_what_cannot_be_filled_is_named():
         replay.latest(latest)
     for bad in (None, [], replay.empty_batch(4)._replace(reward=[0.0] * 4), tuple(batch)):
         if bad is not None:
-            with pytest.raises(ValueError, match="^out: expected a batch of arrays, as empty_batch gives it, got"):
+            with pytest.raises(ValueError, match="^out: expected a batch of arrays, as empty_batch returns it, got"):
                 replay.sample(4, bad)
 
 
 def test_too_little_memory_is_not_damage(tmp_path, monkeypatch):
-    """Of the ring, of what a file is decompressed to: the files are good, and nothing says that they are not."""
+    """For the ring, or for a decompressed file: the files are good, and no error says that they are not."""
     replay = fill(FrameReplay(20, (3,), stack=2), 40)
     replay.save(tmp_path / "replay")
 
     def fails(*_, **__):
         raise MemoryError("no room")
 
-    for name in ("_core.FrameReplay", "chunks.ChunkReader.read", "stored.np.frombuffer"):
+    for name in ("_core.FrameReplay", "replay.chunks.ChunkReader.read", "replay.saving.np.frombuffer"):
         with monkeypatch.context() as patched:
             patched.setattr(f"pydqn.{name}", fails)
             with pytest.raises(MemoryError, match=r"replay: too little memory to load it \(.+\)$"):

@@ -1,4 +1,4 @@
-"""Prioritized sampling: against closed forms and a list of numbers."""
+"""Prioritized sampling against closed forms and a list of numbers."""
 
 from __future__ import annotations
 
@@ -95,10 +95,24 @@ def test_new_transitions_enter_at_the_largest_priority_so_far():
     replay.update_priorities(index, np.full(len(index), 0.001))
     replay.update_priorities(index[:1], [50.0])
     replay.update_priorities(index[:1], [0.001])  # the largest so far stays
+    assert replay.largest_priority == 50
     replay.append([[99, 1]], [0], [1.0], [False], [False], [False])
     (new,) = set(replay.valid_indices().tolist()) - set(index.tolist())
     drawn = np.concatenate([replay.sample(10).index for _ in range(200)])
     assert (drawn == new).mean() == pytest.approx(50 / (50 + 0.001 * len(index)), abs=1e-2)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
+def test_the_largest_priority_is_as_it_was_given(alpha):
+    """Not to the power of alpha, which may change. With alpha 0 all priorities are 1."""
+    replay = filled(alpha=alpha)
+    assert replay.largest_priority == 1
+    replay.update_priorities(replay.valid_indices()[:2], [7.0, 0.5])
+    assert replay.largest_priority == pytest.approx(7 if alpha else 1)
+    replay.alpha = 0.3
+    assert replay.largest_priority == pytest.approx(7)
+    replay.clear()
+    assert replay.largest_priority == 1
 
 
 def test_alpha_zero_is_uniform():
@@ -121,54 +135,35 @@ def test_extreme_priorities_are_still_drawn():
 
 @st.composite
 def streams(draw):
-    env_indices = draw(st.integers(1, 3))
-    stack, n_step = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    capacity = env_indices * draw(st.integers(stack + n_step, 9))
-    time_steps = draw(
-        st.lists(st.lists(st.sampled_from("....tce"), min_size=env_indices, max_size=env_indices), max_size=40)
-    )
-    return env_indices, stack, n_step, capacity, time_steps, draw(st.integers(0, 2**32))
+    """Settings, and for each time step how it ends in each environment: t, c or not at all; e starts an episode."""
+    num_envs, stack, n_step = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    capacity = num_envs * draw(st.integers(stack + n_step, 9))
+    ends = st.lists(st.sampled_from("....tce"), min_size=num_envs, max_size=num_envs)
+    return num_envs, stack, n_step, capacity, draw(st.lists(ends, max_size=40)), draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=80, deadline=None)
 @given(streams())
 def test_nothing_invalid_is_ever_drawn(stream):
-    """Through episodes' ends, wrap-arounds, and updates of transitions that may be gone."""
-    env_indices, stack, n_step, capacity, time_steps, seed = stream
+    """Through ends of episodes, wrap-arounds, and updates of transitions that may be overwritten."""
+    num_envs, stack, n_step, capacity, ends, seed = stream
     generator = np.random.default_rng(seed)
     replay = FrameReplay(
-        capacity, (1,), stack=stack, n_step=n_step, num_envs=env_indices, prioritized=True, seed=seed, dtype="float32"
+        capacity, (1,), stack=stack, n_step=n_step, num_envs=num_envs, prioritized=True, seed=seed, dtype="float32"
     )
-    twin = EpisodeReplay(capacity // env_indices, env_indices, stack, n_step, 0.99, "zero")
-    seen, opens = [], [True] * env_indices
-    for time_step, kinds in enumerate(time_steps):
-        frame = generator.random((env_indices, 1), np.float32)
-        ends = [
-            (kind == "t", kind == "c") if not first else (False, False)
-            for kind, first in zip(kinds, opens, strict=True)
-        ]
-        firsts = [first or kind == "e" for first, kind in zip(opens, kinds, strict=True)]
-        entries = [
-            Entry(
-                frame[env_index],
-                time_step,
-                1.0,
-                *(ends[env_index] if not firsts[env_index] else (False, False)),
-                firsts[env_index],
-            )
-            for env_index in range(env_indices)
-        ]
-        replay.append(
-            frame,
-            [entry.action for entry in entries],
-            [entry.reward for entry in entries],
-            [entry.terminated for entry in entries],
-            [entry.truncated for entry in entries],
-            firsts,
-        )
-        opens = [entry.terminated or entry.truncated for entry in entries]
-        twin.append(entries)
-        valid = twin.transitions()
+    reference = EpisodeReplay(capacity // num_envs, num_envs, stack, n_step, 0.99, "zero")
+    seen, starts = [], [True] * num_envs
+    for time_step, row in enumerate(ends):
+        entries = []
+        for end, start in zip(row, starts, strict=True):
+            first = start or end == "e"
+            terminated, truncated = (end == kind and not first for kind in "tc")
+            entries.append(Entry(generator.random(1, np.float32), time_step, 1.0, terminated, truncated, first))
+        frames, *columns = zip(*entries, strict=True)
+        replay.append(np.stack(frames), *columns)
+        reference.append(entries)
+        starts = [entry.terminated or entry.truncated for entry in entries]
+        valid = reference.transitions()
         assert len(replay) == len(valid)
         if valid:
             batch = replay.sample(len(valid) + 3)
@@ -180,7 +175,7 @@ def test_nothing_invalid_is_ever_drawn(stream):
             replay.update_priorities(some, generator.uniform(1e-9, 9, 5))
 
 
-def test_a_loaded_memory_goes_on_as_the_saved_one(tmp_path):
+def test_a_loaded_buffer_goes_on_as_the_saved_one(tmp_path):
     replay = filled(count=150, alpha=0.8, beta=0.3)
     index = replay.valid_indices()
     replay.update_priorities(index, np.geomspace(1e-3, 7, len(index)))
@@ -192,18 +187,18 @@ def test_a_loaded_memory_goes_on_as_the_saved_one(tmp_path):
     for time_step in range(5):
         for ours, theirs in zip(replay.sample(32), loaded.sample(32), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-        for memory in (replay, loaded):  # the largest priority so far is kept, too
-            memory.append([[time_step, 2]], [0], [1.0], [False], [False], [False])
-            memory.update_priorities(memory.valid_indices()[:2], [0.5, 0.25])
+        for each in (replay, loaded):  # the largest priority so far is kept, too
+            each.append([[time_step, 2]], [0], [1.0], [False], [False], [False])
+            each.update_priorities(each.valid_indices()[:2], [0.5, 0.25])
 
 
-def test_priorities_of_what_is_gone_are_passed_over():
+def test_priorities_of_overwritten_transitions_are_skipped():
     replay = filled(count=40)
     gone = replay.valid_indices()[:5]
     for time_step in range(60):
         replay.append([[time_step, 1]], [0], [1.0], [False], [False], [False])
     replay.update_priorities(gone, np.full(5, 1e30))
-    # What lies in their places now is as likely as everything else: each share gets one draw.
+    # The transitions in their slots now are as likely as all others: each share gets one draw.
     index = replay.valid_indices()
     np.testing.assert_array_equal(np.sort(replay.sample(len(index)).index), index)
 
@@ -232,9 +227,9 @@ def test_bad_indices_change_nothing():
     assert (replay.sample(20).weight == 1).all()
 
 
-def test_a_uniform_memory_has_no_priorities():
+def test_a_uniform_buffer_has_no_priorities():
     replay = FrameReplay(10, (1,))
-    with pytest.raises(RuntimeError, match="^update_priorities: this memory samples uniformly"):
+    with pytest.raises(RuntimeError, match="^update_priorities: this replay buffer samples uniformly"):
         replay.update_priorities([0], [1.0])
 
 
@@ -248,7 +243,7 @@ def test_the_tree_counts_as_memory():
     assert FrameReplay(1000, (1,), prioritized=True).nbytes > FrameReplay(1000, (1,)).nbytes + 8 * 1000
 
 
-def test_an_empty_tree_costs_nothing():
+def test_an_empty_tree_takes_no_memory():
     import psutil
 
     before = psutil.Process().memory_info().rss

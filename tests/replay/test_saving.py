@@ -1,4 +1,4 @@
-"""A replay buffer on the disk: what is saved again, what is damaged, what is hostile."""
+"""A replay buffer on the disk: saved again, damaged, hostile."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SHAPE = {"frame_shape": (5,), "num_envs": 2, "stack": 2, "n_step": 2, "dtype": "
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
+def _small_chunks(monkeypatch):
     monkeypatch.setattr("pydqn.replay.saving._BYTES_PER_CHUNK", 8 * 2 * (5 * 4 + 9))  # eight time steps
 
 
 def saved(tmp_path, time_steps=30, **settings):
     replay = fill(FrameReplay(40, **SHAPE, **settings), time_steps, ends={7})
-    replay.save(tmp_path / "memory")
-    return replay, tmp_path / "memory"
+    replay.save(tmp_path / "saved")
+    return replay, tmp_path / "saved"
 
 
 def more(replay, time_steps, seed=0):
-    """Append without opening an episode."""
+    """Append without starting an episode."""
     random, off = np.random.default_rng(seed), np.zeros(2, bool)
     for _ in range(time_steps):
         frames = random.random((2, 5)).astype(np.float32)
@@ -58,7 +58,7 @@ def names(path):
 
 @pytest.mark.parametrize("time_steps", [1, 7, 8, 9, 19, 20, 21, 30, 100])
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_a_loaded_memory_is_the_saved_one(tmp_path, time_steps, prioritized):
+def test_a_loaded_buffer_equals_the_saved_one(tmp_path, time_steps, prioritized):
     replay, path = saved(tmp_path, time_steps, prioritized=prioritized)
     loaded = FrameReplay.load(path)
     assert loaded.settings == replay.settings
@@ -70,8 +70,8 @@ def test_a_loaded_memory_is_the_saved_one(tmp_path, time_steps, prioritized):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 25), st.booleans(), st.booleans()), min_size=1, max_size=6))
 def test_saved_again_and_again(tmp_path_factory, rounds):
-    """To the same folder or to another, by the memory itself or by one that was loaded meanwhile."""
-    root = tmp_path_factory.mktemp("memory")
+    """To the same folder or to another, by the buffer itself or by one that was loaded meanwhile."""
+    root = tmp_path_factory.mktemp("saved")
     replay = fill(FrameReplay(40, **SHAPE, prioritized=True), 3)
     for number, (time_steps, elsewhere, reloaded) in enumerate(rounds):
         more(replay, time_steps, number)
@@ -87,8 +87,8 @@ def test_saved_again_and_again(tmp_path_factory, rounds):
             replay = loaded
 
 
-def test_what_has_been_saved_is_linked_not_written(tmp_path, monkeypatch):
-    replay, path = saved(tmp_path, 20)  # two chunks of eight, and half a one
+def test_saved_chunks_are_linked_not_written_again(tmp_path, monkeypatch):
+    replay, path = saved(tmp_path, 20)  # two chunks of eight, and half of one
     before, written = names(path), []
     write = pydqn.replay.chunks.write_with_checksum
     monkeypatch.setattr(
@@ -103,7 +103,7 @@ def test_what_has_been_saved_is_linked_not_written(tmp_path, monkeypatch):
     for file in path.iterdir():
         file.unlink()
     same(FrameReplay.load(tmp_path / "next"), replay)
-    # What was loaded is known, too; with nothing new, nothing is written but the index.
+    # Chunks that were loaded are known, too; with nothing new, only the index is written.
     written.clear()
     loaded = FrameReplay.load(tmp_path / "next")
     loaded.save(tmp_path / "last")
@@ -112,7 +112,7 @@ def test_what_has_been_saved_is_linked_not_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", ["no links", "gone", "cut"])
-def test_what_cannot_be_linked_is_written(tmp_path, monkeypatch, trouble):
+def test_chunks_that_cannot_be_linked_are_written(tmp_path, monkeypatch, trouble):
     replay, path = saved(tmp_path)
     if trouble == "no links":
 
@@ -129,30 +129,30 @@ def test_what_cannot_be_linked_is_written(tmp_path, monkeypatch, trouble):
     same(FrameReplay.load(tmp_path / "next"), replay)
 
 
-def test_two_courses_from_one_checkpoint_do_not_mix(tmp_path):
+def test_two_buffers_loaded_from_one_folder_do_not_mix(tmp_path):
     _, path = saved(tmp_path, 20)
     one, other = FrameReplay.load(path), FrameReplay.load(path)
     for number, replay in enumerate((one, other)):
         more(replay, 15, seed=number)
-        replay.save(tmp_path / "shared")  # each over what the other has left there
+        replay.save(tmp_path / "shared")  # each over what the other has saved there
         same(FrameReplay.load(tmp_path / "shared"), replay)
     one.save(tmp_path / "shared")
     same(FrameReplay.load(tmp_path / "shared"), one)
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
-    (tmp_path / "memory").mkdir()
+    (tmp_path / "saved").mkdir()
     for name in ("notes.txt", "data.zst", "step.part"):
-        (tmp_path / "memory" / name).write_text("mine")
+        (tmp_path / "saved" / name).write_text("mine")
     replay, path = saved(tmp_path)
     more(replay, 40)
     replay.save(path)
     assert {"notes.txt", "data.zst", "step.part"} <= set(names(path))
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_reported(tmp_path):
     shares = []
-    fill(FrameReplay(100, **SHAPE), 50).save(tmp_path / "memory", progress=shares.append)
+    fill(FrameReplay(100, **SHAPE), 50).save(tmp_path / "saved", progress=shares.append)
     assert (shares, len(shares), shares[-1]) == (sorted(shares), 7, 1)
 
 
@@ -202,8 +202,8 @@ def test_a_failed_save_keeps_what_was_saved_before(tmp_path, monkeypatch):
     same(FrameReplay.load(path), replay)
 
 
-def test_an_interrupt_after_the_index_keeps_the_new_memory(tmp_path, monkeypatch):
-    """The index is in its place, but the folder's names are still being flushed."""
+def test_an_interrupt_after_the_index_keeps_the_new_buffer(tmp_path, monkeypatch):
+    """The index has been renamed, but the folder is still being flushed."""
     replay, path = saved(tmp_path)
     more(replay, 12)
     write = pydqn.replay.chunks.write_index
@@ -291,12 +291,25 @@ def test_a_hostile_index_is_refused(tmp_path, change):
     if change == {"changing": [10, 10]}:
         change = {"prioritized": True, **change}
     forge(path, **change)
-    with pytest.raises(ValueError, match="memory"):
+    with pytest.raises(ValueError, match="saved"):
         FrameReplay.load(path)
 
 
+def test_another_version_is_refused_with_advice(tmp_path):
+    replay, path = saved(tmp_path)
+    forge(path, version=3)
+    way_on = (
+        "expected a replay buffer of format version 4, got version 3; read it with the release .* or fill a new one"
+    )
+    with pytest.raises(ValueError, match=f"saved: {way_on}"):
+        FrameReplay.load(path)
+    with pytest.raises(ValueError, match=f"saved: {way_on}"):
+        replay.restore(path)
+    assert len(replay)
+
+
 def test_what_is_no_index_is_refused(tmp_path):
-    path = tmp_path / "memory"
+    path = tmp_path / "saved"
     path.mkdir()
     deep = b'{"content":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for content in (
@@ -309,18 +322,18 @@ def test_what_is_no_index_is_refused(tmp_path):
         b'{"a":' + b"9" * 10_000 + b"}",
     ):
         (path / "index.json").write_bytes(content)
-        with pytest.raises(Damaged, match=r"memory/index.json: "):
+        with pytest.raises(Damaged, match=r"saved/index.json: "):
             FrameReplay.load(path)
     with open(path / "index.json", "wb") as file:
         file.truncate(1 << 40)  # a terabyte of nothing
-    with pytest.raises(Damaged, match=r"memory/index.json: too large"):
+    with pytest.raises(Damaged, match=r"saved/index.json: too large"):
         FrameReplay.load(path)
     with pytest.raises(Damaged, match=r"none/index.json: cannot be read"):
         FrameReplay.load(tmp_path / "none")
 
 
-def test_pieces_longer_than_ours_are_refused(tmp_path, monkeypatch):
-    """Loading holds one at a time."""
+def test_chunks_longer_than_ours_are_refused(tmp_path, monkeypatch):
+    """Loading holds one chunk at a time."""
     with monkeypatch.context() as larger:
         larger.setattr("pydqn.replay.saving._BYTES_PER_CHUNK", 1 << 20)
         _, path = saved(tmp_path)
@@ -328,7 +341,7 @@ def test_pieces_longer_than_ours_are_refused(tmp_path, monkeypatch):
         FrameReplay.load(path)
 
 
-def test_a_piece_that_swells_is_refused(tmp_path):
+def test_a_chunk_that_swells_is_refused(tmp_path):
     """A few bytes that would become a terabyte, or more than the index says."""
     import zstandard
 
@@ -344,11 +357,11 @@ def test_a_piece_that_swells_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux how much memory a process has had")
-def test_a_hostile_memory_takes_little(tmp_path):
-    """A header may claim any size: what it claims is not taken before it comes."""
+def test_a_hostile_index_takes_little_memory(tmp_path):
+    """An index may claim any size: memory is taken only for what is read."""
     replay = FrameReplay(40, **SHAPE, prioritized=True)
-    replay.save(tmp_path / "memory")
-    forge(tmp_path / "memory", capacity=1 << 34)  # with priorities, 700 GB
+    replay.save(tmp_path / "saved")
+    forge(tmp_path / "saved", capacity=1 << 34)  # with priorities, 700 GB
     program = (
         "import sys, resource, pydqn\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -356,15 +369,15 @@ def test_a_hostile_memory_takes_little(tmp_path):
         "except ValueError as error:\n    print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "memory"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "saved"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 64 << 10  # kilobytes
 
 
-def test_others_settings_are_refused_before_anything_is_taken(tmp_path):
+def test_other_settings_are_refused(tmp_path):
     replay, path = saved(tmp_path)
     FrameReplay.load(path, replay.settings)
-    with pytest.raises(ValueError, match=r"memory: the replay buffer has capacity 40, expected 41"):
+    with pytest.raises(ValueError, match=r"saved: the replay buffer has capacity 40, expected 41"):
         FrameReplay.load(path, {**replay.settings, "capacity": 41})
 
 
@@ -381,8 +394,8 @@ def test_a_file_that_never_ends_is_refused(tmp_path):
         file.write_bytes(whole)
 
 
-def test_links_out_of_the_folder_bring_nothing_in(tmp_path):
-    """A chunk that is a link to some other file is only read, and is not what was written."""
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    """A chunk that is a link to another file is only read, and is not what was written."""
     _, path = saved(tmp_path)
     victim = sorted(path.glob("*.zst"))[0]
     victim.unlink()
