@@ -1,4 +1,4 @@
-"""Wherever arrays of the caller's are taken over, every value stays as it is, or the argument is refused by name."""
+"""Every value of an array that is passed in stays as it is, or the argument is refused by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO, ZERO, ONE = np.zeros(1, bool), np.zeros(1, np.int64), np.ones(1)
 
 def through_transitions(dtype, before, after):
     buffer = TransitionReplay(10, before.shape[1:], dtype, stack=1)
-    buffer.add(before, after, ZERO, ONE, NO, NO)
+    buffer.append(before, after, ZERO, ONE, NO, NO)
     return buffer.sample(1)
 
 
@@ -71,8 +71,8 @@ def through_rainbow(dtype, before, after):
     return buffer.transitions.sample(1)
 
 
-# What takes other dtypes, and what rounds reals to the observation space's dtype, as the libraries' own buffers do.
-PLACES = {
+# Whether other dtypes are taken, and whether reals are rounded to the space's dtype, as other libraries' buffers do.
+BUFFERS = {
     through_transitions: (True, False),
     through_frames: (False, False),
     through_device_frames: (False, False),
@@ -85,19 +85,19 @@ RANK = {"b": 0, "i": 1, "u": 1, "f": 2}
 
 
 @pytest.mark.filterwarnings("ignore:.*Box (low|high).*:UserWarning")
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.parametrize("through", BUFFERS, ids=lambda through: through.__name__)
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.data())
-def test_observations_are_kept_or_refused(place, dtype, given_dtype, data):
+def test_observations_are_kept_or_refused(through, dtype, given_dtype, data):
     elements = {"allow_nan": False} if np.dtype(given_dtype).kind == "f" else {}
     before, after = (
         data.draw(arrays.arrays(given_dtype, (1, 2), elements=arrays.from_dtype(np.dtype(given_dtype), **elements)))
         for _ in range(2)
     )
-    converts, rounds = PLACES[place]
+    converts, rounds = BUFFERS[through]
     both = np.concatenate([before, after])
     try:
-        batch = place(dtype, before, after)
+        batch = through(dtype, before, after)
     except ValueError as error:
         assert re.match("(frame|obs|next_obs): expected dtype", str(error))  # noqa: PT017
         assert dtype in str(error)  # noqa: PT017
@@ -107,7 +107,7 @@ def test_observations_are_kept_or_refused(place, dtype, given_dtype, data):
         if converts and rank <= wanted:
             with np.errstate(all="ignore"):
                 changed = both.astype(dtype).ravel().tolist() != both.ravel().tolist()
-            # Integers beyond all that a real type holds without gaps are refused, even those that it happens to hold.
+            # Integers beyond the range that a real dtype holds without gaps are refused, even those that it holds.
             assert changed or (rank < wanted and any(abs(value) > 2**11 for value in both.ravel().tolist()))
         return
     for name, value in (("obs", before), ("next_obs", after)):
@@ -117,14 +117,14 @@ def test_observations_are_kept_or_refused(place, dtype, given_dtype, data):
             np.testing.assert_array_equal(kept.ravel(), value.ravel().astype(dtype))
             assert np.isfinite(kept).all() or not np.isfinite(value).all()
         else:
-            assert kept.ravel().tolist() == value.ravel().tolist()  # as Python's numbers, which are compared exactly
+            assert kept.ravel().tolist() == value.ravel().tolist()  # Python compares its numbers exactly
 
 
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [
         ("uint8", np.array([0.5, 1.0], np.float32)),
-        ("uint8", np.array([0.0, 1.0])),  # the same numbers, and yet another kind of image
+        ("uint8", np.array([0.0, 1.0])),  # the same numbers, but another kind of image
         ("uint8", np.array([300, 0])),
         ("uint8", np.array([-1, 0], np.int8)),
         ("int64", np.array([2**63, 0], np.uint64)),
@@ -145,9 +145,9 @@ def test_what_would_change_is_refused(dtype, value):
         with pytest.raises(
             ValueError, match=rf"^{name}: expected dtype {dtype}, .* got dtype {value.dtype}.*convert {name}"
         ):
-            buffer.add(obs, next_obs, [0], [1.0], [False], [False])
+            buffer.append(obs, next_obs, [0], [1.0], [False], [False])
     assert len(buffer) == 0
-    buffer.add(good, good, [0], [1.0], [False], [False])
+    buffer.append(good, good, [0], [1.0], [False], [False])
     assert len(buffer) == 1
 
 
@@ -166,52 +166,53 @@ COLUMNS = {
 }
 
 
-def rows_of(place, name, value):
+def rows_of(through, name, value):
     columns = {"action": [0], "reward": [1.0], "terminated": [False], name: value}
     obs = np.zeros((1, 2), np.float32)
-    if place == "frames":
+    if through == "frames":
         buffer = FrameReplay(10, (2,), dtype="float32", stack=1)
         buffer.append(obs, [0], [0.0], [False], [False], [True])
         buffer.append(obs, *columns.values(), [False], [False])
-    elif place == "device frames":
+    elif through == "device frames":
         buffer = DeviceReplay(10, (2,), dtype="float32", stack=1, device="cpu")
         buffer.append(obs, [0], [0.0], [False], [False], [True])
         buffer.append(obs, *columns.values(), [False], [False])
-    elif place == "transitions":
-        TransitionReplay(10, (2,), "float32").add(obs, obs, *columns.values(), [False])
+    elif through == "transitions":
+        TransitionReplay(10, (2,), "float32").append(obs, obs, *columns.values(), [False])
     else:
         sb3 = pytest.importorskip("pydqn.adapters.sb3", reason="needs Stable-Baselines3: pip install 'pydqn[adapters]'")
-        kind = sb3.ReplayBuffer if place == "sb3" else ReplayBuffer
+        kind = sb3.ReplayBuffer if through == "sb3" else ReplayBuffer
         buffer = kind(10, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "cpu")
         buffer.add(obs, obs, *columns.values(), [{}])
 
 
-@pytest.mark.parametrize("place", ["frames", "device frames", "transitions", "sb3", "cleanrl"])
+@pytest.mark.parametrize("through", ["frames", "device frames", "transitions", "sb3", "cleanrl"])
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in COLUMNS.items() for value in values])
-def test_columns_are_kept_or_refused(place, name, value):
-    said = "done" if place in ("sb3", "cleanrl") and name == "terminated" else name
+def test_columns_are_kept_or_refused(through, name, value):
+    said = "done" if through in ("sb3", "cleanrl") and name == "terminated" else name
     with pytest.raises(ValueError, match=f"^{said}: expected"):
-        rows_of(place, name, value)
-    rows_of(place, "action", np.array([1], np.uint8))
-    rows_of(place, "reward", np.array([True]))
+        rows_of(through, name, value)
+    rows_of(through, "action", np.array([1], np.uint8))
+    rows_of(through, "reward", np.array([True]))
 
 
 @pytest.mark.parametrize("env_indices", [[0.0], [True], [2], [-1], [[0]], [None]])
 def test_environments_are_named_by_integers(env_indices):
     buffer = TransitionReplay(10, (2,), "float32", num_envs=2)
     obs = np.zeros((1, 2), np.float32)
-    with pytest.raises(ValueError, match="^environments: expected different integers from 0 to 1"):
-        buffer.add(obs, obs, [0], [0.0], [False], [False], env_indices=env_indices)
-    assert buffer.add(obs, obs, [0], [0.0], [False], [False], env_indices=np.array([1], np.uint64)).dtype == np.int64
+    with pytest.raises(ValueError, match="^env_indices: expected different integers from 0 to 1"):
+        buffer.append(obs, obs, [0], [0.0], [False], [False], env_indices=env_indices)
+    index = buffer.append(obs, obs, [0], [0.0], [False], [False], env_indices=np.array([1], np.uint64))
+    assert index.dtype == np.int64
 
 
 def test_a_refused_transition_does_not_join_two_episodes():
     buffer = TransitionReplay(10, (1,), "float32")
     one, two, other = (np.full((1, 1), number, np.float32) for number in (1, 2, 7))
-    buffer.add(one, two, [0], [0.0], [False], [False])
+    buffer.append(one, two, [0], [0.0], [False], [False])
     with pytest.raises(ValueError, match="action"):
-        buffer.add(other, other, [-1], [0.0], [False], [False])
-    buffer.add(two, one, [0], [0.0], [False], [False])
+        buffer.append(other, other, [-1], [0.0], [False], [False])
+    buffer.append(two, one, [0], [0.0], [False], [False])
     batch = buffer.gather(buffer.frame_replay.valid_indices())
     assert batch.obs.ravel().tolist() == [1.0, 2.0]
     assert batch.next_obs.ravel().tolist() == [2.0, 1.0]
@@ -251,7 +252,7 @@ def test_batches_to_fill_have_the_dtypes_of_the_buffer(name):
 
 
 @pytest.mark.parametrize("name", ["obs", "action", "reward", "discount", "next_obs", "weight"])
-def test_the_learner_takes_what_its_example_is_like(name):
+def test_the_learner_takes_the_dtypes_of_its_example(name):
     buffer = FrameReplay(10, (2,), dtype="float32", stack=1)
     for first in (~NO, NO):
         buffer.append(np.zeros((1, 2), np.float32), ZERO, ONE, NO, NO, first)
@@ -270,7 +271,7 @@ def test_the_learner_takes_what_its_example_is_like(name):
 
 @pytest.mark.parametrize("kernel", preprocess.KERNELS.values(), ids=preprocess.KERNELS)
 @pytest.mark.parametrize("dtype", ["int64", "float32", "bool"])
-def test_kernels_take_bytes(kernel, dtype):
+def test_kernels_take_only_uint8(kernel, dtype):
     shape = (210, 160) if kernel is preprocess.resize_area else (210, 160, 3)
     with pytest.raises(ValueError, match="expected a uint8 array"):
         kernel(np.zeros(shape, dtype))
