@@ -1,4 +1,4 @@
-"""The replay buffer: append and sample, in a small ring and in one of a million frames."""
+"""The replay buffer: appending and sampling, in a small ring and in one of a million frames."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 
 from pydqn import FrameReplay
 
-LANES = 8
+NUM_ENVS = 8
 
 
 @pytest.fixture(scope="module", params=[10_000, 1_000_000], ids=["10k", "1M"])
 def full(request):
     """A full ring, every page of it touched."""
-    replay = FrameReplay(request.param, num_envs=LANES, n_step=1)
-    off = np.zeros(LANES, bool)
-    for time_step in range(request.param // LANES + 1):
+    replay = FrameReplay(request.param, num_envs=NUM_ENVS, n_step=1)
+    off = np.zeros(NUM_ENVS, bool)
+    for time_step in range(request.param // NUM_ENVS + 1):
         slot = replay.next_slot()
         slot[...] = time_step % 251
         replay.append(
-            slot, np.full(LANES, time_step % 6), np.ones(LANES), off, off, np.full(LANES, time_step % 1000 == 0)
+            slot, np.full(NUM_ENVS, time_step % 6), np.ones(NUM_ENVS), off, off, np.full(NUM_ENVS, time_step % 1000 == 0)
         )
     return replay
 
@@ -34,24 +34,24 @@ def bench_sample_32(benchmark, full):
 
 
 def bench_copying_as_many_bytes(benchmark, full):
-    """What `sample` cannot beat: the same number of bytes, copied from one random place per sample."""
+    """A bound for `sample`: as many bytes, copied from one random place per sample."""
     rows = 32 * 5
     memory = np.ones((full.capacity // 5, 5 * 84 * 84), np.uint8)
     out = np.empty((32, 5 * 84 * 84), np.uint8)
     generator = np.random.default_rng(0)
 
     def copy():
-        for row, place in enumerate(generator.integers(len(memory), size=32)):
-            out[row] = memory[place]
+        for row, start in enumerate(generator.integers(len(memory), size=32)):
+            out[row] = memory[start]
 
     benchmark(copy)
     assert out.sum() == rows * 84 * 84
 
 
-def bench_append_one_frame_per_lane(benchmark, full):
-    frame = np.random.default_rng(0).integers(0, 255, (LANES, 84, 84), dtype=np.uint8)
-    off = np.zeros(LANES, bool)
-    action, reward = np.zeros(LANES, int), np.zeros(LANES)
+def bench_append_one_frame_per_environment(benchmark, full):
+    frame = np.random.default_rng(0).integers(0, 255, (NUM_ENVS, 84, 84), dtype=np.uint8)
+    off = np.zeros(NUM_ENVS, bool)
+    action, reward = np.zeros(NUM_ENVS, int), np.zeros(NUM_ENVS)
     benchmark(full.append, frame, action, reward, off, off, off)
     np.testing.assert_array_equal(full.latest()[:, -1], frame)
 
@@ -69,18 +69,18 @@ def bench_append_one_frame(benchmark):
 def bench_latest(benchmark, full):
     out = full.latest()
     benchmark(full.latest, out)
-    assert out.shape == (LANES, 4, 84, 84)
+    assert out.shape == (NUM_ENVS, 4, 84, 84)
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def bench_sample_32_and_update(benchmark, prioritized):
     """A ring of 100,000 frames; with priorities, their update too."""
-    memory = other_libraries.Pydqn(100_000, prioritized=prioritized)
+    buffer = other_libraries.Pydqn(100_000, prioritized=prioritized)
     for i in range(100_001):
-        memory.add(i)
-    benchmark(memory.sample_and_update if prioritized else memory.sample)
+        buffer.add(i)
+    benchmark(buffer.sample_and_update if prioritized else buffer.sample)
     if prioritized:
-        index = memory.replay.sample(32, memory.batch).index
-        memory.replay.update_priorities(index, np.full(32, 1e6))
-        # Most of all priorities lie on these few now.
-        assert np.isin(memory.replay.sample(32).index, index).mean() > 0.5
+        index = buffer.replay.sample(32, buffer.batch).index
+        buffer.replay.update_priorities(index, np.full(32, 1e6))
+        # These few have most of the sum of all priorities now.
+        assert np.isin(buffer.replay.sample(32).index, index).mean() > 0.5

@@ -1,8 +1,8 @@
-"""How long it takes to save a million frames, the first time and again, beside writing them as they are.
+"""How long it takes to save a million frames, the first time and again, and to write them uncompressed.
 
     python bench/saving.py [-o FILE] [--frames N] [--env-id ID]
 
-Frames of real episodes (random play, the same ones again and again). Every way of writing is flushed to the disk.
+The frames are those of random play, repeated. Every write is flushed to the disk.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from pydqn._util.files import write_json
 from pydqn.envs.make import make_envs
 from pydqn.runs.provenance import provenance
 
-LANES, ROUND = 8, 2_500  # steps that are really played
+NUM_ENVS, PLAYED = 8, 2_500  # steps that are played
 
 
 def played(env_id):
-    """Return (ROUND, LANES, 84, 84) frames."""
-    envs = make_envs(preset("nature", env_id=env_id), LANES, 0)
-    frames, random = np.zeros((ROUND, LANES, *envs.frame_shape), np.uint8), np.random.default_rng(0)
+    """Return (PLAYED, NUM_ENVS, 84, 84) frames."""
+    envs = make_envs(preset("nature", env_id=env_id), NUM_ENVS, 0)
+    frames, random = np.zeros((PLAYED, NUM_ENVS, *envs.frame_shape), np.uint8), np.random.default_rng(0)
     envs.reset(frames[0])
     for slot in frames[1:]:
-        envs.send(random.integers(0, envs.num_actions, LANES))
+        envs.send(random.integers(0, envs.num_actions, NUM_ENVS))
         envs.recv(slot)
     envs.close()
     return frames
 
 
 def append(replay, frames, start, count):
-    nothing, off = np.zeros(LANES, np.int64), np.zeros(LANES, bool)
-    for step in range(start, start + count // LANES):
-        opens = step % ROUND == 0
-        replay.append(frames[step % ROUND], nothing, nothing, off, off, ~off if opens else off)
+    nothing, off = np.zeros(NUM_ENVS, np.int64), np.zeros(NUM_ENVS, bool)
+    for step in range(start, start + count // NUM_ENVS):
+        first = step % PLAYED == 0
+        replay.append(frames[step % PLAYED], nothing, nothing, off, off, ~off if first else off)
 
 
 def timed(function, *arguments):
@@ -51,11 +51,11 @@ def timed(function, *arguments):
     return result, time.perf_counter() - started
 
 
-def plain(path, frames, count):
-    """Write as many frames as they are."""
+def write_uncompressed(path, frames, count):
+    """Write so many frames uncompressed."""
     with open(path, "wb") as file:
-        for step in range(count // LANES):
-            file.write(frames[step % ROUND].data)
+        for step in range(count // NUM_ENVS):
+            file.write(frames[step % PLAYED].data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -81,16 +81,16 @@ def main():
     count, more, rows = arguments.frames, arguments.frames // 20, []
     for env_id in arguments.env_id:
         frames = played(env_id)
-        replay = FrameReplay(count, num_envs=LANES, prioritized=True)
+        replay = FrameReplay(count, num_envs=NUM_ENVS, prioritized=True)
         append(replay, frames, 0, count)
         most = []
         with tempfile.TemporaryDirectory(dir=".") as scratch:
             folder = Path(scratch)
             before = resident()
             _, first = timed(replay.save, folder / "one", functools.partial(note, most))
-            _, raw = timed(plain, folder / "raw", frames, count)
+            _, raw = timed(write_uncompressed, folder / "raw", frames, count)
             size = megabytes(folder / "one")
-            append(replay, frames, count // LANES, more)
+            append(replay, frames, count // NUM_ENVS, more)
             _, again = timed(replay.save, folder / "two")
             linked = {file.name for file in (folder / "one").iterdir()} & {f.name for f in (folder / "two").iterdir()}
             loaded, load = timed(FrameReplay.load, folder / "two")
@@ -106,7 +106,7 @@ def main():
             "extra_memory_megabytes": max(most) - before,
             "frames_since": more,
             "again_seconds": again,
-            "pieces_linked": len(linked),
+            "chunks_linked": len(linked),
             "load_seconds": load,
         }
         rows.append(row)
