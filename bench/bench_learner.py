@@ -1,4 +1,4 @@
-"""Acting and updating, in the precision that this machine would choose and in float32."""
+"""Acting and updating, in the precision "auto" of this machine and in float32."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 from timing import in_turns
 
-from pydqn import FrameReplay, Learner, preset
+from pydqn import FrameReplay, Learner, LearnerSettings, preset
 from pydqn.learning.networks import make_network
-from pydqn.learning.policy import resolve_device
 
 
 @pytest.fixture(params=["auto", "float32"])
@@ -36,7 +35,7 @@ def make(precision, loss=None, **overrides):
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
     )
-    return Learner(network, config, resolve_device("auto"), replay.empty_batch(32), loss=loss), replay
+    return Learner(network, LearnerSettings.from_config(config), "auto", replay.empty_batch(32), loss=loss), replay
 
 
 NETWORKS = {
@@ -59,11 +58,11 @@ def bench_update_32(benchmark, network, precision):
     benchmark(update)
     assert learner.updates > 0
     assert not any(torch.equal(a, b) for a, b in zip(before, learner.online.parameters(), strict=True))
-    assert np.isfinite(learner.metrics().loss)
+    assert np.isfinite(learner.statistics().loss)
 
 
 def double_huber(online, target, batch):
-    """The loss that `pong` has built in, as one would write it."""
+    """The built-in loss of `pong` as a custom loss."""
     q = online(batch.obs).gather(1, batch.action[:, None])[:, 0]
     with torch.no_grad():
         chosen = online(batch.next_obs).argmax(1, keepdim=True)
@@ -73,7 +72,7 @@ def double_huber(online, target, batch):
 
 @pytest.mark.parametrize("network", ["pong", "mlp"])
 def bench_update_own_loss(benchmark, network):
-    """In turns with the built-in loss, whose slope is known: `extra_info` of the JSON file has the ratio."""
+    """A custom loss, interleaved with the same built-in loss; `extra_info` of the JSON file has the ratio."""
     settings = {"mlp": {"network": "mlp", "hidden_units": (128, 128), "dueling": False}}.get(network, {})
     (built_in, replay), (own, _) = make("float32", **settings), make("float32", double_huber, **settings)
     batches = [replay.sample(32) for _ in range(20)]
@@ -85,7 +84,7 @@ def bench_update_own_loss(benchmark, network):
 
     for learner in (own, built_in) * 20:
         update(learner)
-    np.testing.assert_allclose(own.metrics().loss, built_in.metrics().loss, rtol=1e-2)
+    np.testing.assert_allclose(own.statistics().loss, built_in.statistics().loss, rtol=1e-2)
     times = in_turns({"own": lambda: update(own), "built in": lambda: update(built_in)}, 100, 3)
     benchmark.extra_info["ratio"] = times["own"] / times["built in"]
     benchmark(update, own)

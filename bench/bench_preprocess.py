@@ -1,4 +1,4 @@
-"""The kernels, each beside its definition in OpenCV."""
+"""The preprocessing kernels, and the same in OpenCV."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from pydqn.preprocess import crop_area, crop_nearest, resize_area
 
-LANES = 8
+NUM_ENVS = 8
 GENERATOR = np.random.default_rng(0)
-GRAY = GENERATOR.integers(0, 256, (LANES, 210, 160), dtype=np.uint8)
+GRAY = GENERATOR.integers(0, 256, (NUM_ENVS, 210, 160), dtype=np.uint8)
 BEFORE = np.roll(GRAY, 1, axis=0)
-RGB = GENERATOR.integers(0, 256, (LANES, 210, 160, 3), dtype=np.uint8)
+RGB = GENERATOR.integers(0, 256, (NUM_ENVS, 210, 160, 3), dtype=np.uint8)
 
 
 def cv2_resize_area():
@@ -43,7 +43,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def bench_ours(benchmark, name):
     ours, theirs = CASES[name]
-    out = np.empty((LANES, 84, 84), np.uint8)
+    out = np.empty((NUM_ENVS, 84, 84), np.uint8)
     benchmark(ours, out)
     np.testing.assert_array_equal(out, np.stack(theirs()))
 
@@ -51,4 +51,4 @@ def bench_ours(benchmark, name):
 @pytest.mark.parametrize("name", CASES)
 def bench_opencv(benchmark, name):
     _, theirs = CASES[name]
-    assert len(benchmark(theirs)) == LANES
+    assert len(benchmark(theirs)) == NUM_ENVS

@@ -1,10 +1,10 @@
-"""The GPU path, row by row: checked against eager, then measured. Meant for ten minutes on a machine without a network.
+"""The GPU path: checked against eager updates, then measured. It takes ten minutes and needs no network.
 
     pip install --no-build-isolation --no-deps .        # or: pip install .
     python bench/gpu.py -o rows.json                    # all stages, the whole loop, a learning run
     python bench/gpu.py --device cpu --quick            # the same code without a GPU: shows only that it runs
 
-Times are medians; where rows are compared, they take turns. "us" per update or per step, whatever ran beside it.
+Times are medians; what is compared takes turns. "us" are microseconds per update or per step of all environments.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from stages_learning import NATURE
 from timing import check_stages, in_turns, rates_in_turns
 
-from pydqn import FrameReplay, Learner, preset, train
+from pydqn import FrameReplay, Learner, LearnerSettings, preset, train
 from pydqn._util.files import write_json
 from pydqn.envs.make import make_envs
 from pydqn.learning.networks import make_network
-from pydqn.learning.policy import Actor, resolve_device
+from pydqn.learning.policy import Actor, Policy, resolve_device
 from pydqn.replay.device import DeviceReplay
 from pydqn.runs.provenance import provenance
 from pydqn.training.loop import Run
@@ -36,7 +36,10 @@ from pydqn.training.loop import Run
 ROWS = []
 FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint8)
 ROOT = Path(__file__).parents[1]
-GPU_TESTS = ("learner", "device_replay", "device_threads", "optimizers", "own_loss", "policies", "graphs")
+GPU_TESTS = (
+    *("learning/test_learner.py", "learning/test_custom_loss.py", "learning/test_optimizers.py"),
+    *("learning/test_policy.py", "replay/test_device.py", "replay/test_device_threads.py", "_util/test_cuda.py"),
+)
 
 
 def row(stage, value, unit, target=None, note=""):
@@ -53,19 +56,18 @@ def wait(device):
 
 
 def filled(kind, frames, envs=32, **settings):
-    """A memory of either kind, full of noise."""
-    memory = kind(frames, num_envs=envs, **settings)
+    """Return a replay buffer of either kind, full of noise."""
+    replay = kind(frames, num_envs=envs, **settings)
     zeros, off = np.zeros(envs, np.int64), np.zeros(envs, bool)
     for time_step in range(frames // envs + 1):
         start = time_step * envs % (len(FRAMES) - envs)
-        memory.append(FRAMES[start : start + envs], zeros, zeros, off, off, ~off if time_step == 0 else off)
-    return memory
+        replay.append(FRAMES[start : start + envs], zeros, zeros, off, off, ~off if time_step == 0 else off)
+    return replay
 
 
 def checks(device, quick):
-    """The tests that need a GPU: graph against eager, no waits, rows against observations, real streams."""
-    tests = [f"test_{name}.py" for name in GPU_TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    """The tests that need a GPU: graph against eager, no waits, row numbers against observations, real streams."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=append", *GPU_TESTS]
     if quick:
         command += ["-k", "at_once or needed"]
     # Not in the checkout's root, where the folder pydqn/ would hide the package that is installed.
@@ -89,7 +91,7 @@ def tf32_products():
 
 
 def ceiling(device, quick):
-    """What the card itself does: a large copy, bytes read plus bytes written."""
+    """The card's own limit: a large copy, bytes read plus bytes written."""
     size = 2**20 if quick else 2**31
     source, target = torch.randint(256, (2, size), dtype=torch.uint8, device=device)
 
@@ -104,28 +106,29 @@ def update(device, quick):
     """One update of 32, Nature's network: frames on the host or on the device, eager or as a graph, one or eight."""
     captures = (False, True) if device.type == "cuda" else (False,)
     size = 20_000 if quick else 1_000_000
-    memories = {
+    replays = {
         "frames on the host": filled(FrameReplay, 20_000),
         "frames on the device": filled(DeviceReplay, size, device=device),
     }
     calls, counts = {}, {}
-    # "float32" is PyTorch's own idea of it: convolutions may use TensorFloat-32, matrix products may not.
-    for precision, (where, memory), capture, at_once in itertools.product(
-        ("float32", "tf32", "bfloat16"), memories.items(), captures, (1, 8)
+    # "float32" is PyTorch's default: convolutions may use TensorFloat-32, matrix products may not.
+    for precision, (where, replay), capture, at_once in itertools.product(
+        ("float32", "tf32", "bfloat16"), replays.items(), captures, (1, 8)
     ):
         if not capture and not quick and (at_once > 1 or precision == "tf32"):
             continue
         arithmetic = precision.replace("tf32", "float32")
         config = preset("pong", **NATURE, precision=arithmetic, target_update_period=0)
-        batch = memory.empty_batch(32 * at_once)
+        settings = LearnerSettings.from_config(config)
+        batch = replay.empty_batch(32 * at_once)
         network = make_network("nature", 4, (84, 84), 4)
-        learner = Learner(network, config, device, batch, capture, getattr(memory, "frames", None))
+        learner = Learner(network, settings, device, batch, capture, getattr(replay, "frames", None))
 
-        def call(learner=learner, memory=memory, batch=batch):
-            learner.update(memory.sample(len(batch.action), batch))
+        def call(learner=learner, replay=replay, batch=batch):
+            learner.update(replay.sample(len(batch.action), batch))
             wait(device)
 
-        if precision == "tf32":  # a graph keeps what held when it was captured
+        if precision == "tf32":  # a graph keeps the settings of its capture
             with tf32_products():
                 call()
         how = "graph" if capture else "eager"
@@ -138,21 +141,19 @@ def update(device, quick):
     if len(captures) == 2:
         ratio = 8 * times["update, float32, frames on the device, eager"]
         ratio /= times["update, float32, frames on the device, graph of 8"]
-        row("graph of 8 beside eager", ratio, "times", (">=", 3))
+        row("eager by graph of 8", ratio, "times", (">=", 3))
 
 
 def act(device, quick):
-    """Action values of all environments, there and back."""
+    """Action values of all environments, with the copies to and from the device."""
     calls = {}
     for envs in (8, 32, 128):
-        memory = filled(DeviceReplay, 100 * envs, envs, device=device)
-        config = preset("pong", **NATURE, precision="float32")
-        network = make_network("nature", 4, (84, 84), 4)
-        learner = Learner(network, config, device, memory.empty_batch(32), frames=memory.frames)
+        replay = filled(DeviceReplay, 100 * envs, envs, device=device)
+        policy = Policy(make_network("nature", 4, (84, 84), 4), device, "float32")
         for capture in (False, True) if device.type == "cuda" else (False,):
-            actor = Actor(learner.policy, memory.latest(), memory.frames, capture)
+            actor = Actor(policy, replay.latest(), replay.frames, capture)
             name = f"act, {envs} environments, {'graph' if capture else 'eager'}"
-            calls[name] = lambda actor=actor, memory=memory: actor.values(memory.latest())
+            calls[name] = lambda actor=actor, replay=replay: actor.values(replay.latest())
     for name, seconds in in_turns(calls, 3 if quick else 200, 3).items():
         row(name, seconds * 1e6, "us")
 
@@ -204,28 +205,28 @@ def loop_config(device, envs, quick, **changes):
     return preset("pong", **{**settings, **changes})
 
 
-def opened(run):
-    """The run, when its memory is full and its graphs are made."""
+def warmed_up(run):
+    """Return the run with a full replay buffer, after the capture of its graphs."""
     config, envs, replay = run.config, run.config.num_envs, run.replay
     next(run.reports())
     zeros, off = np.zeros(envs, np.int64), np.zeros(envs, bool)
     for time_step in range(config.replay_capacity_frames // envs):
         start = time_step * envs % (len(FRAMES) - envs)
         replay.append(FRAMES[start : start + envs], zeros, zeros, off, off, off)
-    while run.learner.updates < 2 * config.target_update_period:  # graphs of every length that comes up
+    while run.learner.updates < 2 * config.target_update_period:  # graphs of every length that occurs
         run.step()
     return run
 
 
 def loop(device, quick):
-    """The whole loop, where frames are kept and in what precision."""
+    """The whole training loop: by environments, place of the frames, and precision."""
     players = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         variants = [(envs, {}) for envs in ((8,) if quick else (16, 32, 64, 128))]
         variants += [(8 if quick else 32, {"storage": "host", "replay_capacity_frames": 20_000 if quick else 200_000})]
         variants += [(8 if quick else 64, {"precision": "bfloat16"})]
         for number, (envs, changes) in enumerate(variants):
-            run = opened(stack.enter_context(Run(loop_config(device, envs, quick, **changes), f"{folder}/{number}")))
+            run = warmed_up(stack.enter_context(Run(loop_config(device, envs, quick, **changes), f"{folder}/{number}")))
             players[" ".join([f"loop, {envs} environments", *map(str, changes.values())])] = run
 
         def rate(run):
@@ -247,7 +248,7 @@ def loop(device, quick):
 
 
 def traffic(run):
-    """Bytes to the device per step: new frames, rows of batches, rows to act on."""
+    """Bytes to the device per step: new frames, and row numbers of batches and of observations to act on."""
     envs, batch = run.config.num_envs, run._batch
     updates = envs / run.config.train_period_steps * run.config.batch_size / len(batch.action)
     sent = 84 * 84 * envs + sum(part.nbytes for part in batch) * updates + run.replay.latest().nbytes
@@ -255,7 +256,7 @@ def traffic(run):
 
 
 def timeline(run, device, steps=50):
-    """Where the time of a step goes: the device's kernels beside the clock, and every call that waits."""
+    """Where the time of a step goes: the device's kernels, the clock, and the calls that wait."""
     wait(device)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -267,7 +268,7 @@ def timeline(run, device, steps=50):
         wait(device)
         taken = time.perf_counter() - started
     events = profile.key_averages()
-    # Kernels and copies themselves; operations of the host would count those that they launch once more.
+    # Only kernels and copies: operations of the host would count what they launch a second time.
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     busy = {event.key: event.self_device_time_total for event in kernels}
     row("profiled: clock per step of all environments", taken / steps * 1e6, "us")
@@ -281,7 +282,7 @@ def timeline(run, device, steps=50):
 
 
 def pong(device, quick):
-    """`pydqn train pong`, as it is, to a mean of 18."""
+    """`pydqn train pong` to a mean return of 18."""
     with tempfile.TemporaryDirectory() as folder:
         config = preset("pong", device=str(device), **({"total_steps": 600} if quick else {}))
         result = train(config, folder)

@@ -1,6 +1,6 @@
-"""A network and a loss of one's own: quantile regression (Dabney et al. 2017, https://arxiv.org/abs/1710.10044).
+"""A custom network and a custom loss: quantile regression (Dabney et al. 2017, https://arxiv.org/abs/1710.10044).
 
-The network gives 16 quantiles of each action's return. It learns in some seconds to keep CartPole's pole up.
+The network computes 16 quantiles of each action's return. It learns CartPole in a few seconds.
 """
 
 import gymnasium
@@ -17,11 +17,11 @@ class Quantiles(nn.Sequential):
     def __init__(self):
         layers = nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2 * 16)
         super().__init__(nn.Flatten(), *layers, nn.Unflatten(1, (2, 16)))
-        self.register_buffer("shares", (torch.arange(16) + 0.5) / 16)  # goes to the learner's device with the rest
+        self.register_buffer("shares", (torch.arange(16) + 0.5) / 16)  # moves to the device of the learner
 
 
 def loss(online, target, batch):
-    """Return (B,) losses: each quantile is pulled down and up as often as its share of the returns says."""
+    """Return the (B,) quantile Huber losses."""
     rows = torch.arange(len(batch.action), device=batch.action.device)
     z_tm1, z_t = online(batch.obs)[rows, batch.action], target(batch.next_obs)
     z_t = z_t[rows, z_t.mean(2).argmax(1)]
@@ -32,9 +32,9 @@ def loss(online, target, batch):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # enough for so small a network
-config = pydqn.Config(batch_size=64, learning_rate=1e-3, target_update_period=100)
+settings = pydqn.LearnerSettings(batch_size=64, learning_rate=1e-3, target_update_period=100)
 replay = pydqn.FrameReplay(20_000, (4,), stack=1, n_step=3, num_envs=8, dtype="float32", prioritized=True)
-learner = pydqn.Learner(Quantiles(), config, "auto", replay.empty_batch(64), loss=loss)
+learner = pydqn.Learner(Quantiles(), settings, "auto", replay.empty_batch(64), loss=loss)
 envs, random, never = gymnasium.make_vec("CartPole-v1", num_envs=8), np.random.default_rng(0), np.zeros(8, bool)
 replay.append(envs.reset(seed=0)[0], np.zeros(8, int), np.zeros(8), never, never, ~never)
 first, length, lengths = never, np.zeros(8, int), []
@@ -43,15 +43,12 @@ for step in range(3000):
     action = learner.policy.choose(values, max(0.02, 1 - step / 400), random)
     frame, reward, terminated, truncated, _ = envs.step(action)
     replay.append(frame, action, reward, terminated, truncated, first)
-    length = np.where(
-        first, 0, length + 1
-    )  # Gymnasium answers the step after an episode with the next one's first frame
+    length = np.where(first, 0, length + 1)  # the step after an episode only returns the next episode's first frame
     first = terminated | truncated
     lengths += length[first].tolist()
     if step >= 100:
         batch = replay.sample(64)
         learner.update(batch)
-        replay.update_priorities(batch.index, learner.errors() + 1e-6)
-print(
-    f"{len(lengths)} episodes: {np.mean(lengths[:30]):.0f} steps in each at first, {np.mean(lengths[-30:]):.0f} at last"
-)
+        replay.update_priorities(batch.index, learner.td_errors() + 1e-6)
+before, after = np.mean(lengths[:30]), np.mean(lengths[-30:])
+print(f"{len(lengths)} episodes: {before:.0f} steps in each at first, {after:.0f} at last")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pydqn.config import Config as Config
     from pydqn.evaluation.evaluate import evaluate as evaluate
     from pydqn.learning.learner import Learner as Learner
+    from pydqn.learning.settings import LearnerSettings as LearnerSettings
     from pydqn.presets import preset as preset
     from pydqn.replay.device import DeviceReplay as DeviceReplay
     from pydqn.replay.frames import Batch as Batch
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when first used: whoever wants the replay buffer alone does not wait for torch.
-_HOMES = {
+# Imported when first used: the replay buffer alone does not need torch.
+_MODULE_OF = {
     "Batch": "replay.frames",
     "Config": "config",
     "DeviceReplay": "replay.device",
     "FrameReplay": "replay.frames",
     "Learner": "learning.learner",
+    "LearnerSettings": "learning.settings",
     "Result": "runs.result",
     "TransitionReplay": "replay.transitions",
     "evaluate": "evaluation.evaluate",
@@ -36,7 +38,7 @@ _HOMES = {
     "train": "training.loop",
 }
 _MODULES = ("preprocess",)
-_DRIVERS = ("evaluate", "resume", "train")  # what they start has the process to itself
+_DRIVERS = ("evaluate", "resume", "train")  # these may change settings of the whole process
 
 __all__ = [
     "Batch",
@@ -44,6 +46,7 @@ __all__ = [
     "DeviceReplay",
     "FrameReplay",
     "Learner",
+    "LearnerSettings",
     "Result",
     "TransitionReplay",
     "evaluate",
@@ -58,9 +61,9 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"pydqn.{name}")
     if name in _DRIVERS:
-        import_module("pydqn._util.machine").bound_spinning()  # counts where torch has not been imported yet
-    if name in _HOMES:
-        return getattr(import_module(f"pydqn.{_HOMES[name]}"), name)
+        import_module("pydqn._util.machine").bound_spinning()  # takes effect if torch has not been imported yet
+    if name in _MODULE_OF:
+        return getattr(import_module(f"pydqn.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'pydqn' has no attribute {name!r}")
 
 

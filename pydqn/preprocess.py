@@ -1,7 +1,7 @@
-"""Preprocessing kernels: raw Atari frames to 84x84, written straight into the caller's memory.
+"""Preprocessing kernels: raw Atari frames to 84x84, written straight into the caller's array.
 
-Each kernel is compiled once by numba and cached on disk, and reproduces its definition bit for bit. OpenCV is the
-definition's language and judges the kernels in the tests; it is not needed to run them.
+numba compiles each kernel once and caches it on disk. The kernels equal their definitions in OpenCV bit for bit. The
+tests need OpenCV, the kernels do not.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from pydqn._util.jit import kernel
 
-SIZE = 84  # rows and columns of what every kernel returns
-_CROP_TOP, _CROP_ROWS = 34, 160  # the playing field that `crop_nearest` keeps
-_TALL = 110  # rows that `crop_area` shrinks to before it keeps SIZE of them, from the 18th on
+SIZE = 84  # rows and columns of the result
+_CROP_TOP, _CROP_ROWS = 34, 160  # the rows that `crop_nearest` keeps: the playing field
+_TALL = 110  # rows that `crop_area` shrinks to before it keeps SIZE of them, beginning with _TALL_TOP
 _TALL_TOP = 18
 
 Frames = NDArray[np.uint8]
@@ -28,11 +28,11 @@ def resize_area(frame: Frames, previous: Frames | None = None, out: Frames | Non
     """Shrink gray frames to 84x84 by area averaging, after the pixel-wise maximum with the frames before.
 
     Equals `cv2.resize(np.maximum(frame, previous), (84, 84), interpolation=cv2.INTER_AREA)` (Mnih et al. 2015:
-    the maximum removes the flicker of sprites that are drawn on every other frame).
+    the maximum removes the flicker of sprites that are drawn in every other frame).
 
     Args:
-        frame: (..., H, W) uint8 gray, any H and W from 84 on.
-        previous: the same shape, or None for no maximum.
+        frame: (..., H, W) uint8 gray, H and W at least 84.
+        previous: uint8 of the same shape, or None for no maximum.
         out: (..., 84, 84) uint8 to write into; its last axis must be contiguous.
 
     Returns:
@@ -45,9 +45,9 @@ def resize_area(frame: Frames, previous: Frames | None = None, out: Frames | Non
     if previous is not None and (previous.shape != frame.shape or previous.dtype != np.uint8):
         raise ValueError(f"previous: expected uint8 {frame.shape}, got {previous.dtype} {previous.shape}")
     height, width = frame.shape[-2:]
-    frames = _lanes(frame, 2)
+    frames = _flatten_leading(frame, 2)
     result, written = _output(out, frame.shape[:-2])
-    _resize_area(frames, frames if previous is None else _lanes(previous, 2), written, *_plan(height, width))
+    _resize_area(frames, frames if previous is None else _flatten_leading(previous, 2), written, *_plan(height, width))
     return result
 
 
@@ -67,7 +67,7 @@ def crop_nearest(rgb: Frames, out: Frames | None = None) -> Frames:
     result, written = _output(out, rgb.shape[:-3])
     width = rgb.shape[-2]
     cells = np.arange(SIZE, dtype=np.uint64)
-    _crop_nearest(_lines(rgb), written, _CROP_TOP + cells * _CROP_ROWS // SIZE, cells * width // SIZE)
+    _crop_nearest(_interleaved(rgb), written, _CROP_TOP + cells * _CROP_ROWS // SIZE, cells * width // SIZE)
     return result
 
 
@@ -87,7 +87,7 @@ def crop_area(rgb: Frames, out: Frames | None = None) -> Frames:
     _require("rgb", rgb, axes=3, least=(_TALL, SIZE))
     height, width = rgb.shape[-3:-1]
     result, written = _output(out, rgb.shape[:-3])
-    _crop_area(_lines(rgb), written, *_tall_plan(height, width))
+    _crop_area(_interleaved(rgb), written, *_tall_plan(height, width))
     return result
 
 
@@ -110,19 +110,19 @@ def _require(name: str, frames: Any, axes: int, least: tuple[int, int]) -> None:
         raise ValueError(f"{name}: expected H >= {least[0]} and W >= {least[1]}, got {frames.shape}")
 
 
-def _lanes(frames: Frames, axes: int) -> Frames:
+def _flatten_leading(frames: Frames, axes: int) -> Frames:
     """Flatten the leading axes into one."""
     return np.ascontiguousarray(frames).reshape(-1, *frames.shape[frames.ndim - axes :])
 
 
-def _lines(rgb: Frames) -> Frames:
-    """The same with the colours side by side: (N, H, 3 W)."""
+def _interleaved(rgb: Frames) -> Frames:
+    """Flatten (..., H, W, 3) to (N, H, 3 W)."""
     height, width = rgb.shape[-3:-1]
-    return _lanes(rgb, 3).reshape(-1, height, 3 * width)
+    return _flatten_leading(rgb, 3).reshape(-1, height, 3 * width)
 
 
 def _output(out: Frames | None, leading: tuple[int, ...]) -> tuple[Frames, Frames]:
-    """Return what the caller gets and the (N, 84, 84) view of it that the kernel writes."""
+    """Return the result and the (N, 84, 84) view of it that the kernel writes to."""
     shape = (*leading, SIZE, SIZE)
     if out is None:
         out = np.empty(shape, np.uint8)
@@ -131,18 +131,18 @@ def _output(out: Frames | None, leading: tuple[int, ...]) -> tuple[Frames, Frame
         raise ValueError(f"out: expected uint8 {shape}, got {got}")
     view = out.reshape(math.prod(leading), SIZE, SIZE)
     if out.size and not np.may_share_memory(view, out):  # reshape had to copy
-        raise ValueError(f"out: its leading axes {leading} cannot be seen as one; pass a simpler array")
+        raise ValueError(f"out: its leading axes {leading} cannot be flattened without a copy; pass a contiguous array")
     return out, view
 
 
-# --- area averaging: the tables, and OpenCV's own arithmetic ---
+# --- area averaging: the tables, and OpenCV's arithmetic ---
 
 
 @lru_cache(maxsize=32)
 def _area_table(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """For each of `target` cells: its first source cell, how many it covers, and their weights as OpenCV rounds them.
+    """Return the first source cell of each target cell, how many it covers, and their weights as OpenCV rounds them.
 
-    The weights sum to one: a whole cell counts 1 / scale, an end cell by the part that is covered.
+    The weights sum to one: a whole source cell has 1 / scale, a partly covered one its covered part.
     """
     scale = source / target
     first = np.zeros(target, np.int64)
@@ -167,21 +167,21 @@ def _area_table(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np
 
 @lru_cache(maxsize=32)
 def _plan(height: int, width: int) -> tuple[Any, ...]:
-    """Everything that `_resize_area` needs to know about a source size.
+    """Return the arguments of `_resize_area` that depend on the source size.
 
-    Area weights are rationals: with g = gcd(source, 84), every weight is a multiple of g / source. So the sum over
-    the area is an exact integer out of a known total, and rounding it is integer arithmetic. OpenCV sums the same
-    in float32, which can differ only next to a tie: those few pixels are redone its way.
+    Area weights are rational numbers: with g = gcd(source, 84), each is a multiple of g / source. So a pixel's sum is
+    an integer divided by a known total, and rounding it is integer arithmetic. OpenCV computes the sum in float32,
+    which can differ only next to a tie: these few pixels are recomputed in OpenCV's way.
     """
     rows, columns = _area_table(height, SIZE), _area_table(width, SIZE)
     shares, total = [], 1
     for source, (_, _, weight) in ((height, rows), (width, columns)):
         unit = source // math.gcd(source, SIZE)
         share = np.rint(weight * unit).astype(np.int64)
-        assert (share.sum(axis=1) == unit).all(), "area weights are not the rationals they should be"
+        assert (share.sum(axis=1) == unit).all(), "area weights are not multiples of g / source"
         shares.append(share)
         total *= unit
-    number = np.int32 if 2 * 256 * total < 2**31 else np.int64  # of ALE's screens the former
+    number = np.int32 if 2 * 256 * total < 2**31 else np.int64  # int32 for all of ALE's screens
     return (
         *rows,
         *columns,
@@ -194,14 +194,14 @@ def _plan(height: int, width: int) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=32)
 def _tall_plan(height: int, width: int) -> tuple[Any, ...]:
-    """The same for `_crop_area`."""
+    """Return the arguments of `_crop_area` that depend on the source size."""
     rows = (table[_TALL_TOP : _TALL_TOP + SIZE] for table in _area_table(height, _TALL))
     return (*rows, *_area_table(width, SIZE))
 
 
 @kernel(nogil=True, inline="always")
 def _area_exact(frame, previous, row, column, rows, row_count, row_weight, columns, column_count, column_weight):
-    """One pixel in OpenCV's order of float32 operations: along each row first, then down the rows."""
+    """Compute one pixel in OpenCV's order of float32 operations: first along each row, then over the rows."""
     total = np.float32(0)
     for i in range(row_count[row]):
         y = rows[row] + i
@@ -213,14 +213,14 @@ def _area_exact(frame, previous, row, column, rows, row_count, row_weight, colum
     return total
 
 
-# The loops below are short, over whole arrays and free of slices, so that LLVM turns them into vector instructions: a
-# slice that is handed on counts references, and a longer body is compiled as it stands, pixel by pixel. Columns are
-# weighed as rows of the transposed image, which is faster than picking pixels from places that a table tells.
+# The loops below are short and without slices, so that LLVM vectorizes them: passing a slice counts references, and a
+# longer loop body is not vectorized. Columns are weighted as rows of the transposed image, which is faster than reading
+# pixels by an index table.
 
 
 @kernel(nogil=True)
-def _weigh_rows(frames, previous, env_index, rows, row_count, share, sums):
-    """Add up the rows of the pixel-wise maximum that make up each row of the result: (H, W) to (84, W)."""
+def _weight_rows(frames, previous, env_index, rows, row_count, share, sums):
+    """Compute the weighted sums of rows of the pixel-wise maximum for each row of the result: (H, W) to (84, W)."""
     for row in range(SIZE):
         for i in range(row_count[row]):
             y, weight = np.uint64(rows[row] + i), share[row, i]
@@ -233,8 +233,8 @@ def _weigh_rows(frames, previous, env_index, rows, row_count, share, sums):
 
 
 @kernel(nogil=True)
-def _weigh(lines, first, count, share, sums):
-    """Add up the lines that make up each line of the result: (N, M) to (84, M)."""
+def _weight_lines(lines, first, count, share, sums):
+    """Compute the weighted sums of lines for each line of the result: (N, M) to (84, M)."""
     for line in range(SIZE):
         for i in range(count[line]):
             source, weight = np.uint64(first[line] + i), share[line, i]
@@ -255,14 +255,14 @@ def _transpose(image, out):
 
 @kernel(nogil=True)
 def _round(area, total, near, rounded, unsure):
-    """Round area / total; marks what is so near to a tie that float32 sums of at most 255 may round either way."""
+    """Round area / total, and mark what is so near to a tie that float32 sums of at most 255 may round either way."""
     twice, half = total + total, np.float32(0.5)
     most = twice - near
     reciprocal = np.float32(1) / np.float32(total)
     for i in range(SIZE):
         for j in range(SIZE):
             nearest = np.int32(np.float32(area[i, j]) * reciprocal + half)
-            rest = area[i, j] + area[i, j] + total - nearest * twice  # within 0 and twice where that is right
+            rest = area[i, j] + area[i, j] + total - nearest * twice  # from 0 to twice if that is right
             rounded[i, j] = np.uint8(nearest)
             unsure[i, j] = np.uint8((rest <= near) | (rest >= most))
 
@@ -301,10 +301,10 @@ def _resize_area(
     reciprocal = np.float32(1) / np.float32(total)
     halves = height == 2 * SIZE and width == 2 * SIZE
     for env_index in range(frames.shape[0]):
-        _weigh_rows(frames, previous, env_index, rows, row_count, row_share, sums)
+        _weight_rows(frames, previous, env_index, rows, row_count, row_share, sums)
         _transpose(sums, turned)
-        _weigh(turned, columns, column_count, column_share, area)
-        if whole:  # OpenCV has a path of its own for whole factors
+        _weight_lines(turned, columns, column_count, column_share, area)
+        if whole:  # OpenCV has a separate path for integer factors
             for c in range(SIZE):
                 for row in range(SIZE):
                     a = area[c, row]
@@ -338,7 +338,7 @@ def _resize_area(
 
 @kernel(nogil=True)
 def _gray_whole(frames, env_index, rows, gray):
-    """ITU-R BT.601 in 15 bits, as OpenCV computes it. `frames` are (N, H, 3 W), which LLVM can take apart."""
+    """ITU-R BT.601 in 15 bits, as OpenCV computes it. `frames` are (N, H, 3 W), which LLVM can vectorize."""
     for row in range(gray.shape[0]):
         y = rows[row]
         for x in range(np.uint64(gray.shape[1])):
@@ -389,9 +389,9 @@ def _crop_area(frames, out, rows, row_count, row_weight, columns, column_count, 
     for env_index in range(frames.shape[0]):
         _gray_float(frames, env_index, top, gray)
         _transpose(gray, turned)
-        _weigh(turned, columns, column_count, column_weight, narrow)
+        _weight_lines(turned, columns, column_count, column_weight, narrow)
         _transpose(narrow, lines)
-        _weigh(lines, rows - top, row_count, row_weight, total)
+        _weight_lines(lines, rows - top, row_count, row_weight, total)
         for row in range(SIZE):
             for c in range(SIZE):
                 out[env_index, row, c] = np.uint8(total[row, c])

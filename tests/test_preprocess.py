@@ -1,4 +1,4 @@
-"""The kernels against OpenCV, bit for bit."""
+"""The preprocessing kernels equal OpenCV bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pydqn.preprocess import crop_area, crop_nearest, resize_area
 
-# Among them screens of 210, 214, 220, 230 and 250 rows.
+# With screens of 210, 214, 220, 230 and 250 rows.
 GAMES = [
     "pong",
     "breakout",
@@ -82,7 +82,7 @@ SIZES = [(210, 160), (214, 160), (220, 160), (230, 160), (250, 160), (84, 84), (
 @pytest.mark.parametrize("size", SIZES)
 def test_random_bytes(size):
     generator = np.random.default_rng(0)
-    # Few distinct values make the ties frequent in which float rounding decides.
+    # With few distinct values, ties are frequent, in which the rounding of float32 decides.
     for levels in (256, 256, 6, 3, 2):
         frames = (generator.integers(0, levels, (4, *size)) * (255 // (levels - 1))).astype(np.uint8)
         before = np.roll(frames, 1, axis=0)

@@ -1,1 +1,1 @@
-"""Small tools that every other package may use."""
+"""Helpers that every other package may use."""

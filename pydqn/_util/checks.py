@@ -1,4 +1,4 @@
-"""Arguments, checked: each function returns its value, or raises a ValueError that names the argument."""
+"""Checks of arguments: each function returns the value, or raises a ValueError that names the argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 _WHOLE = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
-_RANK = {"b": 0, "i": 1, "u": 1, "f": 2}  # kinds of numbers, each a part of the next
+_RANK = {"b": 0, "i": 1, "u": 1, "f": 2}  # kinds of numbers; each is a subset of the next
 _DTYPES = ["bool", *_WHOLE, "float16", "float32", "float64", "float96", "float128"]
 
 
@@ -20,7 +20,7 @@ def fraction(name: str, value: object) -> float:
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """Return an integer within its limits."""
+    """Return an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if most is not None and value > most:
@@ -29,7 +29,7 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
 
 
 def dtype_name(name: str, value: object) -> str:
-    """Return the plain name of such a dtype, as files hold it: NumPy would parse, and compile, whatever else it is."""
+    """Return a dtype's plain name, as files hold it. NumPy would parse and compile anything else."""
     if not isinstance(value, str) or value not in _DTYPES:
         raise ValueError(f"{name}: expected one of {', '.join(_DTYPES)}, got {value!r}")
     return str(value)
@@ -47,15 +47,15 @@ def number_dtype(name: str, value: DTypeLike) -> np.dtype[Any]:
 
 
 def indices(index: ArrayLike) -> NDArray[np.int64]:
-    """Return a list of integers."""
-    wanted = np.asarray(index)
-    if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+    """Return a list of integers as an array."""
+    array = np.asarray(index)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"index: expected a list of integers, got {index!r}")
-    return np.require(wanted, np.int64, ["C", "A"])
+    return np.require(array, np.int64, ["C", "A"])
 
 
 def flags(name: str, value: ArrayLike) -> NDArray[np.bool_]:
-    """Return booleans: of booleans, or of numbers that are 0 or 1."""
+    """Return booleans, or numbers that are 0 or 1, as booleans."""
     array = np.asarray(value)
     if array.dtype.kind == "b":
         return array
@@ -67,17 +67,17 @@ def flags(name: str, value: ArrayLike) -> NDArray[np.bool_]:
 def converted(
     name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False, way_on: str = ""
 ) -> NDArray[Any]:
-    """Return numbers as a buffer's dtype, every value as it was.
+    """Return numbers in a buffer's dtype, with the same values.
 
-    Booleans may become integers and integers may become reals, never the other way round: an image of reals from 0 to 1
-    means something else than one of integers, even where it is black.
+    Booleans may become integers, and integers floating-point numbers, never the other way round: a floating-point image
+    from 0 to 1 means something else than one of integers, even if it is black.
 
     Args:
         name: of the argument.
         array: numbers of any dtype.
         dtype: that of the buffer.
-        rounded: whether reals may lose digits (they are rounded to the nearest, and stay finite).
-        way_on: what to do about a value that would change; to make the buffer with another dtype, if nothing is said.
+        rounded: whether floating-point numbers may lose digits (they are rounded to the nearest, and stay finite).
+        way_on: advice in the error message; by default, to make the buffer with another dtype.
 
     Raises:
         ValueError: a value would change.
@@ -90,7 +90,7 @@ def converted(
     if exact and np.can_cast(array.dtype, dtype):
         return array.astype(dtype)
     if array.dtype.kind != "f":
-        # Not by converting there and back: what an overflow gives differs from processor to processor.
+        # Not by converting there and back: the result of an overflow depends on the processor.
         most = 1 << (np.finfo(dtype).nmant + 1) if dtype.kind == "f" else np.iinfo(dtype).max
         least = -most if dtype.kind == "f" else np.iinfo(dtype).min
         for value in (int(array.min()), int(array.max())) if array.size else ():

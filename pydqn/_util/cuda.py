@@ -1,4 +1,4 @@
-"""What crosses between host and device, and functions of fixed tensors that become CUDA graphs."""
+"""Copies between host and device, and CUDA graphs of functions of fixed tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _WARMUPS = 3  # before a capture, so that libraries choose their kernels
-_ALIGNMENT = 64  # bytes; every array of an inbox begins at a multiple
+_ALIGNMENT = 64  # bytes; every array in a host-to-device buffer starts at a multiple
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -27,126 +27,126 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class HostToDevice:
-    """Arrays on their way to the device: packed in pinned memory, sent in one copy, unpacked by being views.
+    """A buffer that sends several arrays to the device in one copy, from pinned memory.
 
-    `tensors` stay where they are, so that a graph may read them. On a CPU nothing is copied: `tensors` are the arrays
-    that were put last.
+    `tensors` are views of the buffer on the device. They stay where they are, so that a graph may read them. On a CPU
+    nothing is copied: `tensors` share the memory of the arrays that were put last.
 
     Args:
-        examples: arrays with the shapes and dtypes of all that will be put.
-        device: where `tensors` are.
-        packs: whether to copy; None for wherever there is CUDA.
-        names: of the arrays, for messages.
+        examples: arrays with the largest shapes, and the dtypes, of the arrays that will be put.
+        device: the device of `tensors`.
+        packed: whether to copy; None to copy to CUDA devices only.
+        names: names of the arrays, for error messages.
     """
 
     def __init__(
         self,
         examples: Sequence[NDArray[Any]],
         device: torch.device,
-        packs: bool | None = None,
+        packed: bool | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        self._packs = device.type == "cuda" if packs is None else packs
+        self._packed = device.type == "cuda" if packed is None else packed
         self._dtypes = [array.dtype for array in examples]
         self._names = [f"array {number}" for number in range(len(examples))] if names is None else names
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
-        if not self._packs:
+        if not self._packed:
             self.tensors = [torch.from_numpy(array) for array in examples]
             return
         starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in examples)]).tolist()
-        self._here = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        self._there = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        self._host = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+        self._device = torch.empty(starts[-1], dtype=torch.uint8, device=device)
         self._arrays, self.tensors = [], []
         for start, array in zip(starts, examples, strict=False):
             dtype = torch.from_numpy(array[:0]).dtype
-            here, there = (
-                memory[start : start + array.nbytes].view(dtype).view(array.shape)
-                for memory in (self._here, self._there)
+            host, tensor = (
+                buffer[start : start + array.nbytes].view(dtype).view(array.shape)
+                for buffer in (self._host, self._device)
             )
-            self._arrays.append(here.numpy())
-            self.tensors.append(there)
+            self._arrays.append(host.numpy())
+            self.tensors.append(tensor)
 
     def put(self, arrays: Sequence[NDArray[Any]]) -> None:
-        """Send arrays; the leading axes may be shorter than the examples' (what lies behind is then undefined).
+        """Send arrays. Their first axes may be shorter than those of the examples; the rest is then undefined.
 
-        Waits only until the arrays before have left the pinned memory. Work launched on the current stream from now on
-        sees the new ones.
+        Waits only until the previous arrays have left the pinned memory. Work that is launched on the current stream
+        from now on sees the new ones.
 
         Raises:
             ValueError: an array has another dtype than its example.
         """
         for name, array, dtype in zip(self._names, arrays, self._dtypes, strict=True):
-            if array.dtype != dtype:  # to be converted, values would change
+            if array.dtype != dtype:  # a conversion would change values
                 raise ValueError(f"{name}: expected dtype {dtype}, as of the example, got dtype {array.dtype}")
-        if not self._packs:
+        if not self._packed:
             self.tensors = [torch.from_numpy(array) for array in arrays]
             return
         if self._sent is not None:
             self._sent.synchronize()
-        for here, array in zip(self._arrays, arrays, strict=True):
-            here[: len(array)] = array
-        self._there.copy_(self._here, non_blocking=True)
+        for host, array in zip(self._arrays, arrays, strict=True):
+            host[: len(array)] = array
+        self._device.copy_(self._host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
 
 
 class DeviceToHost:
-    """A tensor on its way to the host: the copy is launched by `put`, and only `get` waits for it."""
+    """A buffer that brings a tensor to the host: `put` launches the copy, and only `get` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
-        self._memory: Tensor | None = None
-        self._here: Tensor | None = None  # what was put last
+        self._pinned: Tensor | None = None
+        self._latest: Tensor | None = None
 
     def put(self, tensor: Tensor) -> None:
-        """Launch the copy, behind what has been launched on the current stream. Only the leading axis may change."""
+        """Launch the copy on the current stream. Only the first axis may differ between calls."""
         if self._arrived is None:
-            self._here = tensor
+            self._latest = tensor
             return
-        if self._memory is None or len(self._memory) < len(tensor):
-            self._memory = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        self._here = self._memory[: len(tensor)]
-        self._here.copy_(tensor, non_blocking=True)
+        if self._pinned is None or len(self._pinned) < len(tensor):
+            self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        self._latest = self._pinned[: len(tensor)]
+        self._latest.copy_(tensor, non_blocking=True)
         self._arrived.record()
 
     def get(self) -> NDArray[Any]:
-        """Return what was put last, once it is here. It is good until the next `put`."""
-        assert self._here is not None, "nothing has been put"
+        """Wait for the tensor that was put last and return it. The next `put` overwrites it."""
+        assert self._latest is not None, "nothing has been put"
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._here.numpy()
+        return self._latest.numpy()
 
 
-class CannotRecordError(RuntimeError):
-    """A function cannot become a CUDA graph; the message says why, in one line."""
+class CaptureError(RuntimeError):
+    """A function cannot be captured in a CUDA graph; the message says why, in one line."""
 
 
-_FAILED: list[Any] = []  # graphs whose recording failed: PyTorch's allocator goes on asking them what is theirs
+_failed_graphs: list[Any] = []  # kept alive, because PyTorch's allocator goes on asking them what is theirs
 
 
 class Graph(Generic[T]):
-    """A function of fixed tensors, recorded as a CUDA graph: a call replays it, and gives the same tensors each time.
+    """A function of fixed tensors, captured in a CUDA graph. A call replays it and returns the same tensors each time.
 
     Args:
-        function: launches kernels on the current stream, never waits for them, branches on no data. Libraries must have
-            been used before (`warm_up`), on the same stream.
-        stream: to record on; of a CUDA device.
-        pool: memory that it may share with graphs which never run at the same time (`torch.cuda.graph_pool_handle`);
-            what one gave is overwritten by the next then. None for memory of its own.
+        function: launches kernels on the current stream, never waits for them, and does not branch on data. Libraries
+            must have been used before on the same stream (`warm_up`).
+        stream: the stream to capture on, of a CUDA device.
+        pool: a memory pool shared with graphs that never run at the same time (`torch.cuda.graph_pool_handle`); these
+            overwrite each other's results. None for memory of its own.
 
     Raises:
-        CannotRecordError: the function does what a graph cannot hold. The current stream is what it was before.
-        torch.OutOfMemoryError: the device has not enough memory for it; the same of the current stream.
+        CaptureError: the function does what a graph cannot hold. The current stream is as it was before.
+        torch.OutOfMemoryError: the device has too little memory. The current stream is as it was before.
     """
 
     def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> None:
         self._graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(stream.device)
-        reason: BaseException | None = None  # why the function stopped; the end of the recording fails then, too
+        reason: BaseException | None = None  # why the function stopped; then the end of the capture fails, too
         try:
-            # Other threads may do what this one may not, but nothing may be freed meanwhile, not even by accident.
+            # Other threads may use the device, but nothing may be freed meanwhile, not even by the garbage collector.
             with (
-                _without_collections(),
+                _garbage_collection_paused(),
                 torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 try:
@@ -156,12 +156,12 @@ class Graph(Generic[T]):
                     raise
         except BaseException as error:
             torch.cuda.set_stream(before)
-            _FAILED.append(self._graph)
-            _free_generator(stream.device)
+            _failed_graphs.append(self._graph)
+            _release_generator(stream.device)
             reason = reason or error
             if not isinstance(reason, Exception) or isinstance(reason, torch.OutOfMemoryError):
                 raise reason from None
-            raise CannotRecordError(_told(reason)) from reason
+            raise CaptureError(_summary(reason)) from reason
 
     def __call__(self) -> T:
         self._graph.replay()
@@ -169,13 +169,13 @@ class Graph(Generic[T]):
 
 
 def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
-    """Run a function some times before it is recorded. Whatever it changes has changed then, also where this raises.
+    """Run a function several times before its capture. Its side effects stay, even when this raises.
 
-    Its last run sets PyTorch's synchronization debug mode, which is one for the whole process: another thread that
+    The last run sets PyTorch's synchronization debug mode, which applies to the whole process: any other thread that
     waits for the device meanwhile gets a RuntimeError.
 
     Raises:
-        CannotRecordError: the function waits for the device, which only its last run here looks for.
+        CaptureError: the function waits for the device.
     """
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
@@ -183,21 +183,21 @@ def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
         with torch.cuda.stream(stream):
             for _ in range(_WARMUPS - 1):
                 function()
-            stream.synchronize()  # so that the last run is a short one: other threads may not wait meanwhile
-            with _waiting_is_an_error():
+            stream.synchronize()  # keeps the last run short, during which other threads may not wait
+            with _synchronization_raises():
                 try:
                     function()
                 except torch.OutOfMemoryError:
                     raise
-                except RuntimeError as error:  # it has run without one twice
-                    raise CannotRecordError(_told(error)) from error
+                except RuntimeError as error:  # the runs before did not raise it
+                    raise CaptureError(_summary(error)) from error
     finally:
         current.wait_stream(stream)
 
 
 @contextmanager
-def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put back, when the block ends in whatever way, what is in these tensors now."""
+def preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Restore the values of these tensors at the end of the block, also after an exception."""
     before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
@@ -208,8 +208,8 @@ def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    """Let PyTorch raise where a thread would wait for the device."""
+def _synchronization_raises() -> Iterator[None]:
+    """Make PyTorch raise an error wherever a thread would wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
     _set_sync_debug_mode("error")
     try:
@@ -225,29 +225,29 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
-    """Let Python collect no garbage in between: tensors and graphs that it would free may belong to other streams."""
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's garbage collector: it might free tensors and graphs of other streams."""
     gc.collect()
-    collects = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if enabled:
             gc.enable()
 
 
-def _free_generator(device: torch.device) -> None:
-    """Make the device's random numbers usable again: until a recording has ended well, PyTorch refuses to draw others.
+def _release_generator(device: torch.device) -> None:
+    """Make the device's random number generator usable after a failed capture, until whose end PyTorch refuses to draw.
 
-    What stands in the way is a part of the generator's state that a copy does not have.
+    A copy of the generator's state lacks the mark that a capture is going on.
     """
     with suppress(RuntimeError):
         generator = torch.cuda.default_generators[device.index]
         generator.graphsafe_set_state(generator.clone_state())
 
 
-def _told(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     """Say in one line what went wrong, and where outside PyTorch."""
     what = (str(error).strip() or type(error).__name__).splitlines()[0]
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,8 +1,8 @@
-"""Files that are either whole or absent, and that are known to be what was written.
+"""Atomic writes, and files with checksums.
 
-Each is written beside its final name, flushed to the disk and renamed, so that a crash at any moment leaves the file
-before or the new one, never half of one. An *index* is a JSON file that carries its own checksum; others are named in
-an index by their size and checksum (a `Checksum`), and the index is written after them: what it names is there and whole.
+A file is written under a temporary name beside its final one, flushed to the disk and renamed. A crash at any moment
+leaves the old file or the new one, never a part. An *index* is a JSON file with its own checksum. It names other files
+with their sizes and checksums, and is written after them, so that they are whole.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _LARGEST_INDEX = 16 << 20
-_NO_MATCH = "its checksum does not match, so it is not what was written"
+CHECKSUM_MISMATCH = "its checksum does not match, so it is not what was written"
 
 
 class Damaged(ValueError):
-    """A file is not what was written to it; the message names the file and what is wrong."""
+    """A file is not what was written; the message names the file and what is wrong."""
 
 
 class Checksum(NamedTuple):
-    """What a file has to be."""
+    """Size and checksum of a file."""
 
     nbytes: int
     checksum: int  # CRC-32
@@ -43,7 +43,7 @@ class Checksum(NamedTuple):
 
     @classmethod
     def parse(cls, value: object) -> Checksum:
-        """Read what JSON has made of a checksum; raises ValueError when it is none."""
+        """Return a checksum that was read from JSON. Raises ValueError if it is none."""
         if not isinstance(value, list) or len(value) != 2 or not all(type(part) is int for part in value):
             raise ValueError(f"expected a size and a checksum, got {value!r}")
         return cls(*value)
@@ -51,9 +51,9 @@ class Checksum(NamedTuple):
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Yield a binary file that takes the place of `path` only when the block ends without an exception."""
+    """Yield a binary file that replaces `path` when the block ends without an exception."""
     target = Path(path)
-    beside = target.with_name(f".{target.name}.part")  # one that a crash has left is written over
+    beside = target.with_name(f".{target.name}.part")  # if a crash left one, it is overwritten
     try:
         with named_errors(target):
             with open(beside, "wb") as file:
@@ -70,7 +70,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Let an error of writing say which file it was: that of a full disk does not."""
+    """Add the file's name to an OSError without one, as for a full disk."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can: a rename alone may not outlive a power cut."""
+    """Flush a folder's entries to the disk, if the system can: otherwise a power cut may undo a rename."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -96,15 +96,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file in one write, so that those of several processes do not mix.
+    """Append a line to a file in one write, so that lines of several processes do not mix.
 
-    Half a line that an earlier crash, or a full disk, has left at the end stays a line of its own.
+    An incomplete line at the end, from a crash or a full disk, becomes a separate line.
     """
     data = f"{line}\n".encode()
     with named_errors(path), open(path, "a+b", buffering=0) as file:
         if fcntl is not None:
             with suppress(OSError):  # not every file system has locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # or half of another's line would look like one that a crash has left
+                fcntl.flock(file, fcntl.LOCK_EX)  # else a line that another process is writing would look incomplete
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -122,57 +122,57 @@ def write_with_checksum(path: Path, data: bytes) -> Checksum:
 
 
 def read_with_checksum(path: Path, checksum: Checksum) -> bytes:
-    """Return a file's content. Raises `Damaged` when that is not what the checksum says."""
-    with _opened(path) as file:
+    """Return a file's content. Raises `Damaged` if it does not match the checksum."""
+    with _open_regular(path) as file:
         _require_size(path, file, checksum)
         data = file.read(checksum.nbytes)
     if Checksum.of(data) != checksum:
-        raise Damaged(f"{path}: {_NO_MATCH}")
+        raise Damaged(f"{path}: {CHECKSUM_MISMATCH}")
     return data
 
 
 def verify_checksum(path: Path, checksum: Checksum) -> None:
-    """Raise `Damaged` when a file is not what the checksum says. Takes no memory for it."""
+    """Raise `Damaged` if a file does not match its checksum. Reads it in small blocks."""
     crc = 0
-    with _opened(path) as file:
+    with _open_regular(path) as file:
         _require_size(path, file, checksum)
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     if crc != checksum.checksum:
-        raise Damaged(f"{path}: {_NO_MATCH}")
+        raise Damaged(f"{path}: {CHECKSUM_MISMATCH}")
 
 
 def read_json(path: Path, most: int = 1 << 20) -> Any:
-    """Return what a JSON file of at most so many bytes holds. Raises `Damaged` when it is none."""
-    with _opened(path) as file:
+    """Return the content of a JSON file of at most `most` bytes. Raises `Damaged` if it is not one."""
+    with _open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise Damaged(f"{path}: too large")
     try:
-        return json.loads(data.decode())  # (JSON itself would try other encodings, too)
+        return json.loads(data.decode())  # given bytes, `json` would try other encodings, too
     except (ValueError, RecursionError):
         raise Damaged(f"{path}: is not JSON") from None
 
 
 def write_index(path: Path, kind: str, content: dict[str, Any]) -> None:
-    """Write JSON with a checksum of its own, atomically."""
+    """Write JSON with its checksum, atomically."""
     write_json(path, {"kind": kind, "checksum": _checksum(content), "content": content})
 
 
 def read_index(path: Path, kind: str) -> dict[str, Any]:
-    """Return what `write_index` wrote. Raises `Damaged` when it is anything else."""
+    """Return what `write_index` wrote. Raises `Damaged` if the file holds anything else."""
     whole = read_json(path, _LARGEST_INDEX)
     if not isinstance(whole, dict) or whole.get("kind") != kind:
         raise Damaged(f"{path}: expected a {kind} file, got something else")
     content = whole.get("content")
     if not isinstance(content, dict) or whole.get("checksum") != _checksum(content):
-        raise Damaged(f"{path}: {_NO_MATCH}")
+        raise Damaged(f"{path}: {CHECKSUM_MISMATCH}")
     return content
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file: a device, or a pipe, might never end."""
+def _open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file for reading. A device or a pipe might never end."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise Damaged(f"{path}: is not a regular file")
@@ -183,7 +183,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _require_size(path: Path, file: IO[bytes], checksum: Checksum) -> None:
-    """Before a byte is read: a file may be of any size."""
+    """Raise `Damaged` if the size is wrong, before anything is read: the file may be huge."""
     size = os.fstat(file.fileno()).st_size
     if size != checksum.nbytes:
         raise Damaged(f"{path}: expected {checksum.nbytes} bytes, got {size}")

@@ -1,8 +1,8 @@
-"""Compiled functions: numba's `njit` with its cache on disk, on any machine.
+"""numba's `njit` with a cache on disk, on any machine.
 
-numba refuses to compile a cached function where neither the package's folder nor the user's own cache folder can be
-written, as in many containers. Kernels are then cached in a folder of this user in the temporary folder, or, where that
-is not safe either, compiled anew in each process.
+numba refuses to compile a cached function if it can write neither to the package's folder nor to the user's cache
+folder, as in many containers. Kernels are then cached in a private folder in the temporary folder, or, if that is not
+safe, compiled anew in each process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Decorator = Callable[[Callable[..., Any]], Any]
 
 
 def kernel(**options: Any) -> _Decorator:
-    """Return a decorator: `numba.njit(cache=True, **options)`, or without the cache where none can be written."""
+    """Return a decorator: `numba.njit(cache=True, **options)`, or without the cache if none can be written."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         try:
@@ -41,7 +41,7 @@ def _cached_elsewhere(function: Callable[..., Any], options: dict[str, Any]) -> 
     folder = _temporary_folder()
     if folder is None:
         return njit(**options)(function)
-    # numba reads this setting when a function is decorated; other people's functions keep their own caches.
+    # numba reads this setting when a function is decorated; functions of other packages keep their caches.
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
         return njit(cache=True, **options)(function)
@@ -52,9 +52,9 @@ def _cached_elsewhere(function: Callable[..., Any], options: dict[str, Any]) -> 
 
 
 def _tolerate_errors(dispatcher: Any) -> None:
-    """Let a kernel that cannot be read from the cache, or written there, be compiled without it.
+    """Compile a kernel without the cache if that cannot be read or written.
 
-    A full disk, or files of another user, would end the first call of the kernel otherwise.
+    Otherwise a full disk, or another user's files, would make the first call of the kernel fail.
     """
     cache = getattr(dispatcher, "_cache", None)
     for name in ("load_overload", "save_overload"):
@@ -74,13 +74,13 @@ def _without_errors(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _temporary_folder() -> Path | None:
-    """Return a folder that only this user can write to, or None. Warns once, whichever it is."""
+    """Return a folder that only this user can write to, or None. Warns once in both cases."""
     folder = None
-    with suppress(OSError):  # there may be no temporary folder that can be written, either
+    with suppress(OSError):  # the temporary folder may not be writable, either
         path = Path(tempfile.gettempdir()) / f"pydqn-kernels-{_user()}"
         with suppress(FileExistsError):
             path.mkdir(0o700)
-        if _is_ours(path):
+        if _is_private(path):
             with tempfile.TemporaryFile(dir=path):
                 folder = path
     where = "are compiled anew in each process" if folder is None else f"are cached in {folder}"
@@ -97,8 +97,8 @@ def _user() -> str:
     return str(os.getuid()) if hasattr(os, "getuid") else "user"
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether nobody else could have put files there: what numba finds in its cache, it runs."""
+def _is_private(path: Path) -> bool:
+    """Return whether no other user could have put files there: numba runs what it finds in its cache."""
     about = path.lstat()
     if not hasattr(os, "getuid"):  # Windows: temporary folders are the user's own
         return stat.S_ISDIR(about.st_mode)

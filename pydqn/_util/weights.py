@@ -1,4 +1,4 @@
-"""Named tensors on the disk: safetensors files with JSON metadata and a checksum. Reading them never runs code."""
+"""Files of named tensors: safetensors with JSON metadata and a checksum. Reading them never runs code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydqn._util.files import Checksum, Damaged, atomic_write
+from pydqn._util.files import CHECKSUM_MISMATCH, Checksum, Damaged, atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor],
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     text = json.dumps(metadata)
-    # One entry for both: several would come in any order, and the same weights would not be the same file.
+    # One entry for both: several would be written in any order, and equal weights would not give equal files.
     data: bytes = save(tensors, {"pydqn": f"{_checksum(tensors, text)} {text}"})
     with atomic_write(path) as file:
         file.write(data)
@@ -30,8 +30,8 @@ def save_weights(path: str | os.PathLike[str], weights: dict[str, torch.Tensor],
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote.
 
-    Returns the tensors (on the CPU) and the metadata. Raises FileNotFoundError, or `Damaged` (a ValueError) naming the
-    file when it is not a safetensors file of ours, or not what was written.
+    Returns the tensors (on the CPU) and the metadata. Raises FileNotFoundError, or `Damaged` (a ValueError that names
+    the file) if it is not a safetensors file of pydqn, or not what was written.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -39,16 +39,16 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            beside = (file.metadata() or {}).get("pydqn", " null")
+            entry = (file.metadata() or {}).get("pydqn", " null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        stated, _, text = beside.partition(" ")
+        stated, _, text = entry.partition(" ")
         metadata, checksum = json.loads(text), str(_checksum(tensors, text))
     except (SafetensorError, ValueError, RuntimeError, RecursionError, OSError) as error:
         raise Damaged(f"{path}: not a readable safetensors file ({error})") from None
     if not isinstance(metadata, dict):
         raise Damaged(f"{path}: expected weights saved by pydqn, got a file without its metadata")
     if stated != checksum:
-        raise Damaged(f"{path}: its checksum does not match, so it is not what was written")
+        raise Damaged(f"{path}: {CHECKSUM_MISMATCH}")
     return tensors, metadata
 
 

@@ -1,6 +1,6 @@
-"""Losses: pure, batched, one value per sample; the learner weights and averages their slopes.
+"""Losses: pure functions of a batch with one value per sample. The learner weights and averages their slopes.
 
-Arguments follow time: `q_tm1` and `a_tm1` before the step, `r_t`, `discount_t` and `q_t` after it.
+Names end in their time: `q_tm1` and `a_tm1` before the step, `r_t`, `discount_t` and `q_t` after it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def td_error(
         q_tm1: (B, A) values of the online network before the step.
         a_tm1: (B,) int64 actions taken.
         r_t: (B,) rewards (n-step: discounted sums).
-        discount_t: (B,) what multiplies the next value: gamma^k, or 0 after termination.
+        discount_t: (B,) factors of the next values: gamma^k, or 0 after termination.
         q_t: (B, A) values of the target network after the step.
-        selector_t: (B, A) values that choose the next action: the online network's for double Q-learning
-            (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461); None lets `q_t` choose (Mnih et al. 2015).
+        selector_t: (B, A) values whose maximum is the next action: the online network's for double Q-learning
+            (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461); None for `q_t` (Mnih et al. 2015).
 
     Returns:
         (B,) float32: target minus estimate. No gradient flows through the target.
@@ -40,7 +40,7 @@ def td_error(
 class Loss(NamedTuple):
     """A loss of TD errors and its slope, both (B,) to (B,).
 
-    A learner that knows the slope need not trace the loss, which spares it some twenty small operations per update.
+    A learner that has the slope does not need autograd for the loss, which saves about twenty small operations.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ def huber(error: Tensor, delta: float = 1.0) -> Tensor:
 
 
 def huber_slope(error: Tensor, delta: float = 1.0) -> Tensor:
-    """Return its slope: the TD error clipped to [-delta, delta], as in Mnih et al. 2015."""
+    """Return the slope of the Huber loss: the TD error clipped to [-delta, delta], as in Mnih et al. 2015."""
     return error.clamp(-delta, delta)
 
 
@@ -65,7 +65,7 @@ def mse(error: Tensor) -> Tensor:
 
 
 def mse_slope(error: Tensor) -> Tensor:
-    """Return its slope."""
+    """Return the slope of the squared error."""
     return 2 * error
 
 

@@ -1,6 +1,6 @@
 """Q-networks: a torso that turns observations into features, and a head that turns features into action values.
 
-Every network takes the observations as the replay buffer holds them (pixels as uint8) and scales inside.
+Every network takes observations as the replay buffer holds them (pixels as uint8) and scales them itself.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class _Conv(NamedTuple):
 _NATURE = (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1))
 _TORSOS = {
     "nature": _NATURE,
-    # Without biases; a convolution over all that is left stands for a hidden layer, and dueling splits its output.
+    # Without biases; the last convolution covers its whole input like a hidden layer, and dueling splits its output.
     "nature_7x7": (*_NATURE, _Conv(512, 7, 1)),
     # The same shape with half the channels: about a third of the arithmetic.
     "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
 }
-_BARE = "nature_7x7"  # no biases, Xavier's initial weights, split streams
+_WITHOUT_BIASES = "nature_7x7"  # no biases, Xavier initialization, split streams
 
 
 class PixelTorso(nn.Module):
     """Convolutions over a stack of frames: (B, stack, H, W) to (B, features).
 
-    Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, as
-    x / 255 for bytes. The scaling is folded into the first layer's weights, which spares a pass over the input and
-    feeds the convolution integers, which even bfloat16 holds exactly. Frames that are floating point already go
-    through the first convolution in their own dtype.
+    Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, so x / 255
+    for bytes. The first layer's weights include the scaling. This saves a pass over the input, and the convolution gets
+    integers, which even bfloat16 represents exactly. Floating-point frames go through the first convolution in their
+    own dtype.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class PixelTorso(nn.Module):
         channels = stack
         height, width = frame_shape
         for conv in _TORSOS[name]:
-            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, bias=name != _BARE))
+            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, bias=name != _WITHOUT_BIASES))
             channels = conv.channels
             height, width = ((side - conv.kernel) // conv.stride + 1 for side in (height, width))
             if min(height, width) < 1:
                 raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
         self.convs = nn.ModuleList(layers)
         self.features = channels * height * width
-        self.splits = name == _BARE
+        self.splits = name == _WITHOUT_BIASES
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
         self.input_range = input_range
@@ -73,22 +73,21 @@ class PixelTorso(nn.Module):
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert (B, stack, H, W) pixels to the arithmetic's dtype and memory layout, values unchanged.
 
-        Frames that are floating point already stay float32: lower precision would drop digits.
-
-        `forward` does it where it has not been done; a learner does it once for all the networks that see a batch.
+        Floating-point frames become float32: a lower precision would lose digits. `forward` does this, too, if it has
+        not been done; a learner does it once for all networks that a batch goes through.
         """
         if obs.is_floating_point():
             return obs if obs.dtype in (torch.float32, self._dtype()) else obs.float()
         return to_channels_last(obs, self._dtype())
 
     def _dtype(self) -> torch.dtype:
-        """Return the dtype behind the first layer."""
+        """Return the dtype of the layers after the first one."""
         weight = self.convs[-1].weight
         assert isinstance(weight, Tensor)
         return weight.dtype
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Return the features of `obs`, in the dtype of the layers behind the first one."""
+        """Return the features of `obs`, in the dtype of the layers after the first one."""
         first = self.convs[0]
         assert isinstance(first, nn.Conv2d)
         lower = self._dtype()
@@ -109,10 +108,7 @@ class PixelTorso(nn.Module):
 
 
 class VectorTorso(nn.Module):
-    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features); the hidden layers do the rest.
-
-    Maps `input_range` to 0..1, as `PixelTorso` does.
-    """
+    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features). Maps `input_range` to 0..1."""
 
     def __init__(self, stack: int, frame_shape: tuple[int, ...], input_range: tuple[float, float] = UNIT_RANGE) -> None:
         super().__init__()
@@ -141,9 +137,9 @@ def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
 class QNetwork(nn.Module):
     """A torso, hidden layers, and linear action values.
 
-    With `dueling`, two streams of hidden layers give a value and advantages: Q = V + A - mean A
-    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581). Each stream sees all features, or where the torso
-    `splits`, the first half of them goes to the value and the second to the advantages.
+    With `dueling`, two streams of hidden layers compute a value and advantages: Q = V + A - mean A
+    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581). Both get all features, unless the torso `splits`:
+    then the first half goes to the value and the second to the advantages.
     """
 
     def __init__(
@@ -157,7 +153,7 @@ class QNetwork(nn.Module):
         self.value = _hidden(features, hidden_units, 1) if dueling else None
 
     def prepare(self, obs: Tensor) -> Tensor:
-        """Convert observations to what the torso computes with; `forward` takes them either way."""
+        """Convert observations as the torso does; `forward` takes them either way."""
         return self.torso.prepare(obs)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -185,10 +181,10 @@ def make_network(
 ) -> QNetwork:
     """Build a network with weights drawn from `seed` alone.
 
-    They are PyTorch's default, but for "nature_7x7": Xavier's (Glorot and Bengio 2010) and biases of zero.
+    The distribution is PyTorch's default; for "nature_7x7" Xavier's (Glorot and Bengio 2010), with biases of zero.
 
     Args:
-        name: "nature", "nature_7x7" or "small" for image frames (H, W), "mlp" for anything.
+        name: "nature", "nature_7x7" or "small" for frames of shape (H, W), "mlp" for any shape.
         stack: frames per observation.
         frame_shape: shape of one frame.
         num_actions: A.
@@ -196,15 +192,15 @@ def make_network(
         dueling: see `QNetwork`.
         pixel_mean: see `PixelTorso`.
         pixel_std: see `PixelTorso`.
-        input_range: which values of frames are mapped to 0 and 1; None for (0, 255) in image frames, and for no
-            mapping, (0, 1), in "mlp".
-        seed: of the initial weights; PyTorch's global generator is left as it was.
+        input_range: the values of frames that are mapped to 0 and 1; None for (0, 255) with pixels, and (0, 1), which
+            changes nothing, with "mlp".
+        seed: of the initial weights; PyTorch's global generator stays as it was.
 
     Raises:
         ValueError: the frames do not fit the network.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every GPU's generator, too
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the GPUs, too
         torso: PixelTorso | VectorTorso
         if name == "mlp":
             torso = VectorTorso(stack, frame_shape, input_range or UNIT_RANGE)
@@ -216,7 +212,7 @@ def make_network(
             size = frame_shape[0], frame_shape[1]
             torso = PixelTorso(name, stack, size, pixel_mean, pixel_std, input_range or BYTE_RANGE)
         network = QNetwork(torso, num_actions, hidden_units, dueling)
-        if name == _BARE:
+        if name == _WITHOUT_BIASES:
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     nn.init.xavier_uniform_(layer.weight)
@@ -225,13 +221,13 @@ def make_network(
         return network
 
 
-def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a network whose layers keep their parameters in `dtype`.
+def mixed_precision_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of `network` whose linear and 2D convolutional layers keep their parameters in `dtype`.
 
-    Autocast would convert them each time that they are used; whoever changes the parameters of `network` has to change
-    these, too. What autocast leaves alone is shared with `network`, and so is the first convolution over pixels, whose
-    weights are scaled before they are rounded. A `QNetwork` over pixels then computes in `dtype` as it is; other
-    modules are to be run under autocast.
+    Autocast would convert them at each use. Whoever changes the parameters of `network` has to change these, too. The
+    copy shares with `network` what autocast leaves alone, and the first convolution over pixels, whose weights are
+    scaled before they are rounded. A `QNetwork` over pixels then computes in `dtype` by itself; other modules are to be
+    run under autocast.
     """
     other: nn.Module = copy.deepcopy(network, {id(part): part for part in tensors_of(network)})
     firsts = [module.convs[0] for module in other.modules() if isinstance(module, PixelTorso)]
@@ -245,14 +241,14 @@ def lowered(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def tensors_of(network: nn.Module) -> list[Tensor]:
-    """Return everything of a network that a copy of it must have."""
+    """Return the parameters and buffers of a network."""
     return [*network.parameters(), *network.buffers()]
 
 
 class Table(nn.Module):
-    """Action values of numbered states, all zero: a table behind the interface of a network.
+    """A table of action values of numbered states, initially zero, with the interface of a network.
 
-    Takes one-hot observations, (B, stack, num_states), of which only the newest counts, and gives (B, num_actions)
+    Takes one-hot observations (B, stack, num_states), of which only the newest counts, and returns (B, num_actions)
     float32 values.
     """
 
@@ -261,5 +257,5 @@ class Table(nn.Module):
         self.values = nn.Parameter(torch.zeros(num_states, num_actions, dtype=torch.float64, device="cpu"))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Return the rows of the states that `obs` marks."""
+        """Return the rows of the states in `obs`."""
         return self.values[obs[:, -1].argmax(dim=1)].float()

@@ -1,4 +1,4 @@
-"""Loops over float32 numbers that take an optimizer's step, and what goes with one, on a CPU."""
+"""Compiled loops for an optimizer's step on a CPU; `pydqn.learning.optimizers` has the formulas."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import numpy as np
 
 from pydqn._util.jit import kernel
 
-_BLOCK = 4096  # numbers that are widened, stepped and rounded while they are in the first-level cache
-BETA1, BETA2 = 0.9, 0.999  # Adam's
+_BLOCK = 4096  # numbers that are converted, changed and rounded while they are in the first-level cache
+BETA1, BETA2 = 0.9, 0.999  # of Adam
 
-# Each loop below is short and on its own, so that LLVM turns it into vector instructions. A division that may raise
-# would stop that: error_model="numpy".
-
-
-@kernel(nogil=True)
-def _widen(half, out):
-    """The upper half of a float32's bits, and zeros."""
-    for i in range(half.size):
-        out[i] = np.uint32(half[i]) << np.uint32(16)
+# Each loop is short and a function of its own, so that LLVM vectorizes it. A division that may raise would prevent it,
+# hence error_model="numpy".
 
 
 @kernel(nogil=True)
-def narrow(bits, out):
-    """Round float32 to the nearest bfloat16, ties to even (a NaN may become infinite). Nothing where `out` is empty."""
+def _bfloat16_to_float32(bits, out):
+    """Convert, both as their bits: a bfloat16 is the upper half of a float32."""
+    for i in range(bits.size):
+        out[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
+@kernel(nogil=True)
+def float32_to_bfloat16(bits, out):
+    """Round to nearest, ties to even, both as their bits (a NaN may become infinite). `out` may be empty."""
     for i in range(out.size):
         b = bits[i]
         out[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
@@ -30,14 +30,14 @@ def narrow(bits, out):
 
 @kernel(nogil=True)
 def _float32(grad, buffer):
-    """A block of a gradient as float32."""
+    """Return a block of a gradient as float32."""
     if grad.itemsize == 2:
-        _widen(grad, buffer.view(np.uint32))
+        _bfloat16_to_float32(grad, buffer.view(np.uint32))
         return buffer[: grad.size]
     return grad.view(np.float32)
 
 
-@kernel(nogil=True, fastmath={"reassoc", "contract"})  # in any order; a NaN stays one
+@kernel(nogil=True, fastmath={"reassoc", "contract"})  # in any order; NaN stays NaN
 def _squares(grad):
     total = np.float32(0)
     for i in range(grad.size):
@@ -47,7 +47,7 @@ def _squares(grad):
 
 @kernel(nogil=True)
 def sum_of_squares(grad):
-    """Return that of a row of float32, or of bfloat16 as its bits."""
+    """Return the sum of squares of float32 numbers, or of bfloat16 numbers as their bits."""
     buffer = np.empty(_BLOCK, np.float32)
     total = 0.0
     for start in range(0, grad.size, _BLOCK):
@@ -69,17 +69,22 @@ def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
 
 @kernel(nogil=True)
 def adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
-    """Take a step of Adam with the gradient times `scale`, and round the parameter into its copy, if there is one."""
+    """Take a step of Adam with the gradient times `scale`, and round the parameter into `copy`, unless that is empty.
+
+    `size` is lr / (1 - beta1^t), `root` is sqrt(1 - beta2^t).
+    """
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):
         b = min(a + _BLOCK, parameter.size)
         g = _float32(grad[a:b], buffer)
         _adam_block(g, parameter[a:b], mean[a:b], square[a:b], scale, size, root, epsilon)
-        narrow(parameter[a:b].view(np.uint32), copy[a:b])
+        float32_to_bfloat16(parameter[a:b].view(np.uint32), copy[a:b])
 
 
 @kernel(nogil=True, error_model="numpy")
-def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind, decay, epsilon, momentum, outside):
+def _rmsprop_block(
+    grad, parameter, square, mean, change, scale, rate_before, rate_after, decay, epsilon, momentum, outside
+):
     one = np.float32(1)
     for i in range(parameter.size):
         g = grad[i] * scale
@@ -89,19 +94,19 @@ def _rmsprop_block(grad, parameter, square, mean, change, scale, within, behind,
             m = mean[i] + (one - decay) * (g - mean[i])
             mean[i] = m
             s -= m * m
-        d = within * g / (np.sqrt(s) + epsilon if outside else np.sqrt(s + epsilon))
+        d = rate_before * g / (np.sqrt(s) + epsilon if outside else np.sqrt(s + epsilon))
         if change.size:
             d += momentum * change[i]
             change[i] = d
-        parameter[i] -= behind * d
+        parameter[i] -= rate_after * d
 
 
 @kernel(nogil=True)
 def rmsprop(grad, parameter, copy, square, mean, change, *numbers):
-    """Take a step of RMSProp: centered where `mean` is not empty, with momentum where `change` is not."""
+    """Take a step of RMSProp: centered unless `mean` is empty, with momentum unless `change` is empty."""
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):
         b = min(a + _BLOCK, parameter.size)
         g = _float32(grad[a:b], buffer)
         _rmsprop_block(g, parameter[a:b], square[a:b], mean[a:b], change[a:b], *numbers)
-        narrow(parameter[a:b].view(np.uint32), copy[a:b])
+        float32_to_bfloat16(parameter[a:b].view(np.uint32), copy[a:b])

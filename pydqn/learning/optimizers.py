@@ -1,7 +1,27 @@
-"""Optimizers: one pass over the memory on a CPU, PyTorch's kernels on a GPU, and the RMSProps that PyTorch lacks.
+"""Optimizers: PyTorch's kernels on a GPU, one pass over the parameters on a CPU.
 
-Parameters are float32. Where a network computes in bfloat16, layers have copies of their parameters in it (see
-`networks.lowered`): gradients are read from the copies, and each step rounds the new parameters into them.
+With g the gradient (scaled down to the largest norm), lr the learning rate, t the number of steps in which a parameter
+had a gradient, and m, s and d starting at 0 unless said otherwise:
+
+    adam              m <- m + (1 - beta1) (g - m)
+                      s <- beta2 s + (1 - beta2) g^2
+                      parameter <- parameter - lr / (1 - beta1^t) m / (sqrt(s / (1 - beta2^t)) + epsilon)
+    rmsprop           s <- decay s + (1 - decay) g^2
+                      d <- momentum d + g / (sqrt(s) + epsilon)
+                      parameter <- parameter - lr d
+    rmsprop_tf        s as in rmsprop, but starting at 1
+                      d <- momentum d + lr g / sqrt(s + epsilon)
+                      parameter <- parameter - d
+    rmsprop_centered  m <- m + (1 - decay) (g - m), and s as in rmsprop
+                      d <- momentum d + lr g / sqrt(s - m^2 + epsilon)
+                      parameter <- parameter - d
+
+These are `torch.optim.Adam`, `torch.optim.RMSprop`, TensorFlow's `tf.compat.v1.train.RMSPropOptimizer`, and with
+momentum 0 that of Graves 2013 (https://arxiv.org/abs/1308.0850, section 4.2) as Mnih et al. 2015 use it, who call
+`decay` of the two means "gradient momentum" and "squared gradient momentum", and epsilon "min squared gradient".
+
+Parameters are float32. If a network computes in bfloat16, its layers have copies of the parameters in bfloat16 (see
+`networks.mixed_precision_copy`): gradients are those of the copies, and each step rounds the new parameters into them.
 """
 
 from __future__ import annotations
@@ -15,49 +35,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn.learning.optimizer_kernels import BETA1, BETA2, adam, narrow, rmsprop, sum_of_squares
+from pydqn.learning.optimizer_kernels import BETA1, BETA2, adam, float32_to_bfloat16, rmsprop, sum_of_squares
 
 
-class Settings(NamedTuple):
-    """What defines an optimizer, but for its learning rate."""
+class OptimizerSettings(NamedTuple):
+    """What defines an optimizer, except for its learning rate."""
 
-    name: str  # adam | rmsprop (PyTorch's) | rmsprop_tf | rmsprop_centered (both as `RMSProp`)
+    name: str  # adam | rmsprop | rmsprop_tf | rmsprop_centered
     epsilon: float
-    decay: float = 0.95  # of the running mean of squares (RMSProp)
+    decay: float = 0.95  # (RMSProp)
     momentum: float = 0.0  # (RMSProp)
 
 
-State = list[dict[str, Tensor]]  # of each parameter, by name
+OptimizerState = list[dict[str, Tensor]]  # of each parameter, by name
 
 
 class Optimizer(Protocol):
-    """Steps the parameters of one network, and their copies."""
+    """Changes the parameters of one network, and their copies."""
 
     def step(self, max_norm: float) -> Tensor:
-        """Scale the gradient down to `max_norm` (infinity leaves it) and take a step; returns the norm before.
+        """Scale the gradient down to `max_norm` (infinity leaves it) and take a step; return the norm before scaling.
 
-        A parameter without a gradient stays.
+        A parameter without a gradient stays as it is.
         """
 
     def refresh(self) -> None:
-        """Round the parameters into their copies, after someone else has changed them."""
+        """Round the parameters into their copies, after they were changed by anything but `step`."""
 
-    def state(self) -> State:
-        """Return the tensors that make up its memory, not copies of them."""
+    def state(self) -> OptimizerState:
+        """Return the optimizer's own tensors, not copies of them."""
 
-    def restore(self, state: State) -> None:
-        """Go on from what `state` gave."""
+    def load_state(self, state: OptimizerState) -> None:
+        """Go on from what `state` returned."""
 
 
 def make_optimizer(
-    settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
+    settings: OptimizerSettings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
 ) -> Optimizer:
     """Build the optimizer for the parameters' device.
 
     Args:
-        settings: which, and how.
+        settings: the method and its numbers.
         parameters: float32, dense in memory (contiguous or channels-last).
-        copies: as many; each the parameter itself or its copy in bfloat16, in the same memory layout.
+        copies: for each parameter, the parameter itself or its copy in bfloat16, in the same memory layout.
         learning_rate: one number on the parameters' device, read at each step.
 
     Raises:
@@ -66,21 +86,21 @@ def make_optimizer(
     for parameter in parameters:
         if parameter.dtype != torch.float32:
             raise ValueError(f"network: expected float32 parameters, got {parameter.dtype}")
-    kind = OnePass if learning_rate.device.type == "cpu" else Kernels
+    kind = OnePassOptimizer if learning_rate.device.type == "cpu" else TorchOptimizer
     return kind(settings, parameters, copies, learning_rate)
 
 
-# --- GPU: a few kernels for all parameters together ---
+class TorchOptimizer:
+    """PyTorch's fused or foreach kernels, for all parameters together.
 
-
-class Kernels:
-    """PyTorch's fused or foreach kernels. No step waits for the device, and all of it can be captured in a graph."""
+    No step waits for the device, and a step can be captured in a CUDA graph.
+    """
 
     def __init__(
-        self, settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
+        self, settings: OptimizerSettings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
     ) -> None:
         self._parameters = list(parameters)
-        self._apart = [(p, c) for p, c in zip(parameters, copies, strict=True) if p is not c]
+        self._copied = [(p, c) for p, c in zip(parameters, copies, strict=True) if p is not c]
         self._learning_rate = learning_rate
         self._optimizer: torch.optim.Optimizer
         on_gpu = learning_rate.device.type == "cuda"
@@ -107,7 +127,7 @@ class Kernels:
 
     def step(self, max_norm: float) -> Tensor:
         """See `Optimizer`."""
-        for parameter, copy in self._apart:
+        for parameter, copy in self._copied:
             parameter.grad = None if copy.grad is None else copy.grad.to(torch.float32)
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(grads, foreach=True)
@@ -119,21 +139,21 @@ class Kernels:
 
     def refresh(self) -> None:
         """See `Optimizer`."""
-        if self._apart:
+        if self._copied:
             with torch.no_grad():
-                torch._foreach_copy_([copy for _, copy in self._apart], [parameter for parameter, _ in self._apart])
+                torch._foreach_copy_([copy for _, copy in self._copied], [parameter for parameter, _ in self._copied])
 
-    def state(self) -> State:
+    def state(self) -> OptimizerState:
         """See `Optimizer`."""
         return [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
 
-    def restore(self, state: State) -> None:
+    def load_state(self, state: OptimizerState) -> None:
         """See `Optimizer`."""
         whole = self._optimizer.state_dict()
-        # A parameter of which nothing was saved keeps what its memory began with.
+        # A parameter without saved state keeps its initial state.
         whole["state"] |= {
             number: {
-                # In the parameter's own memory layout, which a file does not keep.
+                # In the parameter's memory layout, which a file does not keep.
                 name: torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device)
                 for name, value in tensors.items()
             }
@@ -141,23 +161,12 @@ class Kernels:
             if tensors
         }
         self._optimizer.load_state_dict(whole)
-        # Loading copies: the learning rate must be the very tensor that is set each step.
+        # `load_state_dict` copies the learning rate; it has to be the tensor that the learner sets.
         self._optimizer.param_groups[0]["lr"] = self._learning_rate
 
 
 class RMSProp(torch.optim.Optimizer):
-    """RMSProp with epsilon inside the root; PyTorch's own adds it outside.
-
-    With s the running mean of g^2, and m that of g where `centered` (else 0), both with factor `decay`:
-
-        d <- momentum * d + lr * g / sqrt(s - m^2 + eps)
-        parameter <- parameter - d
-
-    Plain, with s starting at 1, it is TensorFlow's (`tf.compat.v1.train.RMSPropOptimizer`). Centered, from 0, with
-    momentum 0, it is that of Graves 2013 (https://arxiv.org/abs/1308.0850, section 4.2) as Mnih et al. 2015 use it, who
-    call `decay` of the two means "gradient momentum" and "squared gradient momentum", and eps the "min squared
-    gradient".
-    """
+    """The RMSProps with epsilon inside the root, which PyTorch lacks: rmsprop_tf, or rmsprop_centered."""
 
     def __init__(
         self,
@@ -172,7 +181,7 @@ class RMSProp(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps, "momentum": momentum, "centered": centered})
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter].update(_memory(parameter, 0.0 if centered else 1.0, centered, momentum))
+                self.state[parameter].update(_rmsprop_state(parameter, 0.0 if centered else 1.0, centered, momentum))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -205,34 +214,28 @@ class RMSProp(torch.optim.Optimizer):
             torch._foreach_sub_(parameters, changes)
 
 
-def _memory(parameter: Tensor, square: float, centered: bool, momentum: float) -> dict[str, Tensor]:
-    """What RMSProp remembers of a parameter, under PyTorch's names."""
-    memory = {"square_avg": torch.full_like(parameter, square)}
+def _rmsprop_state(parameter: Tensor, square: float, centered: bool, momentum: float) -> dict[str, Tensor]:
+    """Return the initial s, m and d of a parameter, under PyTorch's names."""
+    state = {"square_avg": torch.full_like(parameter, square)}
     if centered:
-        memory["grad_avg"] = torch.zeros_like(parameter)
+        state["grad_avg"] = torch.zeros_like(parameter)
     if momentum:
-        memory["momentum_buffer"] = torch.zeros_like(parameter)
-    return memory
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    return state
 
 
-# --- CPU: one pass ---
-
-
-class OnePass:
-    """All of a step in one pass over the memory; a kernel per operation would make a pass each.
-
-    The formulas are those of `torch.optim.Adam`, `torch.optim.RMSprop` and `RMSProp`.
-    """
+class OnePassOptimizer:
+    """A whole step in one pass over the parameters on a CPU; PyTorch makes a pass for each operation."""
 
     def __init__(
-        self, settings: Settings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
+        self, settings: OptimizerSettings, parameters: Sequence[Tensor], copies: Sequence[Tensor], learning_rate: Tensor
     ) -> None:
         self._settings = settings
         self._learning_rate = learning_rate
         self._copies = list(copies)
-        self._steps = [0] * len(self._copies)  # of each parameter, as PyTorch counts them: those with a gradient
-        self._state: State = []
-        # The memory never moves, so NumPy's views of it are made once.
+        self._steps = [0] * len(self._copies)  # of each parameter; as in PyTorch, only those with a gradient
+        self._state: OptimizerState = []
+        # The tensors never move, so NumPy's views of them are made once.
         self._views: list[tuple[NDArray[Any], ...]] = []
         none, none16 = np.zeros(0, np.float32), np.zeros(0, np.uint16)
         for parameter, copy in zip(parameters, copies, strict=True):
@@ -242,7 +245,7 @@ class OnePass:
                 views = [*map(_row, state.values())]
             else:
                 square = 1.0 if settings.name == "rmsprop_tf" else 0.0
-                state = _memory(parameter, square, settings.name == "rmsprop_centered", settings.momentum)
+                state = _rmsprop_state(parameter, square, settings.name == "rmsprop_centered", settings.momentum)
                 names = ("square_avg", "grad_avg", "momentum_buffer")
                 views = [_row(state[name]) if name in state else none for name in names]
             self._views.append((_row(parameter), rounded, *views))
@@ -250,14 +253,14 @@ class OnePass:
 
     def step(self, max_norm: float) -> Tensor:
         """See `Optimizer`."""
-        grads = [None if copy.grad is None else _row(_laid_out(copy.grad, copy)) for copy in self._copies]
+        grads = [None if copy.grad is None else _row(_in_layout(copy.grad, copy)) for copy in self._copies]
         norm = math.sqrt(sum(sum_of_squares(grad) for grad in grads if grad is not None))
-        # As PyTorch clips: a norm that is not a number spoils all gradients, one without a limit none.
+        # As PyTorch clips: with a limit, a norm of NaN makes all gradients NaN.
         scale = max_norm / (norm + 1e-6) if max_norm < math.inf else 1.0
         scale = 1.0 if scale > 1 else scale
         rate = float(self._learning_rate)
         kernel: Callable[..., None] = adam if self._settings.name == "adam" else rmsprop
-        numbers: dict[int, list[np.float32]] = {}  # by the number of steps, mostly the same for all parameters
+        numbers: dict[int, list[np.float32]] = {}  # by the number of steps, which parameters usually share
         for index, (grad, views) in enumerate(zip(grads, self._views, strict=True)):
             if grad is not None:
                 self._steps[index] += 1
@@ -268,41 +271,41 @@ class OnePass:
         return torch.tensor(norm, device="cpu")
 
     def _numbers(self, scale: float, rate: float, steps: int) -> list[float]:
-        """Return what the kernel needs beside arrays, for a parameter's `steps`th step."""
+        """Return the kernel's scalar arguments for step number `steps` of a parameter."""
         name, epsilon, decay, momentum = self._settings
         if name == "adam":
             return [scale, rate / (1 - BETA1**steps), math.sqrt(1 - BETA2**steps), epsilon]
-        # PyTorch applies the rate behind the momentum, the others before it.
-        within, behind = (1.0, rate) if name == "rmsprop" else (rate, 1.0)
-        return [scale, within, behind, decay, epsilon, momentum, name == "rmsprop"]
+        outside = name == "rmsprop"  # epsilon outside the root, and the rate after the momentum
+        rate_before, rate_after = (1.0, rate) if outside else (rate, 1.0)
+        return [scale, rate_before, rate_after, decay, epsilon, momentum, outside]
 
     def refresh(self) -> None:
         """See `Optimizer`."""
         for parameter, copy, *_ in self._views:
-            narrow(parameter.view(np.uint32), copy)
+            float32_to_bfloat16(parameter.view(np.uint32), copy)
 
-    def state(self) -> State:
+    def state(self) -> OptimizerState:
         """See `Optimizer`."""
         return [
             {**state, "step": torch.tensor(float(steps), device="cpu")} if steps else {}
             for state, steps in zip(self._state, self._steps, strict=True)
         ]
 
-    def restore(self, state: State) -> None:
+    def load_state(self, state: OptimizerState) -> None:
         """See `Optimizer`."""
         for index, (ours, theirs) in enumerate(zip(self._state, state, strict=True)):
-            if theirs:  # `RMSProp` does not count its steps, but it has taken some
+            if theirs:  # `RMSProp` does not count its steps, but has taken at least one
                 self._steps[index] = int(theirs.get("step", 1))
             for name in ours.keys() & theirs.keys():
                 ours[name].copy_(theirs[name])
 
 
-def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
+def _in_layout(grad: Tensor, like: Tensor) -> Tensor:
     return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
 def _row(tensor: Tensor) -> NDArray[Any]:
-    """Return a dense tensor as the row of numbers that it is in memory; bfloat16 as its bits."""
+    """Return a dense tensor's numbers in their order in memory, as a one-dimensional view; bfloat16 as its bits."""
     if not tensor.is_contiguous():  # then it is channels-last
         tensor = tensor.permute(0, 2, 3, 1)
     row = tensor.detach().view(-1)

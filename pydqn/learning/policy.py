@@ -1,4 +1,4 @@
-"""Policies: a network on its device, in the arithmetic that suits it, for acting."""
+"""Policies: the action values of a network, computed on its device and in its precision, for acting."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn._util.cuda import CannotRecordError, DeviceToHost, Graph, HostToDevice, on, unchanged, warm_up
+from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.networks import PixelTorso, Table, VectorTorso, lowered
+from pydqn.learning.networks import PixelTorso, Table, VectorTorso, mixed_precision_copy
 from pydqn.replay.lookup import look_up
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that is there.
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device of this machine.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,31 +44,31 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
-    "auto" takes bfloat16 on processors with instructions for it (AVX-512 BF16, AMX), and float32 elsewhere. (A `Policy`
-    whose observations are not pixels takes float32 everywhere.)
+    "auto" is bfloat16 on processors with instructions for it (AVX-512 BF16, AMX), and float32 elsewhere. (In a `Policy`
+    whose observations are not pixels it is always float32.)
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cpu" and _bfloat16_pays() else torch.float32
+        return torch.bfloat16 if device.type == "cpu" and _bfloat16_is_faster() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _bfloat16_pays() -> bool:
-    """Whether the processor multiplies bfloat16 itself: then such layers take half as long, elsewhere several times.
+def _bfloat16_is_faster() -> bool:
+    """Return whether the processor multiplies bfloat16: such layers then take half as long, elsewhere several times.
 
-    The answer is the machine's and not a measurement's, so that the same seed is the same run there.
+    This is not measured, so that the same seed gives the same run on the same machine.
     """
-    if not torch.backends.mkldnn.is_available():  # PyTorch has no other kernels for it
+    if not torch.backends.mkldnn.is_available():  # no other kernels for it
         return False
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in older releases
-    there = [name for name, has in capabilities().items() if has] if capabilities else instruction_sets()
-    return "avx512_bf16" in there or "amx_bf16" in there
+    found = [name for name, has in capabilities().items() if has] if capabilities else instruction_sets()
+    return "avx512_bf16" in found or "amx_bf16" in found
 
 
 @contextmanager
 def torch_threads(config: Config) -> Iterator[int]:
-    """Let PyTorch use as many threads of the CPU as the config says, or as suit it, until the block ends.
+    """Set the number of PyTorch's CPU threads, from the config or a suitable default, until the block ends.
 
-    The number is the whole process's: blocks in two threads of it change each other's.
+    The number applies to the whole process: blocks in two of its threads interfere.
     """
     before = torch.get_num_threads()
     suitable = default_torch_threads(config.network != "mlp", usable_cores())
@@ -81,33 +81,37 @@ def torch_threads(config: Config) -> Iterator[int]:
 
 
 class Policy:
-    """Action values of a network, for acting: no gradients, the learner's own precision."""
+    """A network for acting: action values without gradients, in a learner's precision.
+
+    `network` has the float32 parameters. `compute_network` computes: the same network, or with bfloat16 a copy whose
+    layers have bfloat16 parameters (see `mixed_precision_copy`).
+    """
 
     def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
         self.device = device
-        # Pixels are whole numbers below 256, which bfloat16 holds; of other observations it would drop digits.
+        # bfloat16 represents pixels, integers below 256, exactly; other observations would lose digits.
         if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
             precision = "float32"
         self.dtype = resolve_precision(precision, device)
-        # The float32 parameters, and what computes: the same network, or one with copies of them in bfloat16.
         self.network = network.to(device)
-        for tensor in (*network.parameters(), *network.buffers()):  # images channels-last, everything else in order
+        for tensor in (*network.parameters(), *network.buffers()):  # images channels-last, everything else contiguous
             layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
             tensor.data = tensor.data.contiguous(memory_format=layout)
-        self.computing = self.network if self.dtype == torch.float32 else lowered(self.network, self.dtype)
+        exact = self.dtype == torch.float32
+        self.compute_network = self.network if exact else mixed_precision_copy(self.network, self.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which `computing` runs."""
+        """Return the context in which `compute_network` runs."""
         if self.dtype == torch.float32 or isinstance(getattr(self.network, "torso", None), PixelTorso):
             return nullcontext()
-        # A graph must cast the weights each time that it is replayed, so a cast may not be remembered.
+        # A graph must cast the weights at each replay, so it may not remember a cast.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=self.device.type == "cpu")
 
     @torch.no_grad()
     def forward(self, obs: Tensor) -> Tensor:
         """Return (B, A) action values of (B, stack, *frame_shape) observations, both on the device."""
         with self.autocast():
-            values: Tensor = self.computing(obs)
+            values: Tensor = self.compute_network(obs)
         return values
 
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
@@ -116,41 +120,39 @@ class Policy:
 
     @staticmethod
     def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions for (B, A) action values; every environment tosses its own coin."""
+        """Return (B,) epsilon-greedy actions for (B, A) action values, drawn independently of each other."""
         explore = generator.random(len(values)) < epsilon
-        anything = generator.integers(values.shape[1], size=len(values))
-        return np.where(explore, anything, values.argmax(axis=1))
+        random_actions = generator.integers(values.shape[1], size=len(values))
+        return np.where(explore, random_actions, values.argmax(axis=1))
 
 
 class Actor:
-    """A policy for the same number of environments again and again: on a GPU a graph, for which one wait is all that is lost.
+    """Action values for a fixed number of environments, on a GPU with a CUDA graph and a single wait per call.
 
-    While the graph is being recorded, at the first `values`, no other thread may wait for the device: PyTorch's mode
-    that finds such waits is one for the whole process.
+    During the capture, at the first `values`, no other thread may wait for the device: PyTorch's mode that detects this
+    applies to the whole process.
 
     Args:
-        policy: whose values; its network may go on learning.
-        example: what a memory's `latest` gives, for its shape and dtype.
-        frames: where `latest` gives rows instead of observations, what they are rows of (`DeviceReplay.frames`).
-        capture: whether to use a CUDA graph; None for wherever there is CUDA and it can be recorded: where it cannot, a
-            warning says why, and acting goes on without. True makes that an error.
+        policy: the policy to act with; its network may go on learning.
+        example: what the replay buffer's `latest` returns, for its shape and dtype.
+        frames: if `latest` returns row numbers instead of observations, the tensor of frames that these number
+            (`DeviceReplay.frames`).
+        capture: whether to use a CUDA graph. None uses one on CUDA devices, and if the policy cannot be captured, warns
+            and goes on without. True makes that an error.
     """
 
     def __init__(
         self, policy: Policy, example: NDArray[Any], frames: Tensor | None = None, capture: bool | None = None
     ) -> None:
-        self._policy = policy
-        self.frames = frames
-        self._to_device, self._to_host = (
-            HostToDevice([example], policy.device, names=["obs"]),
-            DeviceToHost(policy.device),
-        )
+        self._policy, self._frames = policy, frames
+        self._to_device = HostToDevice([example], policy.device, names=["obs"])
+        self._to_host = DeviceToHost(policy.device)
         self._captures = policy.device.type == "cuda" if capture is None else capture
-        self._insists = bool(capture)
+        self._must_capture = bool(capture)
         self._graph: Graph[Tensor] | None = None
 
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
-        """Return (num_envs, A) action values; they are good until the next call."""
+        """Return (num_envs, A) action values. The next call overwrites them."""
         with on(self._policy.device):
             self._to_device.put([obs])
             if self._captures and self._graph is None:
@@ -159,18 +161,18 @@ class Actor:
             return self._to_host.get()
 
     def _capture(self) -> None:
-        """Record the graph. Buffers that a network changes as it runs are changed by none of that."""
+        """Capture the graph. This leaves buffers that the network changes in its forward pass as they were."""
         stream = torch.cuda.Stream(self._policy.device)
         try:
-            with unchanged([*self._policy.network.buffers()]):
+            with preserved([*self._policy.network.buffers()]):
                 warm_up(self._forward, stream)
             self._graph = Graph(self._forward, stream)
-        except CannotRecordError as error:
-            if self._insists:
-                raise CannotRecordError(f"capture: the policy cannot become a CUDA graph ({error})") from error
+        except CaptureError as error:
+            if self._must_capture:
+                raise CaptureError(f"capture: the policy cannot become a CUDA graph ({error})") from error
             warnings.warn(f"actions are chosen without a CUDA graph, and slower: {error}", RuntimeWarning, stacklevel=4)
             self._captures = False
 
     def _forward(self) -> Tensor:
         (obs,) = self._to_device.tensors
-        return self._policy.forward(obs if self.frames is None else look_up(self.frames, obs))
+        return self._policy.forward(obs if self._frames is None else look_up(self._frames, obs))

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, and what is due every so many of them."""
+"""Schedules: pure functions of the step, and periodic events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def linear(step: int, start: float, end: float, duration: int) -> float:
 
 
 def piecewise(step: int, knots: Sequence[tuple[int, float]]) -> float:
-    """Return the value at `step` of straight lines between `knots`, (step, value) in order; constant outside them."""
+    """Return the value at `step` of straight lines between `knots`, (step, value) in order; outside it is constant."""
     position, value = knots[0]
     if step <= position:
         return value
@@ -28,17 +28,17 @@ def piecewise(step: int, knots: Sequence[tuple[int, float]]) -> float:
 
 
 def exponential(step: int, start: float, end: float, duration: int) -> float:
-    """Return the value at `step` of a decay from `start` towards `end`, of which 1/e is left after `duration` steps."""
+    """Return the value at `step` of an exponential decay from `start` to `end` with time constant `duration`."""
     return end + (start - end) * math.exp(-step / duration)
 
 
 def epsilon(config: Config, step: int) -> float:
     """Return the probability of a random action at `step`."""
     start, end, duration = config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps
-    falls = config.epsilon_hold_steps
+    hold = config.epsilon_hold_steps
     if config.epsilon_schedule == "exponential":
-        return exponential(max(0, step - falls), start, end, duration)
-    knots = [(falls, start), (falls + duration, end)]
+        return exponential(max(0, step - hold), start, end, duration)
+    knots = [(hold, start), (hold + duration, end)]
     if config.epsilon_schedule == "piecewise":
         knots.append((config.total_steps, config.epsilon_final))
     return piecewise(step, knots)
@@ -57,14 +57,14 @@ def priority_beta(config: Config, step: int) -> float:
 
 
 class Due:
-    """Says, when asked often, whether another `every` steps or episodes have gone by (0: never)."""
+    """Tells whether another `every` steps or episodes have passed (0: never)."""
 
     def __init__(self, every: int, now: int) -> None:
         self._every = every
         self.next: float = (now // every + 1) * every if every else math.inf
 
     def __call__(self, now: int) -> bool:
-        """Whether one more is due, which is then taken."""
+        """Return True once at or after each multiple of `every`."""
         if now < self.next:
             return False
         self.next = (now // self._every + 1) * self._every

@@ -1,4 +1,4 @@
-"""Runs beside other programs: how threads wait, how many there are, what is said when updates are slow."""
+"""Runs beside other programs: how threads wait, how many there are, and the warning about slow updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRINT_SPINNING = "; import os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'tor
 
 
 def python(program, **environment):
-    """Run a program in a process in which nobody has said how threads wait, but for `environment`."""
+    """Run a program in a process with no settings for waiting threads except for `environment`."""
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     out = subprocess.run(
         [sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True, check=True
@@ -29,7 +29,7 @@ def python(program, **environment):
     return out.stdout.strip().splitlines()[-1]
 
 
-def test_spinning_is_bounded_unless_the_user_has_said_how_threads_wait():
+def test_spinning_is_bounded_unless_the_user_has_chosen_how_threads_wait():
     environment: dict[str, str] = {}
     assert bound_spinning(environment)
     assert environment == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
@@ -43,7 +43,7 @@ def test_spinning_is_bounded_before_torch_is_imported():
     assert python("from pydqn.cli.main import main; main(['presets'])" + PRINT_SPINNING) == "1000 False"
     for name in ("train", "resume", "evaluate"):
         assert python(f"import pydqn; pydqn.{name}" + PRINT_SPINNING) == "1000 True"
-    # libgomp, which PyTorch brings, then shows what it was told.
+    # libgomp, which PyTorch brings, prints its settings.
     program = "import os; os.environ['OMP_DISPLAY_ENV'] = 'verbose'; import pydqn; pydqn.train; import torch"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                          env={name: value for name, value in os.environ.items() if name not in WAITING})  # fmt: skip
@@ -51,13 +51,13 @@ def test_spinning_is_bounded_before_torch_is_imported():
         assert "GOMP_SPINCOUNT = '1000'" in out.stderr
 
 
-def test_what_the_user_has_set_stays():
+def test_the_settings_of_the_user_stay():
     assert python("import pydqn; pydqn.train" + PRINT_SPINNING, GOMP_SPINCOUNT="7") == "7 True"
     assert python("import pydqn; pydqn.train" + PRINT_SPINNING, OMP_WAIT_POLICY="active") == "None True"
 
 
 def test_parts_used_alone_change_nothing_in_the_process(tmp_path, tiny):
-    """Threads, environment variables, the C library's settings: those of whoever imports a part of us."""
+    """Threads, environment variables and the C library's settings belong to the user of the parts."""
     pydqn.train(replace(tiny, total_steps=100), tmp_path / "run")
     program = f"""
 import ctypes, os
@@ -75,9 +75,9 @@ replay = pydqn.FrameReplay(100, (84, 84))
 pydqn.TransitionReplay(100, (4,), dtype="float32")
 pydqn.DeviceReplay(100, (84, 84), device="cpu")
 network = make_network("small", 4, (84, 84), 6)
-environments = SimpleNamespace(num_envs=1, frame_shape=(84, 84), dtype=np.dtype(np.uint8), num_actions=6, input_range=(0, 255))
-load_policy({str(tmp_path / "run")!r}, config, environments)
-pydqn.Learner(network, config, torch.device("cpu"), replay.empty_batch(8))
+envs = SimpleNamespace(num_envs=1, frame_shape=(84, 84), dtype=np.dtype(np.uint8), num_actions=6, input_range=(0, 255))
+load_policy({str(tmp_path / "run")!r}, config, envs)
+pydqn.Learner(network, pydqn.LearnerSettings.from_config(config), "cpu", replay.empty_batch(8))
 pydqn.preprocess.resize_area(np.zeros((1, 210, 160), np.uint8))
 changed = {{k for k in os.environ | before if os.environ.get(k) != before.get(k)}} - {{"KMP_INIT_AT_FORK"}}
 print(torch.get_num_threads(), sorted(changed))
@@ -88,7 +88,7 @@ print(torch.get_num_threads(), sorted(changed))
     assert out.stdout.strip() == "2 []"
 
 
-def test_a_run_puts_the_threads_back(tiny, tmp_path):
+def test_a_run_restores_the_number_of_threads(tiny, tmp_path):
     before = torch.get_num_threads()
     other = before + 1
     config = replace(tiny, torch_threads=other)
@@ -108,7 +108,7 @@ def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
 
     assert [default(True, cores) for cores in (1, 2, 3, 4, 5, 8, 64)] == [1, 2, 2, 3, 4, 4, 4]
     assert [default(False, cores) for cores in (1, 2, 64)] == [1, 1, 1]
-    assert default(True, 64, OMP_NUM_THREADS="16") == 0  # what the user has said
+    assert default(True, 64, OMP_NUM_THREADS="16") == 0  # the choice of the user
     assert default(True, 64, MKL_NUM_THREADS="16") == 0
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -116,7 +116,7 @@ def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
     config = replace(tiny, torch_threads=0)
     before = torch.get_num_threads()
     try:
-        for already, expected in ((16, 2), (1, 1)):  # never more than PyTorch was told before
+        for already, expected in ((16, 2), (1, 1)):  # never more than PyTorch had before
             torch.set_num_threads(already)
             with torch_threads(config) as count:
                 assert count == torch.get_num_threads() == expected
@@ -127,7 +127,7 @@ def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_emulators_get_as_many_threads_as_there_are_cores(tiny, monkeypatch):
+def test_emulators_get_a_thread_per_core(tiny, monkeypatch):
     import ale_py
 
     from pydqn.envs import atari
@@ -148,14 +148,14 @@ def test_emulators_get_as_many_threads_as_there_are_cores(tiny, monkeypatch):
 
 
 def durations(generator, count, usual, factor=1.0):
-    """Yield the seconds of updates of which one in ten is undisturbed."""
+    """Yield durations of updates, in seconds. One in ten is undisturbed."""
     for number in range(count):
         slow = 1.0 if number % 10 == 5 else factor
         yield usual * slow * generator.uniform(0.95, 1.1)
 
 
 @pytest.mark.parametrize(
-    ("phases", "told"),
+    ("phases", "warns"),
     [
         ([(3000, 1.0)], False),
         ([(3000, 2.2)], False),  # one thread beside a busy process
@@ -165,34 +165,34 @@ def durations(generator, count, usual, factor=1.0):
         ([(30, 27.0), (1000, 1.0)], False),  # a start is slow
     ],
 )
-def test_slow_updates_are_told_once(phases, told):
+def test_the_warning_about_slow_updates_comes_once(phases, warns):
     generator, pace = np.random.default_rng(0), Pace(threads=2)
     messages = [pace.add(seconds) for count, factor in phases for seconds in durations(generator, count, 0.016, factor)]
     messages = [message for message in messages if message]
-    assert len(messages) == told
-    if told:
+    assert len(messages) == warns
+    if warns:
         assert "times as long" in messages[0]
         assert "--torch-threads 1" in messages[0]
         assert "GOMP_SPINCOUNT=1000" in messages[0]
 
 
-def test_one_thread_is_not_told_to_be_one():
+def test_with_one_thread_the_warning_does_not_advise_one_thread():
     pace = Pace(threads=1)
     messages = [pace.add(seconds) for seconds in durations(np.random.default_rng(0), 200, 0.016, 27.0)]
     assert [message is None or "--torch-threads" in message for message in messages].count(False) == 1
 
 
-def test_one_long_pause_is_no_slow_machine():
+def test_one_long_pause_gives_no_warning():
     pace = Pace(threads=2)
     assert not any(pace.add(3600.0 if number == 500 else 0.016) for number in range(2000))
 
 
-def test_the_command_line_says_that_updates_are_slow(tmp_path):
+def test_the_command_line_warns_of_slow_updates(tmp_path):
     program = f"""
 from pydqn.cli import main as cli
 from pydqn._util import machine
-told = iter(["updates take 99 ms"])
-machine.Pace.add = lambda self, seconds: next(told, None)
+messages = iter(["updates take 99 ms"])
+machine.Pace.add = lambda self, seconds: next(messages, None)
 cli.main(["train", "cartpole", "--total-steps", "200", "--logdir", {str(tmp_path / "run")!r}])
 """
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What cannot become a CUDA graph runs without one, and nothing of the attempt stays. `torch.cuda` is a stand-in."""
+"""What cannot be captured in a CUDA graph runs without one, and a failed capture changes nothing. CUDA is a fake."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from pydqn._util.cuda import CannotRecordError, Graph, unchanged, warm_up
+from pydqn._util.cuda import CaptureError, Graph, preserved, warm_up
 from pydqn.learning import learner as learner_module
-from pydqn.learning.optimizers import Kernels
+from pydqn.learning.optimizers import TorchOptimizer
 from pydqn.learning.policy import Actor, Policy
-from tests.learning.test_learner import assert_equal_learners, make, needs_cuda
-from tests.learning.test_own_loss import SIZE, of_distributions
-from tests.learning.test_own_loss import make as make_own
+from tests.helpers.learners import (
+    SIZE,
+    assert_equal_learners,
+    copied,
+    make,
+    make_custom,
+    needs_cuda,
+    of_distributions,
+)
 
 
 class Cuda:
-    """Streams, recordings and the debug mode, as far as they can fail."""
+    """Streams, captures and the debug mode, as far as they can fail."""
 
     class Stream:
         def __init__(self, device="cuda:0"):
@@ -41,7 +47,7 @@ class Cuda:
             self.function()
 
     def __init__(self, monkeypatch):
-        self.main, self.mode, self.recording, self.broken, self.seen = self.Stream(), 0, False, False, []
+        self.main, self.mode, self.capturing, self.broken, self.waits = self.Stream(), 0, False, False, []
         self.current = self.main
         names = ["current_stream", "set_stream", "stream", "graph", "get_sync_debug_mode", "set_sync_debug_mode"]
         for name in names:
@@ -67,12 +73,12 @@ class Cuda:
     def graph(self, graph, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
         before, self.current = self.current, stream
-        self.recording, self.broken = True, False
+        self.capturing, self.broken = True, False
         try:
             yield
         finally:
-            self.recording = False
-            if self.broken:  # as PyTorch does it: the stream stays
+            self.capturing = False
+            if self.broken:  # as in PyTorch, the stream stays
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self.current = before
 
@@ -84,15 +90,15 @@ class Cuda:
         self.mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
 
     def item(self):
-        """Waits for the device, as the debug mode knows."""
+        """Wait for the device, which the debug mode detects."""
         if self.mode == 2:
             raise RuntimeError("called a synchronizing CUDA operation")
         self.synchronize()
 
     def synchronize(self):
-        """Waits for the device, and the debug mode does not see it."""
-        self.seen.append((self.current is self.main, self.recording, gc.isenabled()))
-        if self.recording:
+        """Wait for the device, which the debug mode does not detect."""
+        self.waits.append((self.current is self.main, self.capturing, gc.isenabled()))
+        if self.capturing:
             self.broken = True
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
 
@@ -104,48 +110,48 @@ def cuda(monkeypatch):
 
 
 class _Generator:
-    """Of the device: in use by a recording until that has ended well."""
+    """The device's generator: in use by a capture until that ends successfully."""
 
     def __init__(self):
         self.state = None
 
     def clone_state(self):
-        return "a state of its own"
+        return "a copy"
 
     def graphsafe_set_state(self, state):
         self.state = state
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_nothing_is_collected_while_a_graph_is_recorded(cuda, enabled):
+def test_no_garbage_is_collected_during_a_capture(cuda, enabled):
     collections = []
     gc.callbacks.append(lambda phase, info: collections.append(phase))
     (gc.enable if enabled else gc.disable)()
     try:
-        graph = Graph(lambda: cuda.seen.append((cuda.recording, gc.isenabled())) or "tensors", cuda.Stream())
+        graph = Graph(lambda: cuda.waits.append((cuda.capturing, gc.isenabled())) or "tensors", cuda.Stream())
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
         gc.callbacks.pop()
-    assert cuda.seen == [(True, False)]
+    assert cuda.waits == [(True, False)]
     assert collections  # before
     assert cuda.current is cuda.main
     graph._graph.function = lambda: None
     assert graph() == "tensors"
 
 
-def test_a_failed_recording_leaves_no_trace(cuda):
-    with pytest.raises(CannotRecordError, match="not permitted") as caught:
+def test_a_failed_capture_changes_nothing(cuda):
+    with pytest.raises(CaptureError, match="not permitted") as caught:
         Graph(cuda.synchronize, cuda.Stream())
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("CUDA error: operation not permitted when stream is capturing")
-    assert "test_graphs.py:" in str(caught.value)
+    assert "test_cuda.py:" in str(caught.value)
     assert cuda.current is cuda.main
     assert gc.isenabled()
-    assert torch.cuda.default_generators[0].state == "a state of its own"
+    assert torch.cuda.default_generators[0].state == "a copy"
 
 
-def test_an_interrupted_recording_is_no_failure(cuda):
+def test_an_interrupted_capture_raises_the_interrupt(cuda):
     def interrupted():
         cuda.broken = True
         raise KeyboardInterrupt
@@ -155,39 +161,39 @@ def test_an_interrupted_recording_is_no_failure(cuda):
     assert cuda.current is cuda.main
 
 
-def test_the_last_warm_up_finds_what_waits(cuda):
+def test_the_last_warm_up_detects_waits(cuda):
     stream, runs = cuda.Stream(), []
 
     def waits():
         runs.append(cuda.mode)
         cuda.item()
 
-    with pytest.raises(CannotRecordError, match=r"test_graphs.py:\d+: .*: called a synchronizing"):
+    with pytest.raises(CaptureError, match=r"test_cuda.py:\d+: .*: called a synchronizing"):
         warm_up(waits, stream)
     assert runs == [0, 0, 2]
     assert cuda.mode == 0
     assert cuda.current is cuda.main
-    assert cuda.main.waits_for == [stream]  # what comes after sees what it did
+    assert cuda.main.waits_for == [stream]  # later work sees its results
     warm_up(lambda: runs.append(cuda.mode), stream)
     assert runs[3:] == [0, 0, 2]
 
 
-def test_other_errors_stay_what_they_are(cuda):
+def test_other_errors_are_not_changed(cuda):
     def wrong():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="^shapes do not fit$") as caught:
         warm_up(wrong, cuda.Stream())
-    assert not isinstance(caught.value, CannotRecordError)
+    assert not isinstance(caught.value, CaptureError)
     assert cuda.main.waits_for
 
 
-def test_too_little_memory_is_no_reason_to_go_on_without_a_graph(cuda):
+def test_too_little_memory_is_an_error_with_or_without_a_graph(cuda):
     runs = []
 
     def grows():
         runs.append(cuda.mode)
-        if cuda.recording or cuda.mode == 2:
+        if cuda.capturing or cuda.mode == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
@@ -200,34 +206,34 @@ def test_too_little_memory_is_no_reason_to_go_on_without_a_graph(cuda):
 
 
 def test_the_device_is_idle_when_the_last_warm_up_begins(cuda):
-    stream, seen = cuda.Stream(), []
-    warm_up(lambda: seen.append(getattr(stream, "done", False)), stream)
-    assert seen == [False, False, True]
+    stream, idle = cuda.Stream(), []
+    warm_up(lambda: idle.append(getattr(stream, "done", False)), stream)
+    assert idle == [False, False, True]
 
 
-def test_tensors_are_put_back_whatever_happens():
+def test_tensors_are_restored_after_an_exception():
     tensor = torch.ones(3)
-    with pytest.raises(ZeroDivisionError), unchanged([tensor]):
+    with pytest.raises(ZeroDivisionError), preserved([tensor]):
         tensor.zero_()
         raise ZeroDivisionError
     assert torch.equal(tensor, torch.ones(3))
 
 
-def learner_of(cuda, monkeypatch, trouble, captured, insists=False, **settings):
-    """A learner that meets trouble in every step, and where it would be on a GPU, tries to record."""
-    monkeypatch.setattr(learner_module, "make_optimizer", Kernels)
+def learner_of(cuda, monkeypatch, wait, captured, must_capture=False, **settings):
+    """Return a learner each of whose steps waits for the device. If `captured`, it tries to capture graphs."""
+    monkeypatch.setattr(learner_module, "make_optimizer", TorchOptimizer)
     learner, replay, _ = make(**settings)
     step = learner._step
 
-    def troubled(number):
-        trouble() if cuda.recording else None  # before anything is done: a recording does nothing
-        seen = step(number)
-        trouble()
-        return seen
+    def waiting_step(number):
+        wait() if cuda.capturing else None  # first, because a capture computes nothing
+        outputs = step(number)
+        wait()
+        return outputs
 
-    learner._step = troubled
+    learner._step = waiting_step
     if captured:
-        learner._stream, learner._insists = cuda.Stream(), insists
+        learner._stream, learner._must_capture = cuda.Stream(), must_capture
     return learner, replay
 
 
@@ -240,65 +246,67 @@ def learner_of(cuda, monkeypatch, trouble, captured, insists=False, **settings):
         ("rmsprop_centered", "float32", True),
     ],
 )
-@pytest.mark.parametrize("trouble", ["item", "synchronize"])
-def test_a_learner_goes_on_without_graphs(cuda, monkeypatch, trouble, optimizer, precision, restored):
-    """And is, bit for bit, where it would be without the attempt."""
+@pytest.mark.parametrize("wait", ["item", "synchronize"])
+def test_a_learner_goes_on_without_graphs(cuda, monkeypatch, wait, optimizer, precision, restored):
+    """The attempt changes nothing, bit for bit."""
     settings = {"optimizer": optimizer, "precision": precision, "double": True}
-    trouble = getattr(cuda, trouble)
-    eager, replay = learner_of(cuda, monkeypatch, trouble, False, **settings)
-    captured, _ = learner_of(cuda, monkeypatch, trouble, True, **settings)
+    wait = getattr(cuda, wait)
+    eager, replay = learner_of(cuda, monkeypatch, wait, False, **settings)
+    captured, _ = learner_of(cuda, monkeypatch, wait, True, **settings)
     if restored:
         for _ in range(5):
             eager.update(replay.sample(32))
-        captured.restore({name: value.clone() for name, value in eager.state().items()}, eager.updates)
+        captured.load_state_dict(copied(eager.state_dict()))
     for number in range(3):
         batch = replay.sample(32)
         eager.update(batch)
         if number:
             captured.update(batch)
         else:
-            with pytest.warns(RuntimeWarning, match="^updates run without CUDA graphs, and slower: .*test_graphs.py:"):
+            with pytest.warns(RuntimeWarning, match="^updates run without CUDA graphs, and slower: .*test_cuda.py:"):
                 captured.update(batch)
         assert_equal_learners(eager, captured, rtol=0, atol=0)
-        np.testing.assert_array_equal(eager.errors(), captured.errors())
+        np.testing.assert_array_equal(eager.td_errors(), captured.td_errors())
     assert captured.updates == eager.updates == 3 + 5 * restored
     assert cuda.current is cuda.main
 
 
-def test_a_learner_that_must_record_says_why_it_cannot(cuda, monkeypatch):
-    learner, replay = learner_of(cuda, monkeypatch, cuda.item, True, insists=True)
-    before = {name: value.clone() for name, value in learner.state().items() if "optimizer" not in name}
+def test_a_learner_that_must_capture_says_why_it_cannot(cuda, monkeypatch):
+    learner, replay = learner_of(cuda, monkeypatch, cuda.item, True, must_capture=True)
+    before = {name: value.clone() for name, value in learner.state_dict().items() if "optimizer" not in name}
     with pytest.raises(RuntimeError, match=r"^capture: the update cannot become a CUDA graph \(.*called a synchroniz"):
         learner.update(replay.sample(32))
-    assert all(torch.equal(value, learner.state()[name]) for name, value in before.items())
+    assert all(torch.equal(value, learner.state_dict()[name]) for name, value in before.items())
     assert learner.updates == 0
 
 
 class Counting(nn.Module):
-    """Changes a buffer each time that it runs."""
+    """Counts its forward passes in a buffer."""
 
-    def __init__(self, trouble):
+    def __init__(self, wait):
         super().__init__()
-        self.linear, self.trouble = nn.Linear(4, 3), trouble
+        self.linear, self.wait = nn.Linear(4, 3), wait
         self.register_buffer("runs", torch.zeros(()))
 
     def forward(self, obs):
-        self.trouble()
+        self.wait()
         self.runs += 1
         return self.linear(obs.float().mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("trouble", ["item", "synchronize", None])
-def test_an_actor_goes_on_without_a_graph(cuda, monkeypatch, trouble):
-    network = Counting(getattr(cuda, trouble) if trouble else lambda: None)
+@pytest.mark.parametrize("wait", ["item", "synchronize", None])
+def test_an_actor_goes_on_without_a_graph(cuda, monkeypatch, wait):
+    network = Counting(getattr(cuda, wait) if wait else lambda: None)
     policy = Policy(network, torch.device("cpu"), "float32")
     obs = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8), dtype=np.uint8)
     actor = Actor(policy, obs)
     actor._captures = True
     monkeypatch.setattr(Cuda.Stream, "__init__", lambda self, device: setattr(self, "device", torch.device("cuda:0")))
     monkeypatch.setattr(Cuda.Stream, "wait_stream", lambda self, other: None)
-    if trouble:
-        with pytest.warns(RuntimeWarning, match="^actions are chosen without a CUDA graph, and slower: .*test_graphs"):
+    if wait:
+        with pytest.warns(
+            RuntimeWarning, match="^actions are chosen without a CUDA graph, and slower: .*test_cuda.py:"
+        ):
             values = actor.values(obs)
     else:
         monkeypatch.setattr(Cuda.Graph, "replay", lambda self: None)
@@ -306,11 +314,11 @@ def test_an_actor_goes_on_without_a_graph(cuda, monkeypatch, trouble):
     assert network.runs == 1
     np.testing.assert_array_equal(values, network(torch.from_numpy(obs)).detach())
     actor.values(obs)
-    insisting = Actor(policy, obs)
-    insisting._captures = insisting._insists = True
-    if trouble:
+    must_capture = Actor(policy, obs)
+    must_capture._captures = must_capture._must_capture = True
+    if wait:
         with pytest.raises(RuntimeError, match=r"^capture: the policy cannot become a CUDA graph \("):
-            insisting.values(obs)
+            must_capture.values(obs)
 
 
 @needs_cuda
@@ -320,8 +328,8 @@ def test_a_loss_that_waits_for_the_device_needs_no_graph(capture):
         losses = of_distributions(online, target, batch)
         return losses * 2 if losses.sum().item() > 0 else losses
 
-    learner, replay = make_own(waits, device="cuda", capture=capture)
-    eager, _ = make_own(of_distributions, device="cuda", capture=False)
+    learner, replay = make_custom(waits, device="cuda", capture=capture)
+    eager, _ = make_custom(of_distributions, device="cuda", capture=False)
     batch = replay.sample(SIZE)
     if capture:
         with pytest.raises(RuntimeError, match=r"^capture: the update cannot become a CUDA graph \(.*item\(\)"):
@@ -330,4 +338,4 @@ def test_a_loss_that_waits_for_the_device_needs_no_graph(capture):
     with pytest.warns(RuntimeWarning, match="^updates run without CUDA graphs, .*item"):
         learner.update(batch)
     eager.update(batch)
-    np.testing.assert_allclose(learner.errors(), 2 * eager.errors(), rtol=1e-3)
+    np.testing.assert_allclose(learner.td_errors(), 2 * eager.td_errors(), rtol=1e-3)

@@ -1,4 +1,4 @@
-"""Compiled functions where their cache cannot be written, or cannot be used."""
+"""Compiled functions if their cache cannot be written or used."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import numba
 import pytest
 from numba.core import caching
 
-from pydqn._util import jit as kernels
+import pydqn
+from pydqn._util import jit
 from pydqn._util.jit import kernel
 
-PACKAGE = Path(kernels.__file__).parent
+PACKAGE = Path(pydqn.__file__).parent
 OWN_FOLDER = f"pydqn-kernels-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 
 
-def test_a_run_where_neither_the_package_nor_the_home_can_be_written(tmp_path):
-    """As in a container, whoever runs it: not even root can make a folder where a file is."""
+def test_a_run_if_neither_the_package_nor_the_home_can_be_written(tmp_path):
+    """As in a container; also for root, who cannot make a folder where a file is, either."""
     site, temporary = tmp_path / "site", tmp_path / "tmp"
     shutil.copytree(PACKAGE, site / "pydqn", ignore=shutil.ignore_patterns("__pycache__"))
     (site / "pydqn" / "__pycache__").touch()
@@ -32,32 +33,32 @@ def test_a_run_where_neither_the_package_nor_the_home_can_be_written(tmp_path):
     env |= {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "TMPDIR": str(temporary), "PYTHONPATH": str(site)}
     options = ["--total-steps", "60", "--evaluation-every-steps", "0"]
     command = [sys.executable, "-m", "pydqn", "train", "frozenlake", *options]
-    seen = []
+    caches = []
     for name in ("first", "second"):
         logdir = ["--logdir", str(tmp_path / name)]
         done = subprocess.run([*command, *logdir], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert "done: 60 steps" in done.stdout
         assert done.stderr.count("compiled functions are cached in") == 1
-        seen.append({path: path.stat().st_mtime_ns for path in temporary.rglob("*.nb*")})
+        caches.append({path: path.stat().st_mtime_ns for path in temporary.rglob("*.nb*")})
     assert stat.S_IMODE((temporary / OWN_FOLDER).stat().st_mode) == 0o700
-    assert seen[0]
-    assert seen[1] == seen[0]  # read, not compiled again
+    assert caches[0]
+    assert caches[1] == caches[0]  # read, not compiled again
 
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
-    """Leave numba only the folder that it is told."""
+    """Leave numba only the cache folder that it is given."""
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    kernels._temporary_folder.cache_clear()
+    jit._temporary_folder.cache_clear()
     yield
-    kernels._temporary_folder.cache_clear()
+    jit._temporary_folder.cache_clear()
 
 
 def test_the_temporary_folder_is_only_for_our_own_functions(nowhere, tmp_path):
-    with pytest.raises(RuntimeError, match="no locator available"):  # what numba says there
+    with pytest.raises(RuntimeError, match="no locator available"):  # from numba itself
         numba.njit(cache=True)(_double)
     with pytest.warns(RuntimeWarning, match=r"cached in .*NUMBA_CACHE_DIR chooses a folder") as warned:
         assert [kernel()(_double)(21), kernel()(_double)(2.5)] == [42, 5]
@@ -67,8 +68,8 @@ def test_the_temporary_folder_is_only_for_our_own_functions(nowhere, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["open to all", "another's", "a link", "a file", "nowhere"])
-def test_a_temporary_folder_that_others_could_have_filled_is_not_used(nowhere, monkeypatch, tmp_path, what):
-    """What is found in a cache is run."""
+def test_a_temporary_folder_that_other_users_can_write_to_is_not_used(nowhere, monkeypatch, tmp_path, what):
+    """numba runs what it finds in a cache."""
     folder = tmp_path / OWN_FOLDER
     if what == "a link":
         (tmp_path / "elsewhere").mkdir(mode=0o700)
@@ -91,7 +92,7 @@ def test_a_temporary_folder_that_others_could_have_filled_is_not_used(nowhere, m
 
 
 @pytest.mark.parametrize("method", ["load", "save"])
-def test_a_cache_that_fails_costs_only_time(monkeypatch, tmp_path, method):
+def test_without_a_working_cache_kernels_are_compiled(monkeypatch, tmp_path, method):
     """A full disk, or files that only another user may read."""
 
     def fail(*_):
@@ -100,7 +101,7 @@ def test_a_cache_that_fails_costs_only_time(monkeypatch, tmp_path, method):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(caching.IndexDataCacheFile, method, fail)
     assert kernel()(_double)(21) == 42
-    with pytest.raises(OSError, match="No space left"):  # as numba's own does
+    with pytest.raises(OSError, match="No space left"):  # what numba does
         numba.njit(cache=True)(_double)(21)
 
 

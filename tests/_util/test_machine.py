@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pydqn._util import machine
-from pydqn.learning import policy as policies
+from pydqn.learning import policy
 from pydqn.runs.provenance import provenance
 
 
@@ -22,7 +22,7 @@ def write(root, files):
     return root
 
 
-def test_the_machine_is_named():
+def test_provenance_names_the_machine():
     about = provenance()
     assert about["processor"]
     assert about["cores"].split()[0] == str(machine.usable_cores())
@@ -55,7 +55,7 @@ def test_processors_are_read_from_the_system(monkeypatch, tmp_path, info, expect
         ({"proc/self/cgroup": "0::/\n"}, math.inf),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, math.inf),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
-        # A group above ours has the tighter limit.
+        # A parent group has the lower limit.
         (
             {
                 "proc/self/cgroup": "0::/a/b\n",
@@ -64,7 +64,7 @@ def test_processors_are_read_from_the_system(monkeypatch, tmp_path, info, expect
             },
             2,
         ),
-        # Version 1, of which a container sees its own group as the root.
+        # Version 1: a container sees its own group as the root.
         (
             {
                 "proc/self/cgroup": "5:memory:/docker/x\n2:cpuacct,cpu:/docker/x\n0::/\n",
@@ -86,10 +86,10 @@ def test_the_quota_of_a_container_counts(monkeypatch, tmp_path, files, quota):
     assert machine.usable_cores() == min(64, max(1, math.floor(quota) if quota < math.inf else 64))
 
 
-def test_cores_that_a_process_is_not_bound_to_do_not_count():
+def test_only_cores_that_the_process_is_bound_to_count():
     program = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        "from pydqn import machine; print(machine.usable_cores())"
+        "from pydqn._util import machine; print(machine.usable_cores())"
     )
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system does not bind processes to cores")
@@ -108,11 +108,11 @@ def test_cores_that_a_process_is_not_bound_to_do_not_count():
     ],
 )
 @pytest.mark.parametrize("old", [False, True])
-def test_the_precision_follows_from_the_processor_and_not_from_a_race(monkeypatch, there, dtype, old):
-    if old:  # a PyTorch that does not tell
+def test_the_precision_follows_from_the_processor(monkeypatch, there, dtype, old):
+    if old:  # a PyTorch without get_capabilities
         monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())
-        monkeypatch.setattr(policies, "instruction_sets", lambda: tuple(there))
+        monkeypatch.setattr(policy, "instruction_sets", lambda: tuple(there))
     else:
         capabilities = {**dict.fromkeys(("avx512_bf16", "amx_bf16", "avx2"), False), **dict.fromkeys(there, True)}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert policies.resolve_precision("auto", torch.device("cpu")) == dtype
+    assert policy.resolve_precision("auto", torch.device("cpu")) == dtype

@@ -1,4 +1,4 @@
-"""Networks leave PyTorch's Python: what is recorded of them is PyTorch's own, and gives the same values."""
+"""Networks can be exported and traced, and compute the same values afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from pydqn.learning.networks import lowered, make_network
+from pydqn.learning.networks import make_network, mixed_precision_copy
 from pydqn.learning.pixels import to_channels_last
 from pydqn.learning.policy import Policy
 
@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch
 
 
 def network_of(name, precision="float32", stack=4):
-    """As a learner has it: weights channels-last, and in bfloat16 copies of them."""
+    """Return a network as a learner computes with it: channels-last, and in bfloat16 if that is the precision."""
     units = () if name == "nature_7x7" else (16,)
     network = make_network(
         name, stack, (84, 84), 6, hidden_units=units, dueling=True, pixel_mean=0.3, pixel_std=0.5, seed=1
     )
     policy = Policy(network, torch.device("cpu"), precision)
-    return policy.computing.eval()
+    return policy.compute_network.eval()
 
 
 def pixels(size, stack=4):
@@ -50,19 +50,19 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_recorded_gives_the_same_values(name, precision, way):
-    """Of other pixels than those it was recorded with, and of more."""
+def test_a_traced_network_gives_the_same_values(name, precision, way):
+    """For other pixels than those of the trace, and for more."""
     network = network_of(name, precision)
-    recorded = WAYS[way](network, pixels(3))
+    traced = WAYS[way](network, pixels(3))
     for size in (3, 5):
         obs = pixels(size) // 2
         with torch.no_grad():
-            assert torch.equal(recorded(obs), network(obs))
+            assert torch.equal(traced(obs), network(obs))
 
 
 @pytest.mark.parametrize("stack", [3, 4])
 def test_no_operation_is_missing(stack):
-    """One that PyTorch does not see would leave a constant in its place."""
+    """An operation that PyTorch does not see would become a constant."""
     network = network_of("small", stack=stack)
     graph = make_fx(network)(pixels(3, stack))
     obs = pixels(3, stack) // 2
@@ -70,11 +70,11 @@ def test_no_operation_is_missing(stack):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_prepared_observation_can_be_recorded_too(name):
+def test_a_network_can_be_traced_with_prepared_observations(name):
     network = network_of(name)
-    recorded = torch.export.export(network, (network.prepare(pixels(3)),)).module()
+    traced = torch.export.export(network, (network.prepare(pixels(3)),)).module()
     obs = network.prepare(pixels(3) // 2)
-    assert torch.equal(recorded(obs), network(obs))
+    assert torch.equal(traced(obs), network(obs))
 
 
 def test_dispatch_modes_see_everything():
@@ -84,22 +84,22 @@ def test_dispatch_modes_see_everything():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outside_a_recording_pixels_take_the_fast_way(monkeypatch, dtype):
-    """The test above must not be passed by never taking it."""
-    taken = []
+def test_without_tracing_the_compiled_loop_converts_pixels(monkeypatch, dtype):
+    """Otherwise the tests above would prove nothing."""
+    calls = []
     name = "_to_float32" if dtype == torch.float32 else "_to_bfloat16"
-    monkeypatch.setattr(f"pydqn.learning.pixels.{name}", lambda run, stride, out, size: taken.append(out.fill(0)))
+    monkeypatch.setattr(f"pydqn.learning.pixels.{name}", lambda flat, stride, out, size: calls.append(out.fill(0)))
     images = pixels(2)
     assert torch.equal(to_channels_last(images, dtype), torch.zeros(2, 4, 84, 84, dtype=dtype))
-    assert len(taken) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_lowered_network_is_recorded_too(way):
-    network = lowered(make_network("small", 4, (84, 84), 6, hidden_units=(16,)), torch.bfloat16).eval()
-    recorded = WAYS[way](network, pixels(3))
+def test_a_mixed_precision_copy_can_be_traced(way):
+    network = mixed_precision_copy(make_network("small", 4, (84, 84), 6, hidden_units=(16,)), torch.bfloat16).eval()
+    traced = WAYS[way](network, pixels(3))
     with torch.no_grad():
-        assert torch.equal(recorded(pixels(5)), network(pixels(5)))
+        assert torch.equal(traced(pixels(5)), network(pixels(5)))
 
 
 @pytest.mark.skipif(

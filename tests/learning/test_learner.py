@@ -1,44 +1,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import numpy as np
 import pytest
 import torch
 
-from pydqn import FrameReplay, Learner, preset
+from pydqn import Config, Learner, LearnerSettings, preset
 from pydqn._util.weights import load_weights, save_weights
-from pydqn.learning import learner as learner_room
-from pydqn.learning.networks import make_network
-from pydqn.learning.optimizers import Kernels
+from pydqn.learning import learner as learner_module
+from pydqn.learning.optimizers import TorchOptimizer
 from pydqn.learning.policy import Policy
-from pydqn.replay.device import DeviceReplay
-
-CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def make(device=CPU, capture=None, at_once=1, storage="host", **overrides):
-    settings = {
-        "precision": "float32",
-        "network": "small",
-        "hidden_units": (32,),
-        "target_update_period": 7,
-        "learning_rate": 1e-4,
-    }
-    config = preset("pong", **{**settings, **overrides})
-    kind = FrameReplay if storage == "host" else functools.partial(DeviceReplay, device=device)
-    replay = kind(400, n_step=config.n_step, gamma=config.gamma, seed=1)
-    generator = np.random.default_rng(0)
-    for time_step in range(300):
-        frame = generator.integers(0, 255, (1, 84, 84), dtype=np.uint8)
-        reward = float(generator.integers(-1, 2))
-        replay.append(frame, [time_step % 6], [reward], [time_step % 50 == 49], [False], [time_step % 50 == 0])
-    network = make_network(config.network, 4, (84, 84), 6, hidden_units=config.hidden_units, dueling=config.dueling)
-    example = replay.empty_batch(at_once * config.batch_size)
-    learner = Learner(network, config, device, example, capture, getattr(replay, "frames", None))
-    return learner, replay, config
+from pydqn.learning.statistics import Statistics
+from tests.helpers.learners import CPU, assert_equal_learners, copied, make, needs_cuda, replay_on_the_cpu
 
 
 def parameters(module):
@@ -84,24 +58,24 @@ def test_updates_equal_a_plain_training_step(variant):
             target.load_state_dict(online.state_dict())
         learner.update(batch)
         assert learner.updates == update
-        metrics = learner.metrics()
-        np.testing.assert_allclose(metrics.loss, loss.item(), rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(metrics.mean_q, q.mean().item(), rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(metrics.grad_norm, norm.item(), rtol=1e-2, atol=1e-5)
+        statistics = learner.statistics()
+        np.testing.assert_allclose(statistics.loss, loss.item(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(statistics.mean_q, q.mean().item(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(statistics.grad_norm, norm.item(), rtol=1e-2, atol=1e-5)
     for ours, theirs in zip(learner.online.parameters(), online.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)  # 20 updates moved them by up to 2e-3
     for ours, theirs in zip(learner.target.parameters(), target.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_the_target_moves_only_when_it_is_due():
+def test_the_target_network_changes_only_in_its_period():
     learner, replay, _ = make(target_update_period=3)
     start = parameters(learner.target)
     for update in range(1, 8):
         before = parameters(learner.target)
         learner.update(replay.sample(32))
-        moved = not all(map(torch.equal, before, parameters(learner.target)))
-        assert moved == (update % 3 == 0)
+        changed = not all(map(torch.equal, before, parameters(learner.target)))
+        assert changed == (update % 3 == 0)
     assert not all(map(torch.equal, start, parameters(learner.target)))
 
 
@@ -122,12 +96,12 @@ def test_weights_of_the_batch_scale_the_loss():
     learner, replay, _ = make()
     batch = replay.sample(32)
     learner.update(batch._replace(weight=np.zeros(32, np.float32)))
-    assert learner.metrics().loss == 0
-    assert learner.metrics().grad_norm == 0
+    assert learner.statistics().loss == 0
+    assert learner.statistics().grad_norm == 0
 
 
-def test_errors_are_those_of_the_samples_whatever_their_weights():
-    """A loss, or one with its weights, would be the wrong priority."""
+def test_td_errors_do_not_depend_on_the_weights_of_the_samples():
+    """Losses, or weighted errors, would be wrong priorities."""
     learner, replay, _ = make(double=False, n_step=1)
     batch = replay.sample(32)
     obs, next_obs = torch.tensor(batch.obs), torch.tensor(batch.next_obs)
@@ -135,12 +109,11 @@ def test_errors_are_those_of_the_samples_whatever_their_weights():
         y = torch.tensor(batch.reward) + torch.tensor(batch.discount) * learner.target(next_obs).max(dim=1).values
         q = learner.online(obs)[torch.arange(32), torch.tensor(batch.action)]
     learner.update(batch._replace(weight=np.zeros(32, np.float32)))
-    np.testing.assert_allclose(learner.errors(), (y - q).abs().numpy(), rtol=1e-3, atol=1e-5)
-    assert learner.errors().max() > 0.1
+    np.testing.assert_allclose(learner.td_errors(), (y - q).abs().numpy(), rtol=1e-3, atol=1e-5)
+    assert learner.td_errors().max() > 0.1
 
 
-def test_a_network_of_ones_own():
-    """Any module from observations to action values will do."""
+def test_any_module_from_observations_to_action_values_will_do():
     _, replay, config = make()
 
     class Mean(torch.nn.Module):
@@ -151,10 +124,25 @@ def test_a_network_of_ones_own():
         def forward(self, obs):
             return self.linear(obs.float().mean(dim=(2, 3)) / 255)
 
-    learner = Learner(Mean(), config, CPU, replay.empty_batch(32))
+    learner = Learner(Mean(), LearnerSettings.from_config(config), CPU, replay.empty_batch(32))
     before = parameters(learner.online)
     learner.update(replay.sample(32))
     assert not all(map(torch.equal, before, parameters(learner.online)))
+
+
+def test_settings_have_the_defaults_and_the_checks_of_a_config():
+    assert LearnerSettings() == LearnerSettings.from_config(Config())
+    assert LearnerSettings.from_config(preset("pong", batch_size=7, double=True)).batch_size == 7
+    assert LearnerSettings(batch_size=10**6).batch_size == 10**6  # not limited by a replay buffer
+    for name, value in (("loss", "l1"), ("batch_size", 0), ("rmsprop_decay", 2.0), ("learning_rate", 0.0)):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            LearnerSettings(**{name: value})
+
+
+def test_before_the_first_update_there_are_no_statistics():
+    learner, _, _ = make()
+    np.testing.assert_equal(learner.statistics(), Statistics.nothing())
+    assert learner.td_errors().shape == (0,)
 
 
 def test_capture_needs_cuda():
@@ -170,7 +158,7 @@ def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
         batch = replay.sample(32)
         exact.update(batch)
         rough.update(batch)
-    np.testing.assert_allclose(rough.metrics().loss, exact.metrics().loss, rtol=0.1)
+    np.testing.assert_allclose(rough.statistics().loss, exact.statistics().loss, rtol=0.1)
     assert not any(map(torch.equal, before, parameters(rough.online)))
 
 
@@ -178,24 +166,39 @@ def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
 def test_a_restored_learner_goes_on_as_the_saved_one(tmp_path, optimizer, precision):
     saved, replay, _ = make(optimizer=optimizer, precision=precision, double=True)
-    for _ in range(10):  # the target has moved once since
+    for _ in range(10):  # with one target network update
         saved.update(replay.sample(32))
-    save_weights(tmp_path / "state.safetensors", saved.state(), {})
-    tensors, _ = load_weights(tmp_path / "state.safetensors")
+    save_weights(tmp_path / "state.safetensors", saved.state_dict(), {})
     restored, _, _ = make(optimizer=optimizer, precision=precision, double=True)
-    restored.restore(tensors, saved.updates)
-    for _ in range(6):  # the target moves again
+    restored.load_state_dict(load_weights(tmp_path / "state.safetensors")[0])
+    assert restored.updates == 10
+    for _ in range(6):  # with another one
         batch = replay.sample(32)
         saved.update(batch)
         restored.update(batch)
-        assert saved.metrics() == restored.metrics()
-    assert saved.state().keys() == restored.state().keys()
-    for name, value in saved.state().items():
-        assert torch.equal(value, restored.state()[name]), name
+        np.testing.assert_equal(saved.statistics(), restored.statistics())
+    assert_equal_learners(saved, restored, rtol=0, atol=0)
 
 
-def test_what_acts_is_what_learned():
-    """The copies in bfloat16 follow the parameters, and the policy sees them."""
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.99.step": torch.ones(())}, "does not fit the config .'optimizer.99.step' is of no parameter"),
+        ({"online.other": torch.ones(())}, "does not fit the config .Unexpected key"),
+        ({"other.weight": torch.ones(())}, "'other.weight' is not part of a learner"),
+        ({"updates": torch.ones(2)}, "expected 'updates' to be one number"),
+        ({"updates": None}, "expected 'updates' to be one number"),
+    ],
+)
+def test_a_state_that_is_not_the_learners_is_refused(changes, message):
+    learner, _, _ = make()
+    state = {name: value for name, value in (learner.state_dict() | changes).items() if value is not None}
+    with pytest.raises(ValueError, match=f"^checkpoint: {message}"):
+        learner.load_state_dict(state)
+
+
+def test_the_policy_has_the_learned_weights():
+    """The copies in bfloat16 follow the parameters, and the policy uses them."""
     learner, replay, _ = make(precision="bfloat16")
     obs = replay.sample(32).obs
     before = learner.policy.values(obs)
@@ -207,31 +210,22 @@ def test_what_acts_is_what_learned():
     np.testing.assert_array_equal(values, fresh.values(obs))
 
 
-def assert_equal_learners(one, other, **tolerance):
-    """Networks, and what the optimizer remembers."""
-    ours, theirs = one.state(), other.state()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name].cpu(), theirs[name].cpu(), **tolerance)
-
-
 @pytest.mark.parametrize("storage", ["host", "device"])
 def test_several_steps_at_once_are_the_same_steps(storage):
-    """With copies to the target network in between, and where rows stand for observations."""
+    """With target network updates in between, and with row numbers in place of observations."""
     plain, replay, _ = make(double=True, n_step=3)
     several, same_replay, _ = make(double=True, n_step=3, at_once=5, storage=storage)
     errors, at_once = [], []
     for count in (5, 5, 3, 1, 5):
         for _ in range(count):
             plain.update(replay.sample(32))
-            errors.extend(plain.errors())
+            errors.extend(plain.td_errors())
         several.update(same_replay.sample(32 * count))
-        at_once.extend(several.errors())
+        at_once.extend(several.td_errors())
     assert plain.updates == several.updates == 19
     np.testing.assert_array_equal(errors, at_once)
     assert_equal_learners(plain, several, rtol=0, atol=0)
-    np.testing.assert_array_equal(plain.samples()[1], several.samples()[1])
-    assert plain.metrics() == several.metrics()
+    np.testing.assert_equal(plain.statistics(), several.statistics())
 
 
 @pytest.mark.parametrize("size", [0, 31, 33, 96])
@@ -243,34 +237,22 @@ def test_a_batch_is_a_whole_number_of_batches(size):
     assert learner.updates == 0
 
 
-class Replayed:
-    """Stands for a CUDA graph on the CPU: whatever is called again and again is this function, with these tensors."""
-
-    def __init__(self, function, stream, pool):
-        self._function = function
-
-    def __call__(self):
-        return self._function()
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop_tf", "rmsprop_centered"])
-def test_what_a_capture_does_changes_nothing(monkeypatch, optimizer, restored, precision):
-    """All but the recording: batches through packed memory, steps before the capture undone, graphs by length."""
-    monkeypatch.setattr(learner_room, "make_optimizer", Kernels)
+def test_preparing_a_capture_changes_nothing(monkeypatch, optimizer, restored, precision):
+    """All but the capture: batches through the packed buffer, warm-up steps undone, graphs by length."""
+    monkeypatch.setattr(learner_module, "make_optimizer", TorchOptimizer)
     variant = {"double": True, "optimizer": optimizer, "precision": precision}
     eager, replay, _ = make(**variant)
-    monkeypatch.setattr(learner_room, "HostToDevice", functools.partial(learner_room.HostToDevice, packs=True))
-    monkeypatch.setattr(learner_room, "Graph", Replayed)
-    monkeypatch.setattr(learner_room, "warm_up", lambda function, stream: [function() for _ in range(3)])
+    replay_on_the_cpu(learner_module, monkeypatch)
     captured, same_replay, _ = make(**variant, at_once=4, storage="device")
     captured._stream = "a stream"
     if restored:
         for _ in range(7):
             eager.update(replay.sample(32))
             same_replay.sample(32)
-        captured.restore({name: value.clone() for name, value in eager.state().items()}, eager.updates)
+        captured.load_state_dict(copied(eager.state_dict()))
     for number in range(12):
         for learner in (eager, captured):
             learner.learning_rate = 1e-4 * (1 + number % 3)
@@ -279,9 +261,9 @@ def test_what_a_capture_does_changes_nothing(monkeypatch, optimizer, restored, p
         captured.update(same_replay.sample(128))
     assert eager.updates == captured.updates == 48 + 7 * restored
     assert_equal_learners(eager, captured, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="^restore: expected a learner that has made no update"):
-        captured.restore(eager.state(), 0)
-    # Four at once; and wherever a copy to the target falls into the four, one at a time.
+    with pytest.raises(RuntimeError, match="^load_state_dict: expected a learner that has captured no CUDA graph"):
+        captured.load_state_dict(eager.state_dict())
+    # Four at once, or one at a time when the target network is updated between them.
     assert sorted(captured._graphs) == [(0, 1), (0, 4), (1, 1), (2, 1), (3, 1)]
 
 
@@ -289,7 +271,7 @@ def test_what_a_capture_does_changes_nothing(monkeypatch, optimizer, restored, p
 @pytest.mark.parametrize("storage", ["host", "device"])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
 def test_captured_equals_eager(monkeypatch, optimizer, storage):
-    """1,000 updates, the learning rate changing: parameters and the optimizer's state agree."""
+    """1,000 updates with a changing learning rate: parameters and the optimizer's state agree."""
     device = torch.device("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     if hasattr(torch.backends.cudnn, "conv"):
@@ -314,7 +296,7 @@ def test_buffers_reach_the_target_too():
         torch.nn.Flatten(), torch.nn.BatchNorm1d(4 * 84 * 84), torch.nn.Linear(4 * 84 * 84, 6)
     )
     network.prepare = lambda obs: obs.float()
-    learner = Learner(network, config, CPU, replay.empty_batch(32))
+    learner = Learner(network, LearnerSettings.from_config(config), CPU, replay.empty_batch(32))
     for _ in range(2):
         learner.update(replay.sample(32))
     for ours, theirs in zip(learner.target.buffers(), learner.online.buffers(), strict=True):
@@ -324,18 +306,18 @@ def test_buffers_reach_the_target_too():
 @needs_cuda
 def test_capturing_changes_nothing():
     learner, replay, _ = make(torch.device("cuda"), True)
-    twin, _, _ = make(torch.device("cuda"), False)
+    eager, _, _ = make(torch.device("cuda"), False)
     batch = replay.sample(32)
     learner.update(batch)
-    twin.update(batch)
-    for ours, theirs in zip(learner.online.parameters(), twin.online.parameters(), strict=True):
+    eager.update(batch)
+    for ours, theirs in zip(learner.online.parameters(), eager.online.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @needs_cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_steady_state_never_synchronizes():
-    """All of a step but acting, whose answer has to come."""
+    """Everything in a step but acting, which waits for the action values."""
     learner, replay, _ = make(torch.device("cuda"), True, at_once=4, storage="device", prioritized=True)
     for _ in range(14):  # graphs of all lengths
         learner.update(replay.sample(128))
@@ -346,6 +328,6 @@ def test_the_steady_state_never_synchronizes():
             replay.append(frame, [0], [0.0], [False], [False], [False])
             learner.learning_rate = 1e-4 * (1 + number % 3)
             learner.update(replay.sample(128))
-            assert len(learner.errors()) == 128
+            assert len(learner.td_errors()) == 128
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -18,12 +18,12 @@ def random_batch(seed, size=40, actions=5):
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_against_the_twin(double):
+def test_against_the_reference(double):
     q_tm1, a_tm1, r_t, discount_t, q_t, selector_t = random_batch(0)
     ours = huber(td_error(q_tm1, a_tm1, r_t, discount_t, q_t, selector_t if double else None))
-    chooser = selector_t if double else q_t
-    twin = double_q_update(*(x.tolist() for x in (q_tm1, a_tm1, r_t, discount_t, q_t, chooser)), 1.0)
-    np.testing.assert_allclose(ours.numpy(), twin, rtol=1e-5, atol=1e-6)
+    selector = selector_t if double else q_t
+    expected = double_q_update(*(x.tolist() for x in (q_tm1, a_tm1, r_t, discount_t, q_t, selector)), 1.0)
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_flows_through_the_target():

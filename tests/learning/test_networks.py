@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pydqn.learning.networks import Table, lowered, make_network
+from pydqn.learning.networks import Table, make_network, mixed_precision_copy
 
 
 def pixels(size=3, seed=0):
@@ -122,9 +122,9 @@ def test_frames_that_do_not_fit(name, shape):
 
 
 @pytest.mark.parametrize("dueling", [False, True])
-def test_a_lowered_network_is_what_autocast_would_compute(dueling):
+def test_a_mixed_precision_copy_computes_as_under_autocast(dueling):
     network = make_network("nature", 4, (84, 84), 6, dueling=dueling, pixel_mean=0.3, pixel_std=0.2)
-    low = lowered(network, torch.bfloat16)
+    low = mixed_precision_copy(network, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         values, expected = low(pixels()), network(pixels())
         assert torch.equal(values, expected)
@@ -142,10 +142,10 @@ def test_a_lowered_network_is_what_autocast_would_compute(dueling):
     assert network.torso.convs[0].weight.grad.abs().sum() > 0
 
 
-def test_a_lowered_network_shares_what_autocast_leaves_alone():
+def test_a_mixed_precision_copy_shares_what_autocast_leaves_alone():
     linear = nn.Linear(3, 3)
     network = nn.Sequential(linear, nn.BatchNorm1d(3), linear)
-    low = lowered(network, torch.bfloat16)
+    low = mixed_precision_copy(network, torch.bfloat16)
     assert low[0].weight is low[2].weight
     assert low[0].weight.dtype == torch.bfloat16
     assert low[1].weight is network[1].weight

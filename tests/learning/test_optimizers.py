@@ -7,22 +7,22 @@ import math
 import pytest
 import torch
 
-from pydqn.learning.optimizers import Kernels, OnePass, RMSProp, Settings, make_optimizer
+from pydqn.learning.optimizers import OnePassOptimizer, OptimizerSettings, RMSProp, TorchOptimizer, make_optimizer
 
 METHODS = [
-    Settings("adam", 1e-8),
-    Settings("adam", 1e-3),
-    Settings("rmsprop", 1e-6, 0.9),
-    Settings("rmsprop", 1e-6, 0.9, 0.9),
-    Settings("rmsprop_tf", 1e-6, 0.99),
-    Settings("rmsprop_tf", 1e-10, 0.9, 0.9),
-    Settings("rmsprop_centered", 0.01, 0.95),
-    Settings("rmsprop_centered", 0.01 / 32**2, 0.95, 0.5),
+    OptimizerSettings("adam", 1e-8),
+    OptimizerSettings("adam", 1e-3),
+    OptimizerSettings("rmsprop", 1e-6, 0.9),
+    OptimizerSettings("rmsprop", 1e-6, 0.9, 0.9),
+    OptimizerSettings("rmsprop_tf", 1e-6, 0.99),
+    OptimizerSettings("rmsprop_tf", 1e-10, 0.9, 0.9),
+    OptimizerSettings("rmsprop_centered", 0.01, 0.95),
+    OptimizerSettings("rmsprop_centered", 0.01 / 32**2, 0.95, 0.5),
 ]
 
 
-class Twin:
-    """One number, as the definitions say it."""
+class Reference:
+    """One parameter of one number, by the definitions."""
 
     def __init__(self, value, settings):
         self.value, self.settings = value, settings
@@ -44,7 +44,7 @@ class Twin:
         if name == "rmsprop_centered":
             self.mean = decay * self.mean + (1 - decay) * grad
             variance -= self.mean**2
-        if name == "rmsprop":  # PyTorch's: epsilon outside the root, the rate behind the momentum
+        if name == "rmsprop":  # PyTorch's: epsilon outside the root, the rate after the momentum
             self.change = momentum * self.change + grad / (math.sqrt(variance) + epsilon)
             self.value -= rate * self.change
         else:
@@ -53,7 +53,7 @@ class Twin:
 
 
 def make(settings, kind, rate, seed=0, low=False):
-    """Two layers' parameters, one of them an image's, and their copies."""
+    """Return a matrix and a channels-last parameter, their copies, and an optimizer of them."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(3, 5, generator=generator)
     image = torch.randn(4, 2, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
@@ -71,35 +71,35 @@ def set_grads(copies, generator):
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("max_norm", [math.inf, 2.0])
-@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("kind", [OnePassOptimizer, TorchOptimizer])
 @pytest.mark.parametrize("settings", METHODS, ids=str)
-def test_against_the_twin(settings, kind, max_norm, low):
+def test_against_the_reference(settings, kind, max_norm, low):
     generator = torch.Generator().manual_seed(1)
     rate = torch.tensor(0.01)
     parameters, copies, optimizer = make(settings, kind, rate, low=low)
-    twins = [[Twin(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]
+    references = [[Reference(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]
     for count in range(30):
         rate.fill_(0.01 / (1 + count % 3))
         grads = set_grads(copies, generator)
         norm = math.sqrt(sum(float(grad.double().pow(2).sum()) for grad in grads))
         scale = min(1.0, max_norm / (norm + 1e-6))
-        for row, grad in zip(twins, grads, strict=True):
-            for twin, value in zip(row, grad.flatten().tolist(), strict=True):
-                twin.step(value * scale, float(rate))
+        for row, grad in zip(references, grads, strict=True):
+            for reference, value in zip(row, grad.flatten().tolist(), strict=True):
+                reference.step(value * scale, float(rate))
         assert float(optimizer.step(max_norm)) == pytest.approx(norm, rel=1e-5)
-    for parameter, copy, row in zip(parameters, copies, twins, strict=True):
-        expected = torch.tensor([twin.value for twin in row]).view(parameter.shape)
+    for parameter, copy, row in zip(parameters, copies, references, strict=True):
+        expected = torch.tensor([reference.value for reference in row]).view(parameter.shape)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(copy.detach(), parameter.detach().to(copy.dtype))
 
 
 def test_many_numbers_and_a_gradient_in_bfloat16_against_pytorch():
-    """More than one block, and a rest."""
+    """More than one block, the last one incomplete."""
     generator = torch.Generator().manual_seed(2)
     parameter = torch.nn.Parameter(torch.randn(10_001, generator=generator))
     other = torch.nn.Parameter(parameter.detach().clone())
     copy = torch.nn.Parameter(parameter.detach().to(torch.bfloat16))
-    ours = OnePass(Settings("adam", 1e-8), [parameter], [copy], torch.tensor(1e-2))
+    ours = OnePassOptimizer(OptimizerSettings("adam", 1e-8), [parameter], [copy], torch.tensor(1e-2))
     theirs = torch.optim.Adam([other], lr=1e-2)
     for _ in range(5):
         copy.grad = torch.randn(10_001, generator=generator).to(torch.bfloat16)
@@ -115,7 +115,7 @@ GAPS = [(True, True), (True, False), (False, False), (True, False), (False, True
 
 
 def stepped(optimizer, copies, generator, rounds):
-    """Take steps in which some parameters have no gradient."""
+    """Take steps in some of which a parameter has no gradient."""
     for count in range(rounds):
         set_grads(copies, generator)
         for has_one, copy in zip(GAPS[count % len(GAPS)], copies, strict=True):
@@ -124,34 +124,34 @@ def stepped(optimizer, copies, generator, rounds):
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("kind", [OnePassOptimizer, TorchOptimizer])
 @pytest.mark.parametrize("settings", METHODS, ids=str)
-def test_a_step_is_one_that_had_a_gradient(settings, kind, low):
-    """Each parameter has steps of its own: a reference takes those alone in which there was a gradient."""
+def test_only_steps_with_a_gradient_count(settings, kind, low):
+    """Each parameter has its own count: its reference takes only steps with a gradient."""
     rate, generator = torch.tensor(0.01), torch.Generator().manual_seed(1)
     parameters, copies, optimizer = make(settings, kind, rate, low=low)
-    twins = [[Twin(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]
+    references = [[Reference(value, settings) for value in parameter.flatten().tolist()] for parameter in parameters]
     for count in range(30):
         grads = set_grads(copies, generator)
-        for has_one, copy, row, grad in zip(GAPS[count % len(GAPS)], copies, twins, grads, strict=True):
+        for has_one, copy, row, grad in zip(GAPS[count % len(GAPS)], copies, references, grads, strict=True):
             if not has_one:
                 copy.grad = None
                 continue
-            for twin, value in zip(row, grad.flatten().tolist(), strict=True):
-                twin.step(value, 0.01)
+            for reference, value in zip(row, grad.flatten().tolist(), strict=True):
+                reference.step(value, 0.01)
         optimizer.step(math.inf)
-    assert twins[0][0].steps == 20
-    assert twins[1][0].steps == 15
-    for parameter, row in zip(parameters, twins, strict=True):
-        expected = torch.tensor([twin.value for twin in row]).view(parameter.shape)
+    assert references[0][0].steps == 20
+    assert references[1][0].steps == 15
+    for parameter, row in zip(parameters, references, strict=True):
+        expected = torch.tensor([reference.value for reference in row]).view(parameter.shape)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=str)
-@pytest.mark.parametrize("saves", [OnePass, Kernels])
-@pytest.mark.parametrize("loads", [OnePass, Kernels])
+@pytest.mark.parametrize("saves", [OnePassOptimizer, TorchOptimizer])
+@pytest.mark.parametrize("loads", [OnePassOptimizer, TorchOptimizer])
 def test_steps_of_each_parameter_are_saved(settings, saves, loads):
-    """Also of one that has had no gradient yet."""
+    """Also of a parameter that has had no gradient yet."""
     rate, generator = torch.tensor(0.01), torch.Generator().manual_seed(2)
     parameters, copies, _ = make(settings, saves, rate)
     unused = torch.nn.Parameter(torch.ones(2))
@@ -162,7 +162,7 @@ def test_steps_of_each_parameter_are_saved(settings, saves, loads):
         other.data.copy_(parameter.data)
     other_unused = torch.nn.Parameter(torch.ones(2))
     second = loads(settings, [*others, other_unused], [*other_copies, other_unused], rate)
-    second.restore([{name: value.clone() for name, value in row.items()} for row in first.state()])
+    second.load_state([{name: value.clone() for name, value in row.items()} for row in first.state()])
     if settings.name == "adam":
         for optimizer in (first, second):
             assert [int(row["step"]) if row else 0 for row in optimizer.state()] == [3, 1, 0]
@@ -173,23 +173,23 @@ def test_steps_of_each_parameter_are_saved(settings, saves, loads):
     assert torch.equal(other_unused.detach(), torch.ones(2))
 
 
-def test_one_count_for_all_parameters_can_be_restored():
-    """As files of before hold it: what had no gradient was counted, too."""
+def test_one_count_for_all_parameters_can_be_loaded():
+    """As in older files, which also counted steps without a gradient."""
     rate = torch.tensor(0.1)
-    (parameter, other), _, optimizer = make(Settings("adam", 1e-8), OnePass, rate)
+    (parameter, other), _, optimizer = make(OptimizerSettings("adam", 1e-8), OnePassOptimizer, rate)
     zeros = [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in (parameter, other)]
-    optimizer.restore([{**row, "step": torch.tensor(7.0)} for row in zeros])
+    optimizer.load_state([{**row, "step": torch.tensor(7.0)} for row in zeros])
     assert [int(row["step"]) for row in optimizer.state()] == [7, 7]
 
 
-@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("kind", [OnePassOptimizer, TorchOptimizer])
 @pytest.mark.parametrize("max_norm", [math.inf, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_gradients_that_are_not_finite_spoil_the_same_everywhere(kind, max_norm, bad):
-    """Clipping by a norm that is not finite reaches all parameters; without clipping each keeps its own."""
+def test_gradients_that_are_not_finite_have_the_same_effect_in_both(kind, max_norm, bad):
+    """Clipping by a norm of NaN changes all parameters; without clipping, NaN stays in its parameter."""
     one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     one.grad, other.grad = torch.tensor([bad, 1.0]), torch.ones(2)
-    kind(Settings("adam", 1e-8), [one, other], [one, other], torch.tensor(0.1)).step(max_norm)
+    kind(OptimizerSettings("adam", 1e-8), [one, other], [one, other], torch.tensor(0.1)).step(max_norm)
     assert torch.isnan(one[0])
     spoiled = max_norm < math.inf and math.isnan(bad)
     assert torch.isnan(other).all() == spoiled
@@ -198,21 +198,21 @@ def test_gradients_that_are_not_finite_spoil_the_same_everywhere(kind, max_norm,
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=str)
-def test_one_goes_on_where_the_other_stopped(settings):
+def test_each_goes_on_from_the_state_of_the_other(settings):
     """The state has the same names and meanings on every device."""
     rate = torch.tensor(0.01)
-    parameters, copies, first = make(settings, OnePass, rate)
+    parameters, copies, first = make(settings, OnePassOptimizer, rate)
     generator = torch.Generator().manual_seed(3)
     for _ in range(3):
         set_grads(copies, generator)
         first.step(math.inf)
     state = [{name: value.clone() for name, value in tensors.items()} for tensors in first.state()]
     results = []
-    for kind in (OnePass, Kernels):
+    for kind in (OnePassOptimizer, TorchOptimizer):
         others, _, second = make(settings, kind, rate)
         for other, parameter in zip(others, parameters, strict=True):
             other.data.copy_(parameter.data)
-        second.restore(state)
+        second.load_state(state)
         generator = torch.Generator().manual_seed(4)
         for _ in range(3):
             set_grads(others, generator)
@@ -229,10 +229,10 @@ def test_one_goes_on_where_the_other_stopped(settings):
 
 @pytest.mark.parametrize("settings", METHODS, ids=str)
 @pytest.mark.parametrize("taken", [0, 3])
-@pytest.mark.parametrize("saves", [OnePass, Kernels])
-@pytest.mark.parametrize("loads", [OnePass, Kernels])
-def test_what_is_restored_is_saved_again_and_goes_on(settings, taken, saves, loads):
-    """Also before the first step, when there may be nothing yet."""
+@pytest.mark.parametrize("saves", [OnePassOptimizer, TorchOptimizer])
+@pytest.mark.parametrize("loads", [OnePassOptimizer, TorchOptimizer])
+def test_a_loaded_state_is_returned_again_and_goes_on(settings, taken, saves, loads):
+    """Also before the first step, when there may be no state yet."""
     rate = torch.tensor(0.1)
     parameters, _, first = make(settings, saves, rate)
     generator = torch.Generator().manual_seed(4)
@@ -240,7 +240,7 @@ def test_what_is_restored_is_saved_again_and_goes_on(settings, taken, saves, loa
         set_grads(parameters, generator)
         first.step(math.inf)
     copies, _, second = make(settings, loads, rate)
-    second.restore([{name: value.clone() for name, value in row.items()} for row in first.state()])
+    second.load_state([{name: value.clone() for name, value in row.items()} for row in first.state()])
     if taken:
         for ours, theirs in zip(second.state(), first.state(), strict=True):
             for name in (ours.keys() | theirs.keys()) - {"step"}:
@@ -265,8 +265,8 @@ def test_the_mean_over_a_batch_with_a_scaled_epsilon_is_the_sum_of_the_paper():
     assert not torch.equal(ours.detach(), torch.ones(6))
 
 
-def test_pytorch_has_another():
-    """The reason why there is one of our own: far from each other where gradients are small."""
+def test_rmsprop_differs_from_pytorchs():
+    """This is why pydqn has its own: with small gradients the two are far apart."""
     ours, theirs = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     for parameter in (ours, theirs):
         parameter.grad = torch.full((1,), 1e-3)
@@ -276,9 +276,10 @@ def test_pytorch_has_another():
     assert abs(theirs.item() / ours.item()) > 5
 
 
-def test_a_gradient_may_lie_in_another_layout():
+def test_a_gradient_may_have_another_layout():
     rate = torch.tensor(0.01)
-    (one, _, first), (two, _, second) = (make(Settings("adam", 1e-8), OnePass, rate) for _ in range(2))
+    settings = OptimizerSettings("adam", 1e-8)
+    (one, _, first), (two, _, second) = (make(settings, OnePassOptimizer, rate) for _ in range(2))
     set_grads(one, torch.Generator().manual_seed(0))
     for ours, theirs in zip(one, two, strict=True):
         theirs.grad = ours.grad.contiguous()
@@ -287,12 +288,12 @@ def test_a_gradient_may_lie_in_another_layout():
     assert all(map(torch.equal, one, two))
 
 
-@pytest.mark.parametrize("kind", [OnePass, Kernels])
+@pytest.mark.parametrize("kind", [OnePassOptimizer, TorchOptimizer])
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "rmsprop_tf"])
 def test_parameters_without_a_gradient_stay(name, kind):
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     used.grad = torch.ones(2)
-    kind(Settings(name, 1e-6), [used, unused], [used, unused], torch.tensor(0.1)).step(math.inf)
+    kind(OptimizerSettings(name, 1e-6), [used, unused], [used, unused], torch.tensor(0.1)).step(math.inf)
     assert torch.equal(unused.detach(), torch.ones(2))
     assert not torch.equal(used.detach(), torch.ones(2))
 
@@ -300,4 +301,4 @@ def test_parameters_without_a_gradient_stay(name, kind):
 def test_parameters_are_float32():
     parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="^network: expected float32"):
-        make_optimizer(Settings("adam", 1e-6), [parameter], [parameter], torch.tensor(0.1))
+        make_optimizer(OptimizerSettings("adam", 1e-6), [parameter], [parameter], torch.tensor(0.1))

@@ -13,7 +13,7 @@ def definition(images, dtype):
 
 
 def layouts(channels):
-    """All values in all places: apart in memory, overlapping, whole, and with rows that are not contiguous."""
+    """Yield all values in several layouts: apart in memory, overlapping, contiguous, and with strided rows."""
     images = torch.randint(0, 256, (5, 12, 9, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
     yield images[:, :channels]
@@ -34,7 +34,7 @@ def test_against_the_definition(channels, dtype):
         assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_result_is_memory_of_its_own():
+def test_results_do_not_share_memory():
     images = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
     first, second = (to_channels_last(images, torch.float32) for _ in range(2))
     first += 1
@@ -61,7 +61,7 @@ DTYPES = [
 @pytest.mark.parametrize("shape", [(84, 84), (3,), (1,), (2, 3), (5, 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_looked_up_bit_for_bit(dtype, shape):
-    """Also NaN's bits; in the widest words that a row is a whole number of."""
+    """Also the bits of NaN; in the widest words that a row consists of."""
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 256, (20, int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype=np.uint8)
     array = (bits & 1 if dtype == "bool" else bits).view(dtype).reshape(20, *shape)
@@ -77,7 +77,7 @@ def test_rows_are_looked_up_bit_for_bit(dtype, shape):
     assert look_up(frames, rows[:0]).shape == (0, 4, *shape)
 
 
-def test_frames_that_begin_anywhere_in_memory_are_looked_up_too():
+def test_frames_with_any_alignment_are_looked_up():
     memory = torch.arange(1000, dtype=torch.int64).to(torch.uint8)
     rows = torch.tensor([[3, 0], [9, 9]], dtype=torch.int32)
     for start, size in ((1, 8), (2, 8), (4, 8), (8, 8), (3, 5)):

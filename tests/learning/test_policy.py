@@ -1,4 +1,4 @@
-"""Acting: devices, precision, exploration, and the values of fixed numbers of environments."""
+"""Acting: devices, precision, exploration, and actors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pydqn import FrameReplay
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, Policy, resolve_device, resolve_precision
 from pydqn.replay.device import DeviceReplay
-from tests.learning.test_learner import CPU, make, needs_cuda
+from tests.helpers.learners import CPU, make, needs_cuda
 
 
-def test_every_lane_tosses_its_own_coin():
+def test_environments_explore_independently():
     learner, _, _ = make()
     obs = np.random.default_rng(0).integers(0, 255, (64, 4, 84, 84), dtype=np.uint8)
     policy = learner.policy
@@ -28,7 +28,7 @@ def test_every_lane_tosses_its_own_coin():
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps", "", "cuda:x"])
-def test_devices_that_are_not_there(name):
+def test_devices_that_do_not_exist(name):
     with pytest.raises(ValueError, match="^device: "):
         resolve_device(name)
 
@@ -36,35 +36,35 @@ def test_devices_that_are_not_there(name):
 def test_precision():
     assert resolve_precision("float32", CPU) == torch.float32
     assert resolve_precision("bfloat16", CPU) == torch.bfloat16
-    with mock.patch("pydqn.learning.policy._bfloat16_pays", return_value=True):
+    with mock.patch("pydqn.learning.policy._bfloat16_is_faster", return_value=True):
         assert resolve_precision("auto", CPU) == torch.bfloat16
         assert resolve_precision("auto", torch.device("cuda")) == torch.float32
-    with mock.patch("pydqn.learning.policy._bfloat16_pays", return_value=False):
+    with mock.patch("pydqn.learning.policy._bfloat16_is_faster", return_value=False):
         assert resolve_precision("auto", CPU) == torch.float32
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_cuda)])
 def test_an_actor_gives_the_values_of_its_policy(device):
-    """Of observations and of rows, while the network learns."""
+    """From observations and from row numbers, while the network learns."""
     learner, replay, _ = make(device)
-    there = DeviceReplay(60, num_envs=3, device=device)
-    here = FrameReplay(60, num_envs=3)
-    actor = Actor(learner.policy, here.empty_batch(3).obs)
-    looking_up = Actor(learner.policy, there.empty_batch(3).obs, there.frames)
+    on_device = DeviceReplay(60, num_envs=3, device=device)
+    on_host = FrameReplay(60, num_envs=3)
+    actor = Actor(learner.policy, on_host.empty_batch(3).obs)
+    actor_of_rows = Actor(learner.policy, on_device.empty_batch(3).obs, on_device.frames)
     generator = np.random.default_rng(0)
     for time_step in range(30):
         frame = generator.integers(0, 255, (3, 84, 84), dtype=np.uint8)
-        for memory in (here, there):
-            memory.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [time_step == 0] * 3)
-        values = learner.policy.values(here.latest())
+        for buffer in (on_host, on_device):
+            buffer.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [time_step == 0] * 3)
+        values = learner.policy.values(on_host.latest())
         assert values.shape == (3, 6)
-        np.testing.assert_allclose(actor.values(here.latest()), values, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(looking_up.values(there.latest()), values, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(actor.values(on_host.latest()), values, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(actor_of_rows.values(on_device.latest()), values, rtol=1e-3, atol=1e-5)
         learner.update(replay.sample(32))
 
 
-def test_a_policy_acts_alone():
+def test_a_policy_needs_no_learner():
     network = make_network("mlp", 1, (4,), 2, hidden_units=(8,))
     values = Policy(network, CPU).values(np.zeros((3, 1, 4), np.float32))
     assert values.shape == (3, 2)
@@ -72,7 +72,7 @@ def test_a_policy_acts_alone():
 
 
 def test_any_parameters_will_do():
-    """Volumes are not images, and a parameter may lie in memory in any order."""
+    """Also those of 3D convolutions, and in any memory layout."""
 
     class Odd(nn.Module):
         def __init__(self):

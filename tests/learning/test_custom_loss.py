@@ -1,4 +1,4 @@
-"""The learner around a network and a loss of one's own."""
+"""The learner with a custom network and a custom loss."""
 
 from __future__ import annotations
 
@@ -15,16 +15,29 @@ import pytest
 import torch
 from torch import nn
 
-from pydqn import Config, FrameReplay, Learner
+from pydqn import FrameReplay, Learner, LearnerSettings
 from pydqn._util.weights import load_weights, save_weights
-from pydqn.learning import learner as learner_room
+from pydqn.learning import learner as learner_module
 from pydqn.learning.losses import huber
 from pydqn.learning.networks import make_network
-from pydqn.learning.optimizers import Kernels
+from pydqn.learning.optimizers import TorchOptimizer
 from pydqn.replay.device import DeviceReplay
-from tests.learning.test_learner import CPU, Replayed, assert_equal_learners, needs_cuda
-
-SIZE, ACTIONS, ATOMS, LOW, HIGH = 16, 3, 11, -3.0, 3.0
+from tests.helpers.learners import (
+    ACTIONS,
+    ATOMS,
+    CPU,
+    HIGH,
+    LOW,
+    SIZE,
+    Distribution,
+    assert_equal_learners,
+    copied,
+    fill,
+    needs_cuda,
+    of_distributions,
+    replay_on_the_cpu,
+)
+from tests.helpers.learners import make_custom as make
 
 
 @pytest.fixture(autouse=True)
@@ -35,40 +48,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-class Distribution(nn.Module):
-    """(B, 2, 5) observations to (B, ACTIONS, ATOMS) logits; with batch normalization, and noise where that is asked."""
-
-    def __init__(self, noise=0.0):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.norm = nn.Linear(10, 24), nn.BatchNorm1d(24)
-        self.last = nn.Linear(24, ACTIONS * ATOMS)
-        self.unused = nn.Parameter(torch.ones(2))
-        self.size = noise
-        self.register_buffer("support", torch.linspace(LOW, HIGH, ATOMS))
-        self.register_buffer("noise", torch.zeros(24))
-
-    def forward(self, obs):
-        x = torch.relu(self.norm(self.first(obs.flatten(1))))
-        if self.size:
-            x = x * (1 + self.size * self.noise.normal_())
-        return self.last(x).float().unflatten(1, (ACTIONS, ATOMS))
-
-
-def of_distributions(online, target, batch):
-    """Categorical DQN: cross entropy with the target's distribution, projected all at once (Bellemare et al. 2017)."""
-    rows = torch.arange(len(batch.action), device=batch.action.device)
-    with torch.no_grad():
-        p_t = target(batch.next_obs).softmax(2)
-        p_t = p_t[rows, (p_t * online.support).sum(2).argmax(1)]
-        z = (batch.reward[:, None] + batch.discount[:, None] * online.support).clamp(LOW, HIGH)
-        near = (z[:, None, :] - online.support[None, :, None]).abs() * ((ATOMS - 1) / (HIGH - LOW))
-        goal = ((1 - near).clamp(min=0) * p_t[:, None, :]).sum(2)
-    return -(goal * online(batch.obs)[rows, batch.action].log_softmax(1)).sum(1)
-
-
 def of_td_errors(online, target, batch, *, double=False, kind="huber_loss"):
-    """What the learner has built in, as one would write it."""
+    """The built-in loss as a custom loss."""
     q = online(batch.obs).gather(1, batch.action[:, None])[:, 0]
     with torch.no_grad():
         q_t = target(batch.next_obs)
@@ -77,24 +58,8 @@ def of_td_errors(online, target, batch, *, double=False, kind="huber_loss"):
     return getattr(nn.functional, kind)(q, goal, reduction="none")
 
 
-def fill(replay, shape):
-    generator = np.random.default_rng(0)
-    for time_step in range(200):
-        frame = generator.normal(size=(1, *shape)) if len(shape) == 1 else generator.integers(0, 255, (1, *shape))
-        frame, reward = frame.astype(replay.dtype), float(generator.normal())
-        replay.append(frame, [time_step % ACTIONS], [reward], [time_step % 50 == 49], [False], [time_step % 50 == 0])
-    return replay
-
-
-def make(loss=of_distributions, at_once=1, device=CPU, capture=None, network=None, **settings):
-    settings = {"batch_size": SIZE, "target_update_period": 7, "learning_rate": 1e-3, **settings}
-    replay = fill(FrameReplay(300, (5,), stack=2, n_step=3, dtype="float32", prioritized=True), (5,))
-    example = replay.empty_batch(at_once * SIZE)
-    return Learner(network or Distribution(), Config(**settings), device, example, capture, loss=loss), replay
-
-
 def train(learner, replay, updates):
-    """Transitions get priorities of their own, so that importance weights differ."""
+    """Take updates with different priorities, so that importance weights differ."""
     for _ in range(updates):
         batch = replay.sample(SIZE)
         learner.update(batch)
@@ -111,33 +76,35 @@ def train(learner, replay, updates):
         {"double": True, "loss": "mse", "optimizer": "rmsprop_tf", "max_grad_norm": 0.0},
     ],
 )
-def test_the_built_in_loss_by_hand_is_the_built_in_loss(variant, storage):
-    """Pixels that are prepared, n-step discounts, importance weights, rows in place of observations."""
+def test_the_built_in_loss_as_a_custom_loss_gives_the_same(variant, storage):
+    """With prepared pixels, n-step discounts, importance weights, row numbers in place of observations."""
     kind = {"host": FrameReplay, "device": functools.partial(DeviceReplay, device="cpu")}[storage]
-    config = Config(batch_size=SIZE, target_update_period=7, precision="float32", **variant)
-    by_hand = functools.partial(of_td_errors, double=config.double, kind=f"{config.loss}_loss")
+    settings = LearnerSettings(batch_size=SIZE, target_update_period=7, precision="float32", **variant)
+    custom_loss = functools.partial(of_td_errors, double=settings.double, kind=f"{settings.loss}_loss")
     learners = []
-    for loss in (None, by_hand):
+    for loss in (None, custom_loss):
         replay = fill(kind(300, (40, 40), n_step=3, prioritized=True, seed=1), (40, 40))
         network = make_network("small", 4, (40, 40), ACTIONS, hidden_units=(32,), dueling=True)
         frames = getattr(replay, "frames", None)
-        learners.append(Learner(network, config, CPU, replay.empty_batch(SIZE), frames=frames, loss=loss))
+        learners.append(Learner(network, settings, CPU, replay.empty_batch(SIZE), frames=frames, loss=loss))
         train(learners[-1], replay, 30)
-    built_in, own = learners
-    assert_equal_learners(built_in, own, rtol=1e-3, atol=2e-5)  # 30 updates moved them by up to 3e-3
-    assert own.updates == built_in.updates == 30
-    size = torch.from_numpy(built_in.errors())
-    np.testing.assert_allclose(own.errors(), huber(size) if config.loss == "huber" else size**2, rtol=1e-2, atol=1e-4)
-    ours, theirs = own.metrics(), built_in.metrics()
+    built_in, custom = learners
+    assert_equal_learners(built_in, custom, rtol=1e-3, atol=2e-5)  # 30 updates changed them by up to 3e-3
+    assert custom.updates == built_in.updates == 30
+    error = torch.from_numpy(built_in.td_errors())
+    expected = huber(error) if settings.loss == "huber" else error**2
+    np.testing.assert_allclose(custom.td_errors(), expected, rtol=1e-2, atol=1e-4)
+    ours, theirs = custom.statistics(), built_in.statistics()
     np.testing.assert_allclose([ours.loss, ours.grad_norm], [theirs.loss, theirs.grad_norm], rtol=1e-2)
-    np.testing.assert_allclose(own.samples()[0], built_in.samples()[0], rtol=1e-2, atol=1e-4)
+    losses, expected = ours.samples["loss_per_sample"], theirs.samples["loss_per_sample"]
+    np.testing.assert_allclose(losses, expected, rtol=1e-2, atol=1e-4)
 
 
 def project(p, z):
     """The projection of one distribution, atom by atom, as in algorithm 1 of Bellemare et al. 2017."""
     out, step = np.zeros(ATOMS), (HIGH - LOW) / (ATOMS - 1)
-    for share, place in zip(p, np.clip(z, LOW, HIGH), strict=True):
-        b = (place - LOW) / step
+    for share, value in zip(p, np.clip(z, LOW, HIGH), strict=True):
+        b = (value - LOW) / step
         below, above = math.floor(b), math.ceil(b)
         out[below] += share * (above - b if above > below else 1.0)
         out[above] += share * (b - below)
@@ -147,7 +114,7 @@ def project(p, z):
 def test_a_distribution_is_learned_as_in_a_plain_loop():
     learner, replay = make(max_grad_norm=0.1)
     online, target = copy.deepcopy(learner.online), copy.deepcopy(learner.target)
-    optimizer = torch.optim.Adam(online.parameters(), lr=1e-3, eps=Config().optimizer_epsilon)
+    optimizer = torch.optim.Adam(online.parameters(), lr=1e-3, eps=LearnerSettings().optimizer_epsilon)
     norms = []
     for update in range(1, 41):
         batch = replay.sample(SIZE)
@@ -167,10 +134,11 @@ def test_a_distribution_is_learned_as_in_a_plain_loop():
         if update % 7 == 0:
             target.load_state_dict(online.state_dict())
         learner.update(batch)
-        np.testing.assert_allclose(learner.errors(), losses.detach(), rtol=1e-4)
-        np.testing.assert_array_equal(learner.samples()[0], learner.errors())
-        assert learner.metrics().loss == pytest.approx(loss.item(), rel=1e-4)
-        assert learner.metrics().grad_norm == pytest.approx(norms[-1], rel=1e-3)
+        np.testing.assert_allclose(learner.td_errors(), losses.detach(), rtol=1e-4)
+        statistics = learner.statistics()
+        np.testing.assert_array_equal(statistics.samples["loss_per_sample"], learner.td_errors())
+        assert statistics.loss == pytest.approx(loss.item(), rel=1e-4)
+        assert statistics.grad_norm == pytest.approx(norms[-1], rel=1e-3)
         replay.update_priorities(batch.index, 0.5 + batch.index % 7)
     assert min(norms) > 0.1  # all were clipped
     assert batch.weight.min() < 0.9
@@ -185,7 +153,7 @@ def joined(batches):
 
 
 def soft(online, target, batch):
-    """A target that also follows by itself."""
+    """A loss that also changes the target network itself."""
     losses = of_distributions(online, target, batch)
     with torch.no_grad():
         torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 0.01)
@@ -193,7 +161,7 @@ def soft(online, target, batch):
 
 
 def test_several_steps_at_once_are_the_same_steps():
-    """With copies to the target in between, and noise that is new at every step."""
+    """With target network updates in between, and new noise in every step."""
     found = []
     for at_once in (1, 4):
         learner, replay = make(soft, at_once, network=Distribution(noise=0.3))
@@ -202,7 +170,7 @@ def test_several_steps_at_once_are_the_same_steps():
         errors, noises = [], []
         for start in range(0, 24, at_once):
             learner.update(joined(batches[start : start + at_once]))
-            errors.extend(learner.errors())
+            errors.extend(learner.td_errors())
             noises.append(learner.online.noise.tolist())
         assert len(np.unique(noises, axis=0)) == len(noises)
         found.append((learner, errors))
@@ -210,7 +178,7 @@ def test_several_steps_at_once_are_the_same_steps():
     assert plain.updates == several.updates == 24
     np.testing.assert_array_equal(one_by_one, at_once)
     assert_equal_learners(plain, several, rtol=0, atol=0)
-    np.testing.assert_equal(plain.metrics(), several.metrics())
+    np.testing.assert_equal(plain.statistics(), several.statistics())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -219,48 +187,45 @@ def test_a_restored_learner_goes_on_as_the_saved_one(tmp_path, optimizer, precis
     settings = {"optimizer": optimizer, "precision": precision}
     saved, replay = make(**settings)
     train(saved, replay, 10)
-    save_weights(tmp_path / "state.safetensors", saved.state(), {})
-    tensors, _ = load_weights(tmp_path / "state.safetensors")
+    save_weights(tmp_path / "state.safetensors", saved.state_dict(), {})
     restored, _ = make(**settings)
-    restored.restore(tensors, saved.updates, saved.metrics())
-    np.testing.assert_equal(restored.metrics(), saved.metrics())
-    for errors, again in in_turns(saved, restored, replay, 6, at_once=1):  # the target moves again
+    restored.load_state_dict(load_weights(tmp_path / "state.safetensors")[0])
+    assert restored.updates == saved.updates == 10
+    for errors, again in in_turns(saved, restored, replay, 6, at_once=1):  # with a target network update
         np.testing.assert_array_equal(errors, again)
     assert_equal_learners(saved, restored, rtol=0, atol=0)
 
 
 def in_turns(one, other, replay, rounds, at_once=4):
-    """Train both on the same batches, the learning rate changing; `other` takes several at once."""
+    """Train both on the same batches with a changing learning rate; `other` takes several at once."""
     for number in range(rounds):
         batches, errors = [replay.sample(SIZE) for _ in range(at_once)], []
         for learner in (one, other):
             learner.learning_rate = 1e-3 * (1 + number % 3)
         for batch in batches:
             one.update(batch)
-            errors.extend(one.errors())
+            errors.extend(one.td_errors())
             replay.update_priorities(batch.index, 0.5 + batch.index % 7)
         other.update(joined(batches))
-        yield errors, other.errors()
+        yield errors, other.td_errors()
 
 
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_a_capture_does_changes_nothing(monkeypatch, precision, restored):
-    """Steps before the capture are undone: weights, running means, what the loss itself did to the target."""
-    monkeypatch.setattr(learner_room, "make_optimizer", Kernels)
+def test_preparing_a_capture_changes_nothing(monkeypatch, precision, restored):
+    """Warm-up steps are undone: weights, running means, and what the loss did to the target network."""
+    monkeypatch.setattr(learner_module, "make_optimizer", TorchOptimizer)
     eager, replay = make(soft, precision=precision)
-    monkeypatch.setattr(learner_room, "HostToDevice", functools.partial(learner_room.HostToDevice, packs=True))
-    monkeypatch.setattr(learner_room, "Graph", Replayed)
-    monkeypatch.setattr(learner_room, "warm_up", lambda function, stream: [function() for _ in range(3)])
+    replay_on_the_cpu(learner_module, monkeypatch)
     captured, _ = make(soft, 4, precision=precision)
     captured._stream = "a stream"
     if restored:
         train(eager, replay, 7)
-        captured.restore({name: value.clone() for name, value in eager.state().items()}, eager.updates)
+        captured.load_state_dict(copied(eager.state_dict()))
     for errors, at_once in in_turns(eager, captured, replay, 12):
         np.testing.assert_array_equal(errors, at_once)
         assert_equal_learners(eager, captured, rtol=0, atol=0)
-    np.testing.assert_equal(eager.metrics(), captured.metrics())
+    np.testing.assert_equal(eager.statistics(), captured.statistics())
     assert sorted(captured._graphs) == [(0, 1), (0, 4), (1, 1), (2, 1), (3, 1)]
 
 
@@ -280,8 +245,8 @@ def test_noise_is_new_at_each_replay():
     assert len(np.unique(noises, axis=0)) == 8
 
 
-def test_the_precision_is_float32_or_what_was_asked_for():
-    """Whatever `auto` finds for networks of our own. Under autocast, no cast of a weight is remembered."""
+def test_the_precision_auto_is_float32():
+    """On every processor. Under autocast, no cast of a weight is remembered."""
     found, kinds = {}, []
 
     def watched(online, target, batch):
@@ -294,51 +259,49 @@ def test_the_precision_is_float32_or_what_was_asked_for():
     assert kinds == [(False, False, torch.float32)] * 20 + [(True, False, torch.bfloat16)] * 10
     assert torch.is_autocast_cache_enabled()
     assert_equal_learners(found["auto"], found["float32"], rtol=0, atol=0)
-    np.testing.assert_allclose(found["bfloat16"].metrics().loss, found["float32"].metrics().loss, rtol=0.05)
+    np.testing.assert_allclose(found["bfloat16"].statistics().loss, found["float32"].statistics().loss, rtol=0.05)
     rough = found["bfloat16"].online.parameters()
     for (name, before), after in zip(Distribution().named_parameters(), rough, strict=True):
         assert (name == "unused") == torch.equal(before, after)
 
 
 def test_weights_scale_the_gradient_and_nothing_else():
-    (learner, replay), (twin, _) = make(), make()
+    (learner, replay), (other, _) = make(), make()
     batch = replay.sample(SIZE)
     learner.update(batch._replace(weight=np.zeros(SIZE, np.float32)))
-    twin.update(batch)
-    assert learner.metrics().loss == learner.metrics().grad_norm == 0
-    assert twin.metrics().grad_norm > 0
-    np.testing.assert_array_equal(learner.errors(), twin.errors())
-    assert learner.errors().min() > 0
+    other.update(batch)
+    assert learner.statistics().loss == learner.statistics().grad_norm == 0
+    assert other.statistics().grad_norm > 0
+    np.testing.assert_array_equal(learner.td_errors(), other.td_errors())
+    assert learner.td_errors().min() > 0
 
 
-def test_what_only_the_loss_knows_is_not_a_number():
+def test_a_custom_loss_has_no_statistics_of_action_values():
     learner, replay = make()
-    assert all(map(math.isnan, learner.metrics()))
-    assert learner.errors().shape == learner.samples()[0].shape == (0,)
     learner.update(replay.sample(SIZE))
-    metrics = learner.metrics()
-    assert list(map(math.isnan, metrics)) == [False, True, False, True]  # the loss, and the gradient's norm
-    losses, values = learner.samples()
-    assert values.shape == (0, 0)
-    np.testing.assert_array_equal(losses, learner.errors())
-    said = learner.diagnosis()
-    assert re.match(r"the loss of update 1 is \d[\d.]*, the gradient's norm \d[\d.]*, rewards lie from -", said)
+    loss, mean_q, max_q, grad_norm, samples = learner.statistics()
+    assert [*map(math.isnan, (loss, mean_q, max_q, grad_norm))] == [False, True, True, False]
+    assert samples.keys() == {"loss_per_sample"}
+    np.testing.assert_array_equal(samples["loss_per_sample"], learner.td_errors())
+    message = learner.diagnosis()
+    assert re.match(r"the loss of update 1 is \d[\d.]*, the gradient's norm \d[\d.]*, rewards lie from -", message)
     learner.update(replay.sample(SIZE))
-    assert not np.array_equal(losses, learner.samples()[0])
+    assert not np.array_equal(samples["loss_per_sample"], learner.statistics().samples["loss_per_sample"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_losses_may_have_any_precision(dtype):
     learner, replay = make(lambda *these: of_distributions(*these).to(dtype))
-    twin, _ = make()
-    for errors, expected in in_turns(learner, twin, replay, 3, at_once=1):
+    exact, _ = make()
+    for errors, expected in in_turns(learner, exact, replay, 3, at_once=1):
         np.testing.assert_allclose(errors, expected, rtol=0.02)
-    assert learner.errors().dtype == learner.samples()[0].dtype == np.float32
-    assert learner.metrics().loss == pytest.approx(twin.metrics().loss, rel=0.02)
+    statistics = learner.statistics()
+    assert learner.td_errors().dtype == statistics.samples["loss_per_sample"].dtype == np.float32
+    assert statistics.loss == pytest.approx(exact.statistics().loss, rel=0.02)
 
 
-def test_errors_are_of_before_the_step():
-    """Also where the losses are a view of a parameter, which the step changes."""
+def test_losses_are_those_before_the_step():
+    """Also if they are a view of a parameter, which the step changes."""
 
     class Same(nn.Module):
         def __init__(self):
@@ -348,7 +311,7 @@ def test_errors_are_of_before_the_step():
     learner, replay = make(lambda online, target, batch: online.level.expand(SIZE), network=Same())
     learner.update(replay.sample(SIZE))
     assert learner.online.level.item() < 2
-    assert set(learner.errors()) == set(learner.samples()[0]) == {2.0}
+    assert set(learner.td_errors()) == set(learner.statistics().samples["loss_per_sample"]) == {2.0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""`LearnerSettings`: the part of a `Config` that defines the update."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from pydqn.config import Config
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What defines a learner's update. `Config` has the same fields and explains them.
+
+    Raises:
+        ValueError: a field has the wrong type or is out of range; the message names it.
+    """
+
+    batch_size: int = Config.batch_size
+    loss: str = Config.loss
+    double: bool = Config.double
+    max_grad_norm: float = Config.max_grad_norm
+    target_update_period: int = Config.target_update_period
+    precision: str = Config.precision
+    learning_rate: float = Config.learning_rate
+    optimizer: str = Config.optimizer
+    optimizer_epsilon: float = Config.optimizer_epsilon
+    rmsprop_decay: float = Config.rmsprop_decay
+    rmsprop_momentum: float = Config.rmsprop_momentum
+
+    def __post_init__(self) -> None:
+        # `Config` has the checks. Its replay buffer is made large enough for any batch.
+        checked = Config(**vars(self), replay_capacity_frames=2**53)
+        for name in vars(self):
+            object.__setattr__(self, name, getattr(checked, name))
+
+    @classmethod
+    def from_config(cls, config: Config) -> LearnerSettings:
+        """Return the learner's part of `config`."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
