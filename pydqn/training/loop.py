@@ -366,7 +366,8 @@ class Run(BaseRun):
         updates = torch.tensor(integer("updates", state["updates"], 0))
         self.learner.load_state_dict({"updates": updates, **checkpoint.tensors})
         numbers = state["statistics"] if "statistics" in state else dict(zip(_METRICS, state["metrics"], strict=True))
-        self._restored_statistics = Statistics(*(float(numbers[name]) for name in _STATISTICS), {})
+        loss, mean_q, max_q, grad_norm = (float(numbers[name]) for name in _STATISTICS)
+        self._restored_statistics = Statistics(loss, mean_q, max_q, grad_norm, {})
         if checkpoint.replay is None or not self.config.checkpoint_replay:  # the buffer has to be filled again
             self.count_updates_from(self.steps + self.config.learning_starts_steps)
             changed = "".join(f"{name} was {old}, is {new}; " for name, (old, new) in self._changed.items())
