@@ -1,4 +1,4 @@
-"""A thousand updates of the FrozenLake table with 20 test episodes after each: compiled, and step by step (a tenth)."""
+"""FrozenLake: updates of the table with 20 test episodes after each; 1,000 with the model, 100 step by step."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def bench_frozenlake(benchmark, kind, steps):
         else SteppedTask(envs, config, generators)
     )
     table = np.zeros((16, 4))
-    # A table that plays well: test episodes are as long as they get.
+    # A table that plays well, whose test episodes are long.
     task.learn(table, np.ones(20_000), Trials(0, 0, 0, np.inf))
     outcome = benchmark(task.learn, table, np.ones(steps), Trials(0, 1, 20, np.inf))
     assert outcome.steps == steps
     assert 0 <= outcome.test_mean <= 1
-    assert table[14].max() > 0.3  # beside the goal
+    assert table[14].max() > 0.3  # next to the goal

@@ -13,12 +13,12 @@ def bench_pong_160_steps(benchmark, tmp_path):
     config = preset("pong", learning_starts_steps=200, replay_capacity_frames=10_000, log_every_steps=200)
     with Run(config, tmp_path) as run:
         list(itertools.islice(run.reports(), 2))
-        steps, updates = run.steps, run.learner.updates
+        steps, updates = run.steps, run.updates
 
         def ten_steps():
             for _ in range(10):
                 run.step()
 
         benchmark(ten_steps)
-        done = (run.learner.updates - updates) * config.train_period_steps
+        done = (run.updates - updates) * config.train_period_steps
         assert abs((run.steps - steps) - done) < 32

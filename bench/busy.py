@@ -1,11 +1,11 @@
-"""What is left of a preset's updates beside other busy processes, and what bounded spinning costs on a quiet machine.
+"""A preset's updates per second beside other busy processes, and the cost of bounded spinning on a quiet machine.
 
     python bench/busy.py                     # about 4 minutes, on a machine that is otherwise quiet
-    python bench/busy.py --seconds 1 --rounds 1 --preset cartpole     # to see that it runs
+    python bench/busy.py --seconds 1 --rounds 1 --preset cartpole     # checks that it runs
 
-Three runs take turns, each in a process of its own: as `pydqn train` starts them (OpenMP's threads sleep soon when they
-wait), with `GOMP_SPINCOUNT` unset (they spin), and with one thread. Each is timed quiet, and beside one and two
-processes that do nothing but count.
+Three runs take turns, each in its own process: as `pydqn train` starts them (waiting OpenMP threads soon sleep), with
+`GOMP_SPINCOUNT` unset (waiting threads spin), and with one thread. Each is timed on the quiet machine, and beside one
+and two busy processes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main():
 
 
 def updates_per_second(preset_name, bounded, threads, seconds):
-    """Return a function that trains for some seconds and returns the rate of updates; the emulators go on meanwhile."""
+    """Return a function that trains for some seconds, with all that a step does, and returns updates per second."""
     if bounded:
         from pydqn._util.machine import bound_spinning
 
@@ -82,24 +82,24 @@ def updates_per_second(preset_name, bounded, threads, seconds):
     opened = warm_run(preset(preset_name, torch_threads=threads))
     run = opened.__enter__()
 
-    def rate(opened=opened):  # which stays open for as long as this function is there
+    def rate(opened=opened):  # keeps the run open
         run.step()
-        updates, started = run.learner.updates, time.perf_counter()
+        updates, started = run.updates, time.perf_counter()
         while time.perf_counter() - started < seconds:
             run.step()
-        return (run.learner.updates - updates) / (time.perf_counter() - started)
+        return (run.updates - updates) / (time.perf_counter() - started)
 
     return rate
 
 
 @contextmanager
 def busy_processes(count):
-    """Keep so many processes busy until the block ends."""
+    """Run `count` busy processes until the block ends."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=count_for_ever, daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
-    time.sleep(0.5 if processes else 0)  # until they count
+    time.sleep(0.5 if processes else 0)  # until they have started
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""How cost grows as work grows: environments, batch, ring, threads, runs side by side. Tables, a JSON file and an image.
+"""How speed scales: with environments, batch size, buffer size, threads and parallel runs. Prints tables.
 
-python bench/scaling.py -o bench/results/DATE-scaling.json --image docs/scaling.png    # about 6 minutes
+    python bench/scaling.py -o bench/results/DATE-scaling.json --image docs/scaling.png    # about 6 minutes
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pydqn._util.files import write_json
 from pydqn.runs.provenance import provenance
 from pydqn.training.benchmark import measure
 
-LANES = (1, 2, 4, 8, 16, 32, 64, 128)
+NUM_ENVS = (1, 2, 4, 8, 16, 32, 64, 128)
 BATCHES = (32, 64, 128, 256, 512)
-RINGS = (10_000, 100_000, 1_000_000, 2_000_000, 4_000_000)
+CAPACITIES = (10_000, 100_000, 1_000_000, 2_000_000, 4_000_000)
 FRAME = 84 * 84
 
 
@@ -46,31 +46,31 @@ def table(title, rows):
     return [{"setting": setting, **figures} for setting, figures in rows]
 
 
-def rings():
-    """Microseconds to sample 32 from full rings; those that do not fit into memory are left out."""
-    for size in RINGS:
+def buffers():
+    """Microseconds to sample 32 from full replay buffers; those that do not fit into memory are left out."""
+    for size in CAPACITIES:
         if size * FRAME > 0.8 * psutil.virtual_memory().available:
-            print(f"  (a ring of {size:,} frames is left out: {size * FRAME / 1e9:.0f} GB do not fit)")
+            print(f"  (a buffer of {size:,} frames is left out: {size * FRAME / 1e9:.0f} GB do not fit)")
             continue
-        memory = Pydqn(size)
+        buffer = Pydqn(size)
         for i in range(size + 1):
-            memory.add(i)
+            buffer.add(i)
         spent = []
         for _ in range(1500):
             started = time.perf_counter()
-            memory.sample()
+            buffer.sample()
             spent.append(time.perf_counter() - started)
-        yield size, {"us": float(np.median(spent)) * 1e6, "bytes/frame": memory.replay.nbytes / size}
-        del memory
+        yield size, {"us": float(np.median(spent)) * 1e6, "bytes/frame": buffer.replay.nbytes / size}
+        del buffer
 
 
 def loop(settings):
-    """Steps per second of the whole loop, in a process of its own."""
+    """Steps per second of the whole loop."""
     return stages(4.0, **settings)["whole"]
 
 
 def together(runs, threads):
-    """Let several runs go at once; steps per second of each."""
+    """Return the steps per second of each of several parallel runs."""
     settings = [{"seed": seed, "torch_threads": threads, "emulator_threads": threads} for seed in range(runs)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(runs, mp_context=context) as pool:
@@ -98,7 +98,7 @@ def draw(results, path):
         envs.plot(
             [row["setting"] for row in results["envs"]], [row[name] for row in results["envs"]], "o-", label=label
         )
-    envs.set(xscale="log", yscale="log", xlabel="envs", ylabel="steps per second", title="Envs")
+    envs.set(xscale="log", yscale="log", xlabel="environments", ylabel="steps per second", title="Environments")
     x = [row["setting"] for row in results["batch"]]
     batches.plot(x, [row["update"] for row in results["batch"]], "o-", label="updates")
     batches.plot(
@@ -106,18 +106,18 @@ def draw(results, path):
     )
     batches.set(xscale="log", yscale="log", xlabel="transitions per update", ylabel="per second", title="Batch")
     ring.plot(*column("ring", "us"), "o-", label="sample(32)")
-    ring.set(xscale="log", xlabel="frames in the ring", ylabel="microseconds", title="Ring", ylim=(0, None))
+    ring.set(xscale="log", xlabel="frames", ylabel="microseconds", title="Replay buffer", ylim=(0, None))
     names = [row["setting"].replace(", ", ",\n") for row in results["runs"]]
     totals, each = ([row[f"steps/s {kind}"] for row in results["runs"]] for kind in ("together", "each"))
     runs.bar(names, totals, color="C0", width=0.6, label="together")
     runs.bar(names, each, color="C1", width=0.3, label="each")
-    runs.set(ylabel="steps per second", title="Runs side by side")
+    runs.set(ylabel="steps per second", title="Parallel runs")
     for panel in panels.flat:
         panel.grid(alpha=0.3, axis="y" if panel is runs else "both")
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel, time_steps in ((envs, LANES), (batches, BATCHES)):
-        panel.set_xticks(time_steps, [str(time_step) for time_step in time_steps])
+    for panel, ticks in ((envs, NUM_ENVS), (batches, BATCHES)):
+        panel.set_xticks(ticks, list(map(str, ticks)))
         panel.minorticks_off()
     figure.savefig(path, dpi=110)
 
@@ -126,7 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", help="JSON file")
     parser.add_argument("--image", help=".png, .svg or .pdf")
-    parser.add_argument("--from-json", metavar="FILE", help="draw what was measured before")
+    parser.add_argument("--from-json", metavar="FILE", help="draw earlier results")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each stage (default: 1.5)")
     arguments = parser.parse_args()
     if arguments.from_json:
@@ -136,9 +136,9 @@ def main():
         several_threads = dict.fromkeys([(1, 1), (1, cores), (cores, 1), (cores, cores)])
         results = {
             "about": {"date": datetime.date.today().isoformat(), **provenance()},
-            "envs": table("envs", [(n, stages(arguments.seconds, num_envs=n)) for n in LANES]),
+            "envs": table("environments", [(n, stages(arguments.seconds, num_envs=n)) for n in NUM_ENVS]),
             "batch": table("batch", [(n, stages(arguments.seconds, batch_size=n)) for n in BATCHES]),
-            "ring": table(f"ring: sample({BATCH})", list(rings())),
+            "ring": table(f"replay buffer: sample({BATCH})", list(buffers())),
             "threads": table(
                 "threads of PyTorch, of the emulators",
                 [
@@ -148,7 +148,7 @@ def main():
             ),
         }
         torch.set_num_threads(cores)
-        results["runs"] = table("runs side by side", list(several()))
+        results["runs"] = table("parallel runs", list(several()))
     if arguments.output:
         write_json(arguments.output, results)
     if arguments.image:

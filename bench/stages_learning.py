@@ -17,12 +17,12 @@ from other_libraries import BATCH, MEMORIES
 from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
-from pydqn import Learner, preset
+from pydqn import Learner, LearnerSettings, preset
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import resolve_device, resolve_precision
 from pydqn.training.loop import Run
 
-# Nature's network and plain Q-learning, as the peers have them.
+# Nature's network and plain Q-learning, as in the other libraries.
 NATURE = {
     "prioritized": False,
     "network": "nature",
@@ -45,7 +45,7 @@ def default_network():
 
 
 def default_update(online):
-    """What one writes first: float32, NCHW, `torch.optim.Adam`."""
+    """Return a plain PyTorch update: float32, NCHW, `torch.optim.Adam`."""
     target = default_network()
     optimizer = torch.optim.Adam(online.parameters(), lr=1e-4)
 
@@ -64,11 +64,11 @@ def default_update(online):
 
 
 def update(quick):
-    """One update of 32, Nature's network. After 20 updates both have come to the same loss, within a tolerance."""
-    memory = MEMORIES["pydqn"][0](5_000)
+    """One update of 32, Nature's network. After 20 updates, both have the same loss within a tolerance."""
+    buffer = MEMORIES["pydqn"][0](5_000)
     for i in range(5_000):
-        memory.add(i)
-    out = memory.replay.empty_batch(BATCH)
+        buffer.add(i)
+    out = buffer.replay.empty_batch(BATCH)
     threads = torch.get_num_threads()
     for precision, tolerance in (("float32", 1e-4), ("auto", 0.05)):
         online, network = default_network(), make_network("nature", 4, (84, 84), 4)
@@ -76,20 +76,21 @@ def update(quick):
             for mine, other in zip(network.parameters(), online.parameters(), strict=True):
                 mine.copy_(other)
         config = preset("pong", precision=precision, target_update_period=0, **NATURE)
-        learner, theirs = Learner(network, config, resolve_device("cpu"), out), default_update(online)
+        settings = LearnerSettings.from_config(config)
+        learner, theirs = Learner(network, settings, resolve_device("cpu"), out), default_update(online)
         for _ in range(20):
-            batch = memory.replay.sample(BATCH, out)
+            batch = buffer.replay.sample(BATCH, out)
             learner.update(batch)
             expected = theirs(batch)
-        np.testing.assert_allclose(learner.metrics().loss, expected, rtol=tolerance, atol=tolerance / 10)
+        np.testing.assert_allclose(learner.statistics().loss, expected, rtol=tolerance, atol=tolerance / 10)
         dtype = learner.policy.computing.torso.convs[-1].weight.dtype
         kind = str(dtype).removeprefix("torch.")
         limit = UpdateLimit(default_network(), BATCH, dtype)
         for count in sorted({1, threads}, reverse=True):
             torch.set_num_threads(count)
             both = {
-                "pydqn": lambda learner=learner: learner.update(memory.replay.sample(BATCH, out)),
-                "eager": lambda theirs=theirs: theirs(memory.replay.sample(BATCH, out)),
+                "pydqn": lambda learner=learner: learner.update(buffer.replay.sample(BATCH, out)),
+                "eager": lambda theirs=theirs: theirs(buffer.replay.sample(BATCH, out)),
             }
             times = in_turns(both, 30 if quick else 80, 3)
             mine, value, least = times["pydqn"], times["eager"], limit.seconds()
@@ -118,11 +119,11 @@ def our_loop(envs, seconds):
     next(run.reports())
 
     def rate():
-        started, steps, updates = time.perf_counter(), run.steps, run.learner.updates
+        started, steps, updates = time.perf_counter(), run.steps, run.updates
         while time.perf_counter() - started < seconds:
             run.step()
         taken = time.perf_counter() - started
-        assert abs((run.steps - steps) / 4 - (run.learner.updates - updates)) <= envs, folder.name
+        assert abs((run.steps - steps) / 4 - (run.updates - updates)) <= envs, folder.name
         return (run.steps - steps) / taken
 
     return rate
@@ -167,7 +168,7 @@ def stable_baselines3(count, seconds):
 
 
 def arithmetic_alone(train_period_steps):
-    """Return a function that measures how many steps/s there would be if nothing but updates took time."""
+    """Return a function that measures the steps/s at which the updates' arithmetic alone would take all the time."""
     precision = resolve_precision("auto", resolve_device("cpu"))
     limit = UpdateLimit(default_network(), BATCH, precision)
     return lambda: train_period_steps / limit.seconds()
@@ -195,7 +196,7 @@ def loop(quick):
 
 
 def start(quick):
-    """`pydqn train pong` to its first steps and out again: the first time, and the median of the times after it."""
+    """Seconds of `pydqn train pong` with 8 steps: the first time, and the median of later times."""
     spent = []
     for _ in range(2 if quick else 4):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Timing in turns, and the table of ratios."""
+"""Interleaved timing, and the table of ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROWS = []
 
 
 def check_stages(parser, names, known):
-    """End with the parser's error if one of the names is not known."""
+    """Exit with the parser's error if one of the names is unknown."""
     unknown = sorted(set(names) - set(known))
     if unknown:
         parser.error(f"stages: expected some of {', '.join(known)}, got {unknown[0]!r}")
@@ -22,7 +22,7 @@ def head():
 
 
 def row(stage, ours, other, ratio, target=None, note=""):
-    """Print and keep one line. `target` is ("<=" or ">=", number), or None where the line only informs."""
+    """Print and keep one line. `target` is ("<=" or ">=", number), or None where there is none."""
     held = None if target is None else bool(ratio <= target[1] if target[0] == "<=" else ratio >= target[1])
     ROWS.append(
         {"stage": stage, "ours": ours, "other": other, "ratio": ratio, "target": target, "held": held, "note": note}
@@ -52,7 +52,7 @@ def in_turns(functions, rounds, calls):
 
 
 def rates_in_turns(players, rounds):
-    """Let functions that return a rate take turns; returns the median of each."""
+    """Call functions that return a rate in turns; returns the median of each."""
     rates = {name: [] for name in players}
     for _ in range(rounds):
         for name, play in players.items():
@@ -61,9 +61,9 @@ def rates_in_turns(players, rounds):
 
 
 class Elsewhere:
-    """A function in a process of its own, so that nobody's settings (of the allocator, say) reach the others.
+    """A function in its own process, so that process-wide settings (of the allocator, for example) do not interfere.
 
-    `make` returns the function there; both have to be importable.
+    `make(*arguments)` is called there and returns the function; it must be importable.
     """
 
     def __init__(self, make, *arguments):

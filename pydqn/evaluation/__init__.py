@@ -1,1 +1,1 @@
-"""Playing with trained weights: policies, episodes, scores."""
+"""Trained policies: loading them, playing episodes, evaluation under published protocols."""

@@ -1,4 +1,4 @@
-"""What a run's settings are made into: networks, the settings of replay buffers, and policies with trained weights."""
+"""Building what a config describes: networks, settings of replay buffers, and policies with trained weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = ("best", "last", "checkpoint")
 
 
 def network_for(config: Config, envs: Envs, seed: int = 0) -> QNetwork | Table:
-    """Build the network (or table) that `config` describes, for these environments' frames and actions."""
+    """Build the network (or table) of `config`, for the frames and actions of these environments."""
     if config.agent == "tabular":
         return Table(envs.frame_shape[0], envs.num_actions)
     return make_network(
@@ -40,7 +40,7 @@ def network_for(config: Config, envs: Envs, seed: int = 0) -> QNetwork | Table:
 
 
 def replay_settings(config: Config, envs: Envs) -> dict[str, Any]:
-    """Return what a replay buffer for these environments is made with, so that acting and learning find the same stacks."""
+    """Return the settings of a replay buffer for these environments; acting and learning use the same ones."""
     return {
         "frame_shape": envs.frame_shape,
         "stack": config.stack,
@@ -63,11 +63,11 @@ def load_policy(
     Args:
         run: folder of the run.
         config: its config.
-        envs: for the shapes of frames and actions.
-        weights: one of `WEIGHTS`; None for the best ones, or where the run was too short to have a best, its newest.
+        envs: environments with the shapes of its frames and actions.
+        weights: one of `WEIGHTS`; None for the best ones, or if the run has none yet, the newest.
 
     Returns:
-        The policy and what was written beside the weights.
+        The policy and the metadata of its weights.
 
     Raises:
         ValueError: there are no such weights, or they do not fit `config`.
@@ -78,7 +78,7 @@ def load_policy(
     last = _from_file(run, LAST_WEIGHTS) if weights in (None, "last") and best is None else None
     kept = None
     if weights in (None, "checkpoint") and best is None:
-        with suppress(*([Damaged] if last is not None else [])):  # then that will do
+        with suppress(*([Damaged] if last is not None else [])):  # `last` is enough then
             kept = _from_checkpoint(run)
     found = [candidate for candidate in (best, last, kept) if candidate is not None]
     if not found:
@@ -99,7 +99,7 @@ def _from_file(run: str | os.PathLike[str], name: Path) -> tuple[dict[str, torch
 
 
 def _from_checkpoint(run: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return what acts, of all that the latest checkpoint holds."""
+    """Return the weights of the online network in the latest checkpoint."""
     path = latest_checkpoint(run)
     if path is None:
         return None

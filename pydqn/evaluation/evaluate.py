@@ -1,14 +1,17 @@
-"""Evaluation: the returns of whole episodes, under a protocol."""
+"""Evaluation: the returns of whole episodes under a protocol."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pydqn._util.checks import integer
+from pydqn._util.files import append_line
 from pydqn.config import Config
 from pydqn.envs.base import Envs
 from pydqn.envs.ids import rom_of
@@ -18,17 +21,17 @@ from pydqn.evaluation.play import policy_steps
 from pydqn.evaluation.protocols import PROTOCOLS, under_protocol, warn_if_cut
 from pydqn.evaluation.scores import human_normalized
 from pydqn.learning.policy import Policy, torch_threads
-from pydqn.runs.layout import load_run
+from pydqn.runs.layout import SCORES, load_run
 
-_MOST_LANES = 16
+_MOST_ENVS = 16
 
 
 def evaluation_envs(config: Config, episodes: int, seed: int) -> Envs:
-    """Make the environments in which so many episodes are played under `config.evaluation_protocol`.
+    """Make environments to play `episodes` episodes in, under `config.evaluation_protocol`.
 
-    They are at most as many as the run has: of some simulators no more can exist. (Of Atari's emulators they can.)
+    There are at most as many as the run has, since some simulators allow no more; this limit is not for Atari.
     """
-    most = _MOST_LANES if rom_of(config.env_id) is not None else min(config.num_envs, _MOST_LANES)
+    most = _MOST_ENVS if rom_of(config.env_id) is not None else min(config.num_envs, _MOST_ENVS)
     return make_envs(under_protocol(config), min(episodes, most), seed)
 
 
@@ -45,12 +48,12 @@ def evaluate_policy(
     Every environment plays a fixed share of the episodes, so that short episodes are not preferred.
 
     Args:
-        config: of the run.
-        policy: what plays.
-        episodes: whole episodes.
-        seed: of the environments and of exploration.
-        stop: once it returns True, the returns of episodes that have ended so far are returned.
-        envs: `evaluation_envs` of these arguments, which stay open; None to make some and release them.
+        config: the run's config.
+        policy: the policy that plays.
+        episodes: how many episodes to play.
+        seed: seed of the environments and of exploration.
+        stop: called after every step; once it returns True, evaluation ends with the returns so far.
+        envs: `evaluation_envs` of these arguments, which stay open; None to make them and close them.
     """
     if envs is None:
         envs = evaluation_envs(config, episodes, seed)
@@ -74,16 +77,16 @@ def evaluate_policy(
 
 
 class Score(NamedTuple):
-    """What an evaluation came to, with all that it depends on."""
+    """The result of an evaluation, and the settings that it depends on."""
 
     env_id: str
     protocol: str
-    settings: dict[str, Any]  # what a protocol fixes, or as the run's own config has it; how many environments played
+    settings: dict[str, Any]  # those that protocols fix, and the number of environments
     seed: int
-    trained_steps: int  # how long the weights had been trained
+    trained_steps: int  # for how many steps the weights had been trained
     returns: list[float]  # true returns of whole episodes
     mean_return: float
-    human_normalized_percent: float | None  # where the episode is among those of Mnih et al. 2015
+    human_normalized_percent: float | None  # for the games of Mnih et al. 2015
 
 
 def score(
@@ -99,11 +102,11 @@ def score(
 
     Args:
         run: folder of the run.
-        episodes: whole episodes; None for as many as the protocol says.
-        protocol: a name of `pydqn.evaluation.scores.PROTOCOLS`; None for that of the run's config.
-        weights: as for `load_policy`.
-        seed: of the environments and of exploration.
-        overrides: fields of the run's `Config` to replace; not those that the protocol fixes.
+        episodes: how many episodes to play; None for as many as the protocol says.
+        protocol: a name of `pydqn.evaluation.protocols.PROTOCOLS`; None for that of the run's config.
+        weights: see `load_policy`.
+        seed: seed of the environments and of exploration.
+        overrides: fields of the run's `Config` to replace, except those that the protocol fixes.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or an argument is out of range.
@@ -116,23 +119,22 @@ def score(
     for name, value in overrides.items():
         if rules.settings.get(name, value) != value:
             raise ValueError(f"{name}: the protocol {config.evaluation_protocol} fixes it, got {value}; choose another")
-    games = rules.episodes if episodes is None else episodes
-    integer("episodes", games, 1)
+    episodes = integer("episodes", rules.episodes if episodes is None else episodes, 1)
     integer("seed", seed, 0)
     played = under_protocol(config)
-    envs = evaluation_envs(config, games, seed)
+    envs = evaluation_envs(config, episodes, seed)
     try:
         policy, metadata = load_policy(run, played, envs, weights)
         with torch_threads(config):
-            returns = evaluate_policy(config, policy, games, seed, envs=envs)
+            returns = evaluate_policy(config, policy, episodes, seed, envs=envs)
     finally:
         envs.close()
     mean = float(np.mean(returns))
-    told = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
+    reported = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
     return Score(
         env_id=config.env_id,
         protocol=config.evaluation_protocol,
-        settings={**{name: getattr(played, name) for name in told}, "num_envs": envs.num_envs},
+        settings={**{name: getattr(played, name) for name in reported}, "num_envs": envs.num_envs},
         seed=seed,
         trained_steps=int(metadata.get("steps", 0)),
         returns=returns,
@@ -141,8 +143,13 @@ def score(
     )
 
 
+def append_score(run: str | os.PathLike[str], score: Score) -> None:
+    """Append a score to the run's scores.jsonl, as one line of JSON."""
+    append_line(Path(run) / SCORES, json.dumps(score._asdict()))
+
+
 def evaluate(run: str | os.PathLike[str], episodes: int, *, seed: int = 0, **overrides: Any) -> list[float]:
-    """Return the true returns of `episodes` whole episodes played with a run's best weights; `score` tells more.
+    """Return the true returns of whole episodes played with a run's best weights; see `score` for more options.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or `episodes` is not positive.

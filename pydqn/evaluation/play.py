@@ -1,4 +1,4 @@
-"""Playing: a policy in environments, step by step."""
+"""Playing episodes with a policy, step by step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from pydqn.envs.make import make_envs
 from pydqn.evaluation.build import load_policy, replay_settings
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
 from pydqn.learning.policy import Policy
+from pydqn.replay.device import DeviceReplay
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.layout import load_run
 
 
-def start_episodes(envs: Envs, replay: FrameReplay, seed: int | None = None) -> None:
-    """Open an episode in every environment (see `Envs.reset`) and put the first frames into the replay."""
+def start_episodes(envs: Envs, replay: FrameReplay | DeviceReplay, seed: int | None = None) -> None:
+    """Start an episode in every environment (see `Envs.reset`) and append the first frames to the replay buffer."""
     slot = replay.next_slot()
     envs.reset(slot, seed)
     nothing, everything = np.zeros(envs.num_envs, np.int64), np.ones(envs.num_envs, np.bool_)
@@ -32,14 +33,14 @@ def start_episodes(envs: Envs, replay: FrameReplay, seed: int | None = None) -> 
 class PolicyStep(NamedTuple):
     """One step of `policy_steps`."""
 
-    action: NDArray[np.int64]  # (num_envs,): what the policy did
-    values: NDArray[np.float32]  # (num_envs, num_actions): why
-    reward: NDArray[np.float64]  # (num_envs,): what came of it
-    episodes: list[Episode]  # episodes that ended
+    action: NDArray[np.int64]  # (num_envs,)
+    values: NDArray[np.float32]  # (num_envs, num_actions): the action values from which it was chosen
+    reward: NDArray[np.float64]  # (num_envs,): true rewards
+    episodes: list[Episode]  # episodes that ended with this step
 
 
 def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, seed: int) -> Iterator[PolicyStep]:
-    """Play on and on from that seed, yielding every step. The first frames are there when the first is asked for."""
+    """Play without end, yielding every step. `seed` is that of the environments and of exploration."""
     replay = FrameReplay(envs.num_envs * (config.stack + config.n_step), **replay_settings(config, envs))
     generator = np.random.default_rng(seed)
     start_episodes(envs, replay, seed)
@@ -54,21 +55,21 @@ def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, see
 
 
 class PlayedStep(NamedTuple):
-    """One step of an episode that is watched."""
+    """One step of `play_episode`."""
 
     image: NDArray[np.uint8] | None  # (H, W, 3), unless played without images
-    fps: int  # at which the environment's steps are watched
+    fps: int  # steps per second at which a person would watch
     action: int
     action_names: tuple[str, ...]
-    values: tuple[float, ...]  # by which the action was chosen
+    values: tuple[float, ...]  # the action values from which it was chosen
     reward: float
     total: float  # return so far
 
 
 class PlayedEpisode(NamedTuple):
-    """An episode that was watched."""
+    """The episode that `play_episode` has played."""
 
-    total: float  # NaN when it was broken off
+    total: float  # its return; NaN if it was cut off
     steps: int
     action_counts: dict[str, int]
 
@@ -86,20 +87,20 @@ def play_episode(
 
     Args:
         run: folder of the run.
-        weights: as for `load_policy`.
-        seed: of the environment and of exploration.
-        most_steps: break the episode off after so many steps.
-        images: whether scenes have images; without, any environment will do.
+        weights: see `load_policy`.
+        seed: seed of the environment and of exploration.
+        most_steps: cut the episode off after so many steps.
+        images: whether steps have images; not all environments can render them.
         overrides: fields of the run's `Config` to replace.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or an argument is out of range.
-        RuntimeError: the environment failed, or cannot draw itself.
+        RuntimeError: the environment failed, or cannot render images.
     """
     integer("seed", seed, 0)
     if not most_steps >= 1:
         raise ValueError(f"most_steps: expected at least 1, got {most_steps}")
-    own = load_run(run, **overrides, clip_rewards=False)
+    own = load_run(run, **overrides)
     config = under_protocol(own)
     envs = make_envs(config, 1, seed, render=images)
     try:

@@ -1,4 +1,4 @@
-"""Published scores of Atari games, and how they are normalized. Data, but for one formula."""
+"""Published scores of Atari games, and human-normalized scores."""
 
 from __future__ import annotations
 

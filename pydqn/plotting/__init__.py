@@ -1,1 +1,1 @@
-"""Pictures: learning curves, value functions, videos and pages of episodes."""
+"""Learning curves, value functions, and recordings of episodes."""

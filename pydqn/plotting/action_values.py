@@ -1,4 +1,4 @@
-"""Action values drawn beside an image."""
+"""Drawing action values beside an image."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from numpy.typing import NDArray
 
 from pydqn.plotting.images import enlarged, require_image, require_one_each
 
-# Of the panel that `beside` draws. Few colours, so that a GIF has room for the episode's own.
+# The panel that `beside` draws has few colours, so that a GIF has room for those of the images.
 _PAPER, _BAND, _AXIS, _INK, _BAR, _CHOSEN = "#15181e", "#2a2f3a", "#5b6270", "#c6ccd6", "#5f8fc9", "#ffc24b"
-_CHARACTER = 6  # pixels that Pillow's own bitmap font is wide
+_CHARACTER = 6  # width of a character in Pillow's bitmap font, in pixels
 _MARGIN, _TRACK, _NUMBER, _ROW = 6, 64, 8 * _CHARACTER, 18
 
 
 def beside(
     image: NDArray[np.uint8], action_names: Sequence[str], values: Sequence[float], chosen: int
 ) -> NDArray[np.uint8]:
-    """Return the image, (H, W, 3) uint8, with bars of the action values drawn right of it, the chosen one marked.
+    """Return the image, (H, W, 3) uint8, with bars of the action values to its right; the chosen one is marked.
 
-    Bars begin at zero and end at most at a round number (1, 2 or 5 times a power of ten), so that they can be compared
-    from image to image. Where rows are too low for text there are bars alone. The width depends only on the names
-    and on the image's size.
+    The axis begins at zero and ends at a round number (1, 2 or 5 times a power of ten), so that images can be compared.
+    Rows too low for text have bars only. The width depends only on the names and on the size of the image.
 
     Raises:
         ValueError: not an image, not one value for each action, or `chosen` is not the index of one.
@@ -35,7 +34,7 @@ def beside(
     if not 0 <= chosen < len(values):
         raise ValueError(f"chosen: expected the index of one of {len(values)} actions, got {chosen}")
 
-    zoom = max(1, image.shape[0] // 200)  # drawn small and enlarged, for the letters have one size
+    zoom = max(1, image.shape[0] // 200)  # drawn small and enlarged, since the font has one size
     height = image.shape[0] // zoom
     track = _MARGIN + max(map(len, action_names)) * _CHARACTER + _MARGIN
     width = track + _TRACK + _NUMBER + _MARGIN
@@ -53,7 +52,7 @@ def beside(
     start = (height - row * len(values)) // 2
     for index, (name, value) in enumerate(zip(action_names, values, strict=True)):
         top = start + index * row
-        bottom = top + row - 2  # inclusive; a line stays free
+        bottom = top + row - 2  # inclusive; one line stays empty
         if index == chosen:
             draw.rectangle((0, top - 1, width, bottom + 1), _BAND)
         if math.isfinite(value):
@@ -71,7 +70,7 @@ def beside(
 
 
 def _round_up(value: float) -> float:
-    """Return the least of 1, 2 and 5 times a power of ten that is not below `value`; 0 for what is not positive."""
+    """Return the smallest of 1, 2 and 5 times a power of ten that is at least `value`; 0 if `value` is not positive."""
     if value <= 0:
         return 0.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -1,4 +1,4 @@
-"""Learning curves from the logs of runs."""
+"""Learning curves, drawn from the logs of runs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn.config import Config
+from pydqn.config import RENAMED, Config
 from pydqn.plotting.figure import require_suffix, write_figure
-from pydqn.runs.layout import EPISODES, PROGRESS
+from pydqn.runs.layout import CONFIG, EPISODES, PROGRESS
 from pydqn.runs.logs import read_csv
 
-_APART = ("seed", "torch_threads", "emulator_threads")  # what the runs of a group may differ in
-_POINTS = 400  # on which the seeds of a group are compared
-_MOST_DOTS = 4_000  # more single episodes than that only slow the drawing down
-_FEW_SEEDS = 5  # below that many the spread is from the lowest to the highest, else one standard deviation
+_MAY_DIFFER = ("seed", "torch_threads", "emulator_threads")  # between the runs of a group
+_POINTS = 400  # at which the seeds of a group are averaged
+_MOST_DOTS = 4_000  # more would only slow down the drawing
+_FEW_SEEDS = 5  # with fewer, the spread is from lowest to highest; else one standard deviation
 Columns = dict[str, NDArray[np.float64]]
 
 
 class Group(NamedTuple):
-    """Runs of one setting: they differ in their seeds only."""
+    """Runs that differ only in their seeds."""
 
     label: str
     progress: list[Columns]
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The mean of several curves over the part of the axis that all of them cover, and their spread."""
+    """The mean of several curves and their spread, over the range that all of them cover."""
 
     x: NDArray[np.float64]
     mean: NDArray[np.float64]
@@ -50,14 +50,14 @@ def plot_runs(
 ) -> None:
     """Draw the learning curves of one or more runs.
 
-    Runs that differ in their seeds only are one curve: the mean over the seeds, with its spread.
+    Runs that differ only in their seeds are drawn as one curve: the mean over the seeds, with its spread.
 
     Args:
         runs: folders of runs.
         output: image to write: .png, .svg or .pdf.
         panels: names of `PANELS`; None for all of them.
-        smooth_episodes: episodes over which returns and lengths per episode are averaged.
-        each: draw every run as a curve of its own.
+        smooth_episodes: number of episodes over which returns and lengths are averaged.
+        each: draw every run as its own curve.
 
     Raises:
         ValueError: a folder holds no run, or a name is unknown.
@@ -73,7 +73,7 @@ def plot_runs(
 
 
 def group_runs(runs: Sequence[str | os.PathLike[str]], *, each: bool = False) -> list[Group]:
-    """Read the logs of runs, those of one setting together (or `each` alone), in the order in which they were given."""
+    """Read the logs of runs and group runs that differ only in their seeds (unless `each`), in the given order."""
     groups: dict[str, list[Path]] = {}
     for run in map(Path, runs):
         if not (run / PROGRESS).is_file():
@@ -86,7 +86,7 @@ def group_runs(runs: Sequence[str | os.PathLike[str]], *, each: bool = False) ->
 
 
 def rolling_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return at each place the mean of the last `window` values (of all there are, at the beginning)."""
+    """Return at each index the mean of the last `window` values (fewer at the beginning)."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - window, 0)
@@ -95,7 +95,7 @@ def rolling_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
 
 
 def spread(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> Curve:
-    """Interpolate curves, (x, y) with x rising, on the part of the axis that all of them cover."""
+    """Average curves, (x, y) with increasing x, over the range that all of them cover."""
     start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     common = np.linspace(start, max(start, end), _POINTS)
     rows = np.stack([np.interp(common, x, y) for x, y in curves])
@@ -107,29 +107,30 @@ def spread(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) ->
 
 
 def _setting(run: Path) -> str:
-    """Return what the runs of a group have in common; a run without a readable config is alone.
+    """Return the settings that the runs of a group share. A run without a readable config forms its own group.
 
-    The number of threads is no setting of the algorithm. Fields that an older run does not have had their defaults.
+    Fields that were added after a run was made had their default values.
     """
     try:
-        config = {**Config().to_dict(), **json.loads((run / "config.json").read_text())}
-        return json.dumps({name: value for name, value in config.items() if name not in _APART}, sort_keys=True)
-    except (OSError, ValueError, TypeError):
+        config = Config().to_dict()
+        config |= {RENAMED.get(name, name): value for name, value in json.loads((run / CONFIG).read_text()).items()}
+        return json.dumps({name: value for name, value in config.items() if name not in _MAY_DIFFER}, sort_keys=True)
+    except (OSError, ValueError, TypeError, AttributeError):
         return os.fspath(run)
 
 
 def _label(runs: list[Path]) -> str:
     folder = runs[0].resolve()
-    # Folders that are named by their seeds alone say what they are in the folder above.
+    # Folders named after their seeds need the name of their parent.
     above = f"{folder.parent.name}/" if folder.name.startswith("seed") else ""
     if len(runs) == 1:
         return above + folder.name
-    shared = os.path.commonprefix([run.resolve().name for run in runs])  # noqa: RUF071 (letters are what is meant)
+    shared = os.path.commonprefix([run.resolve().name for run in runs])  # noqa: RUF071 (a prefix of characters is meant)
     return f"{above.rstrip('/') or shared.rstrip('-_.0123456789') or folder.name} ({len(runs)} seeds)"
 
 
 def _table(run: Path, name: str) -> Columns:
-    """Read a CSV; a last line that is being written is left out."""
+    """Read a CSV, without a last line that is still being written."""
     path = run / name
     if not path.is_file():
         return {}
@@ -142,25 +143,25 @@ def _table(run: Path, name: str) -> Columns:
 def _pairs(
     tables: list[Columns], x: str, y: str, scale: float = 1.0
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Return the points of each table at which both columns have a value."""
+    """Return the points (x, y) of each table at which both columns have a value."""
     pairs = []
     for table in tables:
         if x in table and y in table:
-            there = np.isfinite(table[x]) & np.isfinite(table[y])
-            if there.any():
-                pairs.append((table[x][there] / scale, table[y][there]))
+            finite = np.isfinite(table[x]) & np.isfinite(table[y])
+            if finite.any():
+                pairs.append((table[x][finite] / scale, table[y][finite]))
     return pairs
 
 
 def draw_runs(groups: list[Group], panels: list[str], smooth_episodes: int) -> Any:
-    """Return the figure of some panels."""
+    """Return a figure with the given panels."""
     from matplotlib.figure import Figure
 
     columns = len(panels) if len(panels) < 4 else (len(panels) + 1) // 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(4.5 * columns, 5.5), 3.6 * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, name in zip(places, panels, strict=False):
+    subplots = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, name in zip(subplots, panels, strict=False):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for number, group in enumerate(groups):
@@ -168,9 +169,9 @@ def draw_runs(groups: list[Group], panels: list[str], smooth_episodes: int) -> A
         if not axes.has_data():
             axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="gray")
         axes.set_xlim(left=0)
-    for axes in places[len(panels) :]:
+    for axes in subplots[len(panels) :]:
         axes.set_visible(False)
-    handles, labels = next((found for axes in places if (found := axes.get_legend_handles_labels())[0]), ([], []))
+    handles, labels = next((found for axes in subplots if (found := axes.get_legend_handles_labels())[0]), ([], []))
     if handles:
         columns = min(4, len(labels), 2 * min(2, len(panels)))  # as many as fit below the panels of a row
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
@@ -178,7 +179,7 @@ def draw_runs(groups: list[Group], panels: list[str], smooth_episodes: int) -> A
 
 
 def _draw(axes: Any, group: Group, color: str, curves: list[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> None:
-    """Draw a lone run as a line, seeds as thin lines below the line of their mean."""
+    """Draw a single run as a line; several as thin lines below their mean."""
     if len(curves) == 1:
         axes.plot(*curves[0], color=color, linewidth=1.6, label=group.label)
     elif curves:

@@ -1,4 +1,8 @@
-"""GIFs of episodes."""
+"""GIFs of episodes, written in one pass.
+
+Pillow's own writer keeps all images in memory (108 MB for 600 images of Breakout at scale 2, where this one needs 9 MB),
+and its files are five times as large (523 and 104 KB; see bench/bench_recording.py).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.plotting.images import Caption, Writer, enlarged
-from pydqn.plotting.palette import TABLE, Palette, own_colours, pack
+from pydqn.plotting.palette import TABLE, Palette, own_palette, pack
 
-_CLEAR = 255  # the colour number that lets the image before show through
+_CLEAR = 255  # number of the transparent colour, through which the previous image shows
 
 
 class GifWriter(Writer):
-    """A GIF in one pass: of each image only the rectangle that changed, its unchanged pixels see-through.
+    """Writes of each image the rectangle that has changed; unchanged pixels in it are transparent. Pillow compresses.
 
-    Pillow compresses. Its own writer holds all images until the end and merges those that are alike. All colours go
-    to one table, which is filled in when they are known; an image with others yet when that is full brings its own.
+    All images share one colour table, written at the end. When it is full, images with other colours get their own.
     """
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, height: int, width: int) -> None:
@@ -30,7 +33,7 @@ class GifWriter(Writer):
         self._count = 0
         file.write(struct.pack("<6sHHBBB", b"GIF89a", width * scale, height * scale, 0xF7, 0, 0))
         self._table_at = file.tell()
-        file.write(bytes(TABLE) + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeats for ever
+        file.write(bytes(TABLE) + b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # loops without end
 
     def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None:
         packed = pack(image)
@@ -40,7 +43,7 @@ class GifWriter(Writer):
         packed, changed = packed[box], changed[box]
         numbers, table = self._palette.numbers(packed), b""
         if numbers is None:
-            numbers, table = own_colours(packed)
+            numbers, table = own_palette(packed)
         else:
             numbers[~changed] = _CLEAR
         self._image(enlarged(numbers, self._scale), box, table)
@@ -54,7 +57,7 @@ class GifWriter(Writer):
         left, top = columns.start * self._scale, rows.start * self._scale
         height, width = numbers.shape
         self._file.write(
-            # Leave the image as it is when its time is over; without a table of its own there is a clear colour.
+            # The image stays when the next one is drawn. The shared table has a transparent colour; its own has none.
             struct.pack("<3sBHBB", b"\x21\xf9\x04", 0b100 | (not table), delay, _CLEAR, 0)
             + struct.pack("<sHHHHB", b",", left, top, width, height, 0x87 if table else 0)
             + table
@@ -70,9 +73,9 @@ class GifWriter(Writer):
 
 
 def _box(changed: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """Return the smallest rows and columns with all that changed; one pixel where nothing did."""
+    """Return the rows and columns of the smallest rectangle that holds all changes; one pixel if there are none."""
     spans = []
     for axis in (1, 0):
-        places = np.flatnonzero(changed.any(axis))
-        spans.append(slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 1))
+        indices = np.flatnonzero(changed.any(axis))
+        spans.append(slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0, 1))
     return spans[0], spans[1]

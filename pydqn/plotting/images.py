@@ -1,4 +1,4 @@
-"""What all recordings share: images, captions and the interface of writers."""
+"""Images, their captions, and the interface of the classes that write them to files."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from numpy.typing import NDArray
 
 
 class Caption(NamedTuple):
-    """What is known about one image; all for display."""
+    """The step that led to an image, for display."""
 
-    action: str  # name of the action that led to the image
+    action: str  # its name
     reward: float
     total: float  # return so far
-    values: tuple[float, ...]  # action values that the policy saw when it chose; may be empty
+    values: tuple[float, ...]  # the action values from which it was chosen; may be empty
 
 
 class Writer:
-    """Writes one video to a file that is open."""
+    """Writes the images of one episode to an open file."""
 
-    def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None: ...
+    def add(self, image: NDArray[np.uint8], caption: Caption | None) -> None:
+        """Append an image, (H, W, 3), all of the same size."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Write what comes after the last image."""
+        """Complete the file after the last image."""
 
     def abandon(self) -> None:
-        """Release what is open beside the file, which will not be kept."""
+        """Release resources; the file will be discarded."""
 
 
 def enlarged(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """Return the image with each pixel repeated `scale` times in both directions."""
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def require_image(image: NDArray[np.uint8]) -> None:
+    """Raise a ValueError unless `image` is (H, W, 3) uint8."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
 
 
 def require_one_each(action_names: Sequence[str], values: Sequence[float]) -> None:
+    """Raise a ValueError unless there is one value per action."""
     if len(values) != len(action_names):
         raise ValueError(f"values: expected one for each of {len(action_names)} actions, got {len(values)}")

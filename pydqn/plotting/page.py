@@ -1,4 +1,4 @@
-"""Pages that play an episode in a browser."""
+"""HTML pages that play an episode in a browser."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pydqn.plotting.palette import Palette, pack
 
 
 class PageWriter(Writer):
-    """One HTML file: `player.html` with the video inside, as JSON in which every image is a PNG."""
+    """Writes `player.html` with the video inside, as JSON in which every image is a PNG."""
 
     def __init__(self, file: IO[bytes], fps: int, scale: int, title: str, action_names: list[str]) -> None:
         self._file = file
         self._palette = Palette(256)
         self._captions: list[Any] = []
-        before, self._after = resources.files("pydqn").joinpath("player.html").read_text("utf-8").split("@FILM@")
+        page = resources.files("pydqn.plotting").joinpath("player.html").read_text("utf-8")
+        before, self._after = page.split("@VIDEO@")
         head = _json({"title": title, "fps": fps, "scale": scale, "actions": action_names})
         file.write(before.encode() + head.removesuffix("}").encode() + b',"images":[')
 
@@ -41,12 +42,12 @@ class PageWriter(Writer):
         if numbers is None:
             png = Image.fromarray(image)
         else:
-            # Only the colours of this image: a PNG of 16 or less has half a byte per pixel.
+            # Only the colours of this image: with at most 16 of them, a PNG has half a byte per pixel.
             used = np.flatnonzero(np.bincount(numbers.ravel(), minlength=256))
-            position = np.zeros(256, np.uint8)
-            position[used] = np.arange(len(used))
+            renumbered = np.zeros(256, np.uint8)
+            renumbered[used] = np.arange(len(used))
             height, width = numbers.shape
-            png = Image.frombytes("P", (width, height), position[numbers].tobytes())
+            png = Image.frombytes("P", (width, height), renumbered[numbers].tobytes())
             png.putpalette(np.frombuffer(self._palette.table, np.uint8).reshape(256, 3)[used].tobytes())
         buffer = io.BytesIO()
         png.save(buffer, "PNG")
@@ -58,10 +59,10 @@ class PageWriter(Writer):
 
 
 def _json(value: Any) -> str:
-    """Return JSON that cannot end the <script> that it is in."""
+    """Return JSON that cannot end the <script> element around it."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _plain(value: float) -> float | None:
-    """Six digits are more than anyone reads; JSON has no NaN."""
+    """Return the number in six digits, to save space; None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

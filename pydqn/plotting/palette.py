@@ -1,56 +1,56 @@
-"""The colours of a video, numbered."""
+"""Palettes of exact colours."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-TABLE = 256 * 3  # bytes of a GIF's colour table
+TABLE = 256 * 3  # bytes in a GIF's colour table
 
 
 class Palette:
-    """Numbers the colours of a video in the order in which they come up, as long as there is room."""
+    """Numbers colours in the order in which they occur, up to `most` of them. Number 0 is black."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._found = np.zeros(256, np.uint32)
-        self._count = 1  # Black is number 0, as which every colour counts that has none yet.
-        self._number = np.zeros(1 << 24, np.uint8)  # The system gives memory only to the few pages in use.
+        self._count = 1
+        self._number = np.zeros(1 << 24, np.uint8)  # by colour; only the few pages in use take memory
 
     def numbers(self, packed: NDArray[np.uint32]) -> NDArray[np.uint8] | None:
-        """Return the pixels' colour numbers, or None when there is no room for their colours."""
+        """Return the colour numbers of `pack`ed pixels, or None if there would be too many colours."""
         numbers = self._number[packed]
-        strange = np.unique(packed[self._found[numbers] != packed])
-        if not len(strange):
+        new = np.unique(packed[self._found[numbers] != packed])
+        if not len(new):
             return numbers
-        if self._count + len(strange) > self._room:
+        count = self._count + len(new)
+        if count > self._most:
             return None
-        new = slice(self._count, self._count + len(strange))
-        self._found[new] = strange
-        self._number[strange] = range(new.start, new.stop)
-        self._count = new.stop
+        self._found[self._count : count] = new
+        self._number[new] = range(self._count, count)
+        self._count = count
         return self._number[packed]
 
     @property
     def table(self) -> bytes:
-        """256 colours, 3 bytes each."""
+        """The colours by number: 256 times 3 bytes, RGB."""
         return unpack(self._found).tobytes()
 
 
 def pack(image: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Return (H, W) colours as integers below 2^24."""
+    """Return the colours of an (H, W, 3) image as (H, W) integers below 2^24."""
     padded = np.zeros((*image.shape[:2], 4), np.uint8)
     padded[..., :3] = image
     return padded.view("<u4")[..., 0]
 
 
 def unpack(colours: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Undo `pack`, whatever the shape."""
+    """Undo `pack`, for any shape."""
     return np.ascontiguousarray(colours, "<u4")[..., None].view(np.uint8)[..., :3]
 
 
-def own_colours(packed: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], bytes]:
-    """Return colour numbers and the table that they are for: exact up to 256 colours, else the nearest ones."""
+def own_palette(packed: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], bytes]:
+    """Return colour numbers and their table, for one image: exact up to 256 colours, else approximate."""
     from PIL import Image
 
     colours, numbers = np.unique(packed, return_inverse=True)

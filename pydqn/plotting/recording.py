@@ -1,4 +1,4 @@
-"""Recording an episode to a file (.mp4, .gif, or .html, a page that plays it) while it goes on."""
+"""Recording an episode to a file: .mp4, .gif, or .html (a page that plays it)."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ _LARGE = 300 * 300  # pixels; smaller images are shown twice as wide and high
 
 
 class Recorder:
-    """Writes images to a file; needs no display. A context manager: the file appears when the block ends well.
+    """Writes images to a file; needs no display. A context manager: the file appears if its block ends without error.
 
-    A GIF has the images' exact colours as long as each has at most 256 of them. A page (.html) has them always, needs
-    neither network nor server, and shows the captions, which the other two leave out. Nothing is held in memory but the
-    captions.
+    A GIF has exact colours, provided that each image has at most 256 of them. A page (.html) always has exact colours,
+    needs neither network nor server, and shows the captions, which the other formats leave out. Only captions are held
+    in memory.
 
     Args:
-        path: where to write; the ending says what: .mp4, .gif or .html.
-        fps: images per second. A GIF counts in 10 ms; at least 20 ms pass per image, as viewers slow down others.
-        scale: how much larger each pixel is shown; None is 2 for images of less than 300 x 300 pixels, else 1.
+        path: the file; its ending selects the format: .mp4, .gif or .html.
+        fps: images per second. A GIF has a resolution of 10 ms and shows each image for at least 20 ms, because
+            viewers slow down faster ones.
+        scale: factor by which images are enlarged; None is 2 for images of less than 300 x 300 pixels, else 1.
         title: heading of a page.
         action_names: names of all actions, for the action values of a page.
 
     Raises:
-        ValueError: another ending, no such folder, `fps` or `scale` is not positive, or no image was added.
+        ValueError: unknown ending, no such folder, `fps` or `scale` is not positive, or no image was added.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Recorder:
         """Append one image, (H, W, 3) uint8, enlarged without smoothing.
 
         Raises:
-            ValueError: it is none, or not of the first one's size, or the caption has not one value per action name.
+            ValueError: not an image, not of the first one's size, or the caption does not have one value per action.
         """
         require_image(image)
         if self._writer is None:
@@ -106,6 +107,6 @@ class Recorder:
         self._stack.__exit__(kind, error, trace)
 
     def _end(self, kind: object, *_: object) -> None:
-        """End the video; what a broken-off one still lacks is of no interest."""
+        """Complete the file, or abandon it after an error."""
         assert self._writer is not None
         (self._writer.close if kind is None else self._writer.abandon)()

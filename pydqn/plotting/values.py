@@ -1,4 +1,4 @@
-"""Value functions of small tasks, as images to be drawn by `pydqn.plotting.curves.plot_values`."""
+"""Value functions of small tasks: evaluating and drawing them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
+from pydqn.envs.checked import close
 from pydqn.envs.make import make_envs
 from pydqn.envs.single import open_env
 from pydqn.envs.spaces import States, bounds_of
@@ -20,15 +21,45 @@ from pydqn.plotting.figure import require_suffix, write_figure
 from pydqn.runs.layout import load_run
 
 _POINTS = 60  # on each axis of a surface
-_NO_CHOICE = "HGC"  # cells of a map on which nothing is chosen: hole, goal, cliff
+_NO_CHOICE = "HGC"  # cells of a map in which no action is chosen: hole, goal, cliff
 _AXES = {"MountainCar-v0": ("position", "velocity")}
 
 
+class Surface(NamedTuple):
+    """Values over two numbers."""
+
+    title: str
+    x_label: str
+    y_label: str
+    z_label: str
+    x: NDArray[Any]  # (nx,)
+    y: NDArray[Any]  # (ny,)
+    z: NDArray[Any]  # (ny, nx)
+
+
+class Grid(NamedTuple):
+    """The value of each cell of a map, and the direction of its greedy action."""
+
+    title: str
+    values: NDArray[Any]  # (rows, columns); NaN where no action is chosen
+    arrows: NDArray[Any]  # (rows, columns, 2): right and up; zeros for no arrow
+    letters: list[str]  # the letters of the cells, one string per row
+
+
+class Outline(NamedTuple):
+    """The shape of a small task, as far as it is needed to draw its value function."""
+
+    bounds: tuple[NDArray[Any], NDArray[Any]] | None  # lowest and highest Box observation
+    sizes: tuple[int, ...]  # of Discrete observations, or of the parts of a tuple of them
+    letters: list[str]  # the rows of a map, for tasks that have one
+    directions: tuple[tuple[int, int], ...]  # (right, up) of each action on that map
+
+
 def values_of(run: str | os.PathLike[str]) -> list[Surface | Grid]:
-    """Evaluate max Q(s, .) of a run's best weights all over a small task.
+    """Evaluate max Q(s, .) of a run's best weights over all states of a small task.
 
     Tasks with two numbers (MountainCar, as cost to go: -max Q) and Blackjack (with and without a usable ace) give
-    surfaces; maps (FrozenLake, CliffWalking) a grid with the greedy actions.
+    surfaces; maps (FrozenLake, CliffWalking) give a grid with the greedy actions.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or its task cannot be drawn in this way.
@@ -79,29 +110,18 @@ def _grid(config: Config, policy: Policy, task: Outline) -> Grid:
     letters = np.array([list(row) for row in task.letters])
     arrows = np.array(task.directions, float)[values.argmax(axis=1)].reshape(*shape, 2)
     best = values.max(axis=1).astype(float).reshape(shape)
-    nothing = np.isin(letters, list(_NO_CHOICE))
-    arrows[nothing], best[nothing] = 0, np.nan
+    no_choice = np.isin(letters, list(_NO_CHOICE))
+    arrows[no_choice], best[no_choice] = 0, np.nan
     return Grid(config.env_id, best, arrows, task.letters)
 
 
 def _action_values(config: Config, policy: Policy, frames: NDArray[Any]) -> NDArray[np.float32]:
-    """Return (n, A) action values of n frames, each of which has stood still for a whole stack."""
+    """Return (n, A) action values of n observations, each a stack of one repeated frame."""
     return policy.values(np.repeat(frames[:, None], config.stack, axis=1))
 
 
-class Outline(NamedTuple):
-    """What an image of a small task's value function needs to know of the task."""
-
-    bounds: tuple[NDArray[Any], NDArray[Any]] | None  # lowest and highest Box observation
-    sizes: tuple[int, ...]  # of Discrete observations, or of the parts of a tuple of them
-    letters: list[str]  # the rows of a map of states, where there is one
-    directions: tuple[tuple[int, int], ...]  # (right, up) of each action on that map
-
-
 def outline(config: Config) -> Outline:
-    """Return the outline of a Gymnasium task."""
-    from pydqn.envs.checked import close
-
+    """Return the outline of a task."""
     env, checked = open_env(config, 0, 1, 0)
     try:
         space, bare = env.observation_space, env.unwrapped
@@ -123,72 +143,51 @@ def outline(config: Config) -> Outline:
         close(env, checked)
 
 
-class Surface(NamedTuple):
-    """A value over two numbers."""
-
-    title: str
-    x_label: str
-    y_label: str
-    z_label: str
-    x: NDArray[Any]  # (nx,)
-    y: NDArray[Any]  # (ny,)
-    z: NDArray[Any]  # (ny, nx)
-
-
-class Grid(NamedTuple):
-    """A value for each cell of a map, and where the greedy action leads."""
-
-    title: str
-    values: NDArray[Any]  # (rows, columns); NaN where nothing is chosen
-    arrows: NDArray[Any]  # (rows, columns, 2): right and up; zeros for no arrow
-    letters: list[str]  # what is in each cell, a string per row
-
-
-def plot_values(images: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
+def plot_values(functions: Sequence[Surface | Grid], output: str | os.PathLike[str]) -> None:
     """Draw value functions side by side.
 
     Raises:
-        ValueError: the name of the image has an unknown ending.
+        ValueError: `output` has an unknown ending.
     """
     require_suffix(output)
-    write_figure(draw_values(images), output)
+    write_figure(draw_values(functions), output)
 
 
-def draw_values(images: Sequence[Surface | Grid]) -> Any:
+def draw_values(functions: Sequence[Surface | Grid]) -> Any:
     """Return the figure of value functions."""
     from matplotlib.figure import Figure
 
-    sizes = [_size(image) for image in images]
+    sizes = [_size(function) for function in functions]
     width, height = sum(size[0] for size in sizes), max(size[1] for size in sizes)
     figure = Figure(figsize=(width, height), layout="constrained")
-    for number, image in enumerate(images, 1):
-        if isinstance(image, Grid):
-            _draw_grid(figure.add_subplot(1, len(images), number), image)
+    for number, function in enumerate(functions, 1):
+        if isinstance(function, Grid):
+            _draw_grid(figure.add_subplot(1, len(functions), number), function)
         else:
-            axes: Any = figure.add_subplot(1, len(images), number, projection="3d")
-            x, y = np.meshgrid(image.x, image.y)
-            drawn = axes.plot_surface(x, y, image.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
-            axes.set(title=image.title)
-            axes.set_xlabel(image.x_label, labelpad=8)
-            axes.set_ylabel(image.y_label, labelpad=8)
+            axes: Any = figure.add_subplot(1, len(functions), number, projection="3d")
+            x, y = np.meshgrid(function.x, function.y)
+            drawn = axes.plot_surface(x, y, function.z, cmap="viridis", rcount=60, ccount=60, linewidth=0)
+            axes.set(title=function.title)
+            axes.set_xlabel(function.x_label, labelpad=8)
+            axes.set_ylabel(function.y_label, labelpad=8)
             axes.locator_params(nbins=5)
             axes.view_init(elev=32, azim=-125)
-            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=image.z_label)
+            figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.08, label=function.z_label)
     return figure
 
 
-def _size(image: Surface | Grid) -> tuple[float, float]:
-    """Return the inches of one image."""
-    if isinstance(image, Surface):
+def _size(function: Surface | Grid) -> tuple[float, float]:
+    """Return the width and height of one drawing, in inches."""
+    if isinstance(function, Surface):
         return 6.2, 5.0
-    rows, columns = image.values.shape
+    rows, columns = function.values.shape
     cell = 1.0 if columns < 10 else 0.85
     return cell * columns + 1.7, cell * rows + 0.9
 
 
 def _draw_grid(axes: Any, grid: Grid) -> None:
     image = axes.imshow(np.ma.masked_invalid(grid.values), cmap="viridis")
-    axes.set_facecolor("lightgray")  # shows where there is no value
+    axes.set_facecolor("lightgray")  # for cells without a value
     axes.set(title=f"{grid.title}: value and greedy action", xlabel="column", ylabel="row")
     axes.set(xticks=range(grid.values.shape[1]), yticks=range(grid.values.shape[0]))
     axes.tick_params(length=0)

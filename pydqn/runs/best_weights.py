@@ -1,4 +1,4 @@
-"""The best weights that a run has had so far, and their file."""
+"""The best weights of a run so far, and their file."""
 
 from __future__ import annotations
 
@@ -18,36 +18,31 @@ if TYPE_CHECKING:
 
 
 class BestWeights:
-    """Writes the best weights, but the next ones not before so many steps have gone by; they are copied meanwhile.
+    """Keeps a copy of the best weights, and writes them at most once in a number of steps.
 
-    Early in a run nearly every episode may bring a new best mean, and each write waits for the disk, and for the GPU.
+    Early in a run nearly every episode may bring a new best mean, and each write waits for the disk and the GPU.
 
     Args:
-        path: of the file.
-        every_steps: between one write and the next.
-        check: returns the weights that may be written, or raises.
+        path: the file.
+        every_steps: steps between two writes.
+        check: returns the weights, or raises if they must not be written.
     """
 
     def __init__(self, path: Path, every_steps: int, check: Callable[[Weights], Weights]) -> None:
         self._path, self._every_steps, self._check = path, every_steps, check
         self._kept: tuple[Weights, dict[str, Any]] | None = None  # not written yet
-        self._value = -math.inf  # of the weights in the file, or kept for it
+        self._value = -math.inf  # of the weights kept, or in the file
         self._next = -math.inf  # steps
 
     def keep(self, weights: Weights, metadata: dict[str, Any]) -> None:
-        """Take a copy of weights if they are better than those before. On a GPU nothing waits for it.
-
-        Args:
-            weights: they are as good as `metadata["best"]` says.
-            metadata: what the file says beside them.
-        """
+        """Copy the weights if `metadata["best"]` is larger than before. Does not wait for a GPU."""
         if metadata["best"] <= self._value:
             return
         self._value = metadata["best"]
         self._kept = {name: tensor.detach().clone() for name, tensor in weights.items()}, metadata
 
     def write(self, steps: float = math.inf) -> None:
-        """Write what is kept, if that is due after so many steps of the run; without them, in any case."""
+        """Write the copy, if there is one and enough steps have passed; without `steps`, in any case."""
         if self._kept is None or steps < self._next:
             return
         weights, metadata = self._kept
@@ -55,15 +50,16 @@ class BestWeights:
         self._kept = None
         self._next = max(metadata["steps"], steps if steps < math.inf else 0) + self._every_steps
 
-    def go_on(self, is_ours: Callable[[dict[str, Any]], bool]) -> None:
-        """Take up the file when a run goes on: what is in it stays until it is beaten.
+    def resume(self, is_of_same_env: Callable[[dict[str, Any]], bool]) -> None:
+        """Read the file of a resumed run: only better weights will replace it.
 
         Args:
-            is_ours: whether weights with such metadata are those of the run's environment; others are removed.
+            is_of_same_env: whether weights with this metadata were trained in the run's environment; the file is
+                removed if not.
         """
         with suppress(OSError, Damaged):
             metadata = load_weights(self._path)[1]
-            if not is_ours(metadata):
+            if not is_of_same_env(metadata):
                 self._path.unlink()
             elif isinstance(value := metadata.get("best"), float):
                 self._value = value

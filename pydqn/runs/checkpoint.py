@@ -1,7 +1,7 @@
-"""Checkpoints on the disk. Reading them never runs code.
+"""Checkpoints of a run. Reading them never runs code.
 
-A checkpoint is a folder; its manifest, which names the files by size and checksum, is written last and removed first:
-without it there is no checkpoint.
+A checkpoint is a folder. Its manifest holds the size and checksum of its files; it is written last and removed first,
+and a folder without it is no checkpoint.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydqn._util.files import Checksum, Damaged, read_index, sync_folder, verify_checksum, write_index
+from pydqn._util.weights import load_weights, save_weights
 from pydqn.runs.layout import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
-from pydqn._util.weights import load_weights, save_weights
 
-_KEPT = 2  # should the newest be damaged some day
+_KEPT = 2  # in case the newest one is damaged
 _MANIFEST = "manifest.json"
 _KIND = "pydqn-checkpoint"
 _NAME = re.compile(r"step-\d{12,}")
@@ -29,7 +29,7 @@ _REPLAY = "replay"
 
 
 class Checkpoint(NamedTuple):
-    """What a run needs to go on."""
+    """The state of a run, to resume it from."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -44,9 +44,9 @@ def save_checkpoint(
     state: dict[str, Any],
     save_replay: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder under `run`, named by its steps: whole or not at all.
+    """Write a checkpoint under `run`, named by its steps: whole or not at all.
 
-    The one before is kept; older ones go then, and so does what an interrupted save has left.
+    The previous checkpoint is kept; older ones and the remains of interrupted saves are removed.
     """
     folder = run / CHECKPOINTS / f"step-{steps:012d}"
     _discard(folder)
@@ -77,22 +77,22 @@ def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
 
 
 def discard_after(checkpoint: Path) -> None:
-    """Remove the checkpoints of a run that are later than one of them: another course is taken from there."""
+    """Remove the checkpoints of a run that are later than this one, from which the run is resumed."""
     for other in _folders(checkpoint.parents[1]):
         if other.name > checkpoint.name:
             _discard(other)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says beside its tensors."""
+    """Return the JSON state of a checkpoint."""
     return load_checkpoint(checkpoint).state
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's folder, but for its replay buffer.
+    """Read a checkpoint, except its replay buffer.
 
     Raises:
-        Damaged: a file is not what was written.
+        Damaged: a file differs from what was written.
     """
     content = read_index(path / _MANIFEST, _KIND)
     try:
@@ -105,13 +105,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _folders(run: str | os.PathLike[str]) -> list[Path]:
-    """Return the folders that are checkpoints, or were to be; whatever else a user keeps beside them is not ours."""
+    """Return the folders of checkpoints, also unfinished ones; other files that a user keeps there are left alone."""
     return sorted(
         path for path in (Path(run) / CHECKPOINTS).glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()
     )
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint, the manifest first, so that no half of one is taken for a whole one."""
+    """Remove a checkpoint, the manifest first, so that half of one is never taken for a whole one."""
     (folder / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where things are in the folder of a run, and the settings that it was made with."""
+"""The files in the folder of a run, and reading its config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydqn._util.files import read_json
-from pydqn.config import Config
+from pydqn.config import RENAMED, Config
 from pydqn.envs.tasks import with_overrides
 
 CONFIG = "config.json"
@@ -25,9 +25,9 @@ VIDEOS = Path("videos")
 def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     """Read the `Config` of a run's folder, with fields replaced by `overrides`.
 
-    With another environment (`env_id`), settings that belong to the run's own become neutral ones, as in
-    `pydqn.presets.preset`, and a UserWarning names them; not pixel_mean and pixel_std, with which the run's weights
-    have learned.
+    With another environment (`env_id`), settings that belong to the run's own one are reset to neutral values, as in
+    `pydqn.presets.preset`, and a UserWarning names them; pixel_mean and pixel_std stay, as the weights depend on them.
+    A UserWarning also names fields that have been renamed since the run was made.
 
     Raises:
         ValueError: `run` is not the folder of a run, or its config is not valid.
@@ -39,6 +39,8 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     if not isinstance(plain, dict):
         raise ValueError(f"run: {path} is not a run's config")
     config = Config.from_dict(plain)
+    if renamed := ", ".join(f"{old} is now {RENAMED[old]}" for old in plain if old in RENAMED):
+        warnings.warn(f"run: {path} has old names of settings: {renamed}", stacklevel=2)
     trained = {name: getattr(config, name) for name in ("pixel_mean", "pixel_std")}
     config, note = with_overrides(config, "the run's", {**trained, **overrides})
     if note:
@@ -47,6 +49,6 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
 
 
 def run_of(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """Return the folder of a run, and which of its checkpoints is meant where `path` is one."""
+    """Return the folder of a run; and the checkpoint, if `path` is one of the run's checkpoints."""
     path = Path(path)
     return (path.parents[1], path) if path.parent.name == CHECKPOINTS else (path, None)

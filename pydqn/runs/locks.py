@@ -1,4 +1,4 @@
-"""Who may write in a run's folder: one run at a time. Reading needs no leave."""
+"""Locks on the folders of runs: one run at a time may write in a folder. Reading needs no lock."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pydqn._util.files import named_errors
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing but names keeps runs of several processes apart there
+except ImportError:  # Windows: only runs of the same process are kept apart there
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-_TRIES, _PAUSE_SECONDS = 10, 0.03  # for whoever is just letting go, or only looks who holds the folder
+_TRIES, _PAUSE_SECONDS = 10, 0.03  # other processes may be releasing the lock, or only reading who holds it
 _Key = tuple[int, int]  # device and inode of a folder
 
 
@@ -31,19 +31,19 @@ class FolderInUse(ValueError):
 
 
 class FolderLock:
-    """The right to write in a folder, from now until `release`, or until this process ends, however that happens.
+    """An exclusive lock on a folder, held until `release` or until this process ends, however that happens.
 
-    A file in the folder, `.lock`, is locked meanwhile, and says by whom. The system itself unlocks it when the process
-    is gone; children do not keep it. Where a file system has no locks, a warning says so, and only runs of the same
-    process are kept apart.
+    A file in the folder, `.lock`, is locked and names the process. The operating system unlocks it when the process
+    ends; child processes do not keep it. Where the file system has no locks, a warning says so, and only runs of the
+    same process are kept apart.
 
     Args:
-        folder: made if it is not there, and removed by `release` if nothing has been put into it.
-        new: the folder must not be there yet.
+        folder: made if it does not exist, and removed by `release` if it is still empty.
+        new: the folder must not exist yet.
 
     Raises:
-        Taken: another run, of this process or another, writes there.
-        FileExistsError: it is there though it was to be new.
+        FolderInUse: another run, of this process or another, writes there.
+        FileExistsError: the folder exists, but was to be new.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, new: bool = False) -> None:
@@ -51,23 +51,23 @@ class FolderLock:
         made: list[Path] = []
         try:
             for _ in range(_TRIES):
-                with suppress(FileNotFoundError):  # another run, which came to nothing, has taken the folder away
+                with suppress(FileNotFoundError):  # another run failed to start, and has removed the folder again
                     _make(self.folder, made, new and self.folder not in made)
                     hold = _Hold(self.folder, made)
                     break
             else:
-                raise FolderInUse(f"logdir: {str(self.folder)!r} is removed again and again by others")
+                raise FolderInUse(f"logdir: {str(self.folder)!r} is removed again and again by other runs")
         except BaseException:
             _remove(made)
             raise
-        self.release = weakref.finalize(self, hold.release)  # a run that nobody refers to any more holds nothing
+        self.release = weakref.finalize(self, hold.release)  # also when the run is garbage-collected
 
     def __repr__(self) -> str:
-        return f"Claim({str(self.folder)!r})"
+        return f"FolderLock({str(self.folder)!r})"
 
 
 def lock_numbered(folder: Path) -> FolderLock:
-    """Make and claim `folder`, or where that is there already, the first of `folder`.2, `folder`.3, ... that is not."""
+    """Make and lock `folder`, or if it exists, the first of `folder`.2, `folder`.3, ... that does not."""
     number, candidate = 1, folder
     while True:
         try:
@@ -78,7 +78,7 @@ def lock_numbered(folder: Path) -> FolderLock:
 
 
 def lock_holder(folder: str | os.PathLike[str]) -> str | None:
-    """Return who writes in a folder now, or None."""
+    """Return a description of the process that holds the lock of a folder, or None."""
     try:
         file = _opened(Path(folder) / LOCK, os.O_RDONLY)
     except OSError:
@@ -88,7 +88,7 @@ def lock_holder(folder: str | os.PathLike[str]) -> str | None:
 
 
 class _Hold:
-    """A locked file, and the folders that were made for it."""
+    """A locked file, and the folders made for it; apart from `FolderLock`, whose finalizer must not refer to it."""
 
     def __init__(self, folder: Path, made: list[Path]) -> None:
         self._path, self._made, self._pid = folder / LOCK, made, os.getpid()
@@ -98,7 +98,7 @@ class _Hold:
         if other is not self:
             if other.is_current():
                 raise _in_use(folder, f"this process, {self._pid}")
-            _held[self._key] = self  # the other's folder was removed, and this one has got its inode
+            _held[self._key] = self  # the other's folder was removed, and this one was given the same inode
         try:
             self.file = self._lock(folder)
         except BaseException:
@@ -125,17 +125,17 @@ class _Hold:
         raise _in_use(folder, holder)
 
     def is_current(self) -> bool:
-        """Whether the folder is still there, as far as this can be told: a hold that is being taken is."""
+        """Whether the folder is still there. A lock that is just being taken counts as current."""
         return not hasattr(self, "file") or self._names(self.file)
 
     def _names(self, file: IO[bytes]) -> bool:
-        """Whether the file still has its name: who held the folder before has removed it in the end."""
+        """Whether the file still has its name: `release` removes it."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
         return False
 
     def release(self) -> None:
-        """Let go, unless that has been done, or this is a child of the process that took hold."""
+        """Unlock, unless that has been done already, or this is a child of the process that locked."""
         if os.getpid() != self._pid or self.file.closed:
             return
         with suppress(OSError):
@@ -151,9 +151,9 @@ _held: dict[_Key, _Hold] = {}  # in this process
 
 
 def _forget() -> None:
-    """In a child that was forked: its copies of the files would hold the locks for as long as it lives."""
+    """Close the copies of the files in a forked child: they would hold the locks as long as the child lives."""
     for hold in _held.values():
-        with suppress(AttributeError):  # one that another thread was about to open
+        with suppress(AttributeError):  # another thread was about to open it
             hold.file.close()
     _held.clear()
 
@@ -172,7 +172,7 @@ def _opened(path: Path, flags: int) -> IO[bytes]:
 
 
 def _locked(file: IO[bytes], how: int | None) -> bool:
-    """Lock an open file if nobody else has; where that is not possible at all, warn, and take it for done."""
+    """Lock an open file; returns False if it is locked already. Where locking is not possible, warn and return True."""
     try:
         if how is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -189,7 +189,7 @@ def _warn(why: str) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"the runs' folders cannot be locked here ({why}): see to it that no two runs write in the same one",
+            f"the folders of runs cannot be locked here ({why}): make sure that no two runs write in the same one",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -199,14 +199,14 @@ _warned = False
 
 
 def _about(file: IO[bytes]) -> str:
-    """Return what the holder has written about itself."""
+    """Return the description that the holder wrote into the file."""
     text = file.read(200).decode(errors="replace").strip()
     return text if text and text.isprintable() else "another process"
 
 
 def _in_use(folder: Path, holder: str) -> FolderInUse:
     return FolderInUse(
-        f"logdir: a run is going on in {str(folder)!r} ({holder}); let it end, or stop it, or choose another folder"
+        f"logdir: another run is writing in {str(folder)!r} ({holder}); wait for it, stop it, or choose another folder"
     )
 
 
@@ -215,7 +215,7 @@ def _now() -> str:
 
 
 def _make(folder: Path, made: list[Path], new: bool) -> None:
-    """Make a folder and those above it; note which were not there."""
+    """Make a folder and its parents; append those that did not exist to `made`."""
     if not folder.parent.exists():
         _make(folder.parent, made, False)
     try:
@@ -228,7 +228,7 @@ def _make(folder: Path, made: list[Path], new: bool) -> None:
 
 
 def _remove(made: list[Path]) -> None:
-    """Remove folders that were made, the innermost first, as far as they are empty."""
+    """Remove folders that were made, innermost first, until one is not empty."""
     with suppress(OSError):
         for folder in reversed(made):
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: CSV files and TensorBoard events."""
+"""The logs of a run: CSV files and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pydqn._util.files import atomic_write, named_errors
 from pydqn.runs.layout import EPISODES, PROGRESS
+
+if TYPE_CHECKING:
+    from pydqn.learning.statistics import Statistics
 
 _LARGEST_SHOWN = 1e20  # TensorBoard's histograms end there
 # TensorBoard shows each group as one row of charts.
@@ -35,11 +37,12 @@ GROUPS = {
     "speed": ("frames_per_second", "updates_per_second", "frames", "updates", "seconds"),
 }
 _EPISODE_COLUMNS = ["episode", "steps", "env_index", "return", "length_steps"]
+_RENAMED_COLUMNS = {"lane": "env_index"}  # of episodes.csv: the name in older runs, and now
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a run at one moment. Fields that have no value yet are NaN."""
+    """The state of a run at one time. Fields that have no value yet are NaN."""
 
     seconds: float  # since the first step
     steps: int  # agent steps, over all environments
@@ -73,8 +76,8 @@ class RunLog:
 
     Args:
         logdir: folder of the run.
-        steps: of the checkpoint from which a run goes on: later rows, which it will write again, are dropped.
-        episodes: the same in whole episodes.
+        steps: of the checkpoint that a run was resumed from: later rows are dropped, as the run will write them again.
+        episodes: the number of episodes that had ended then.
     """
 
     def __init__(self, logdir: Path, steps: int = 0, episodes: int = 0) -> None:
@@ -86,8 +89,8 @@ class RunLog:
         with named_errors(logdir):
             self._board = SummaryWriter(str(logdir), purge_step=steps + 1 if steps else None)
 
-    def report(self, report: Report, samples: dict[str, NDArray[Any]]) -> None:
-        """Add one row, visible to readers at once, and histograms of `samples`."""
+    def report(self, report: Report, statistics: Statistics) -> None:
+        """Add one row, visible to readers at once, and histograms of the statistics' samples."""
         self._progress.writerow({name: _text(value) for name, value in report.scalars.items()})
         self._flush()
         with self._board_errors():
@@ -96,12 +99,12 @@ class RunLog:
                     value = getattr(report, name)
                     if not math.isnan(value):
                         self._board.add_scalar(f"{group}/{name}", value, report.steps)
-            for name, values in samples.items():
+            for name, values in statistics.samples.items():
                 if values.size and np.abs(values).max() < _LARGEST_SHOWN:  # (false for NaN)
                     self._board.add_histogram(f"learning/{name}", values, report.steps)
 
     def episode(self, episode: int, steps: int, env_index: int, total: float, length: int, epsilon: float) -> None:
-        """Add one whole episode, which ended when the run had made `steps` steps."""
+        """Add an episode that ended when the run had made `steps` steps."""
         row = (episode, steps, env_index, _exact(total), length)
         self._episodes.writerow(dict(zip(_EPISODE_COLUMNS, row, strict=True)))
         with self._board_errors():
@@ -109,7 +112,7 @@ class RunLog:
                 self._board.add_scalar(f"each episode/{name}", value, steps)
 
     def sync(self) -> None:
-        """See to it that all rows are on the disk: what a checkpoint has counted is not written again."""
+        """Flush all rows to the disk: a checkpoint counts them, so a resumed run does not write them again."""
         self._flush()
         for file in (self._progress_file, self._episodes_file):
             with named_errors(Path(file.name)):
@@ -119,7 +122,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
-        with ExitStack() as files:  # each of them, whatever becomes of the others
+        with ExitStack() as files:  # closes all, even if closing one fails
             files.enter_context(self._board_errors())
             files.callback(self._board.close)
             for file in (self._episodes_file, self._progress_file):
@@ -127,7 +130,7 @@ class RunLog:
                 files.callback(file.close)
 
     def _board_errors(self) -> AbstractContextManager[None]:
-        """TensorBoard writes in a thread of its own: what goes wrong there comes up at some later call."""
+        """Name the folder in errors of TensorBoard, whose own thread writes: they are raised by some later call."""
         return named_errors(Path(self._board.log_dir))
 
     def _flush(self) -> None:
@@ -139,32 +142,34 @@ class RunLog:
 def read_returns(logdir: Path, episodes: int) -> array[float]:
     """Return the returns of a run's first episodes, up to where episodes.csv ends or is damaged."""
     returns = array("d")
-    with suppress(KeyError, ValueError):  # a damaged header or field: whoever asked sees that some are missing
+    with suppress(KeyError, ValueError):  # a damaged header or field: the caller sees that some are missing
         for row in _rows(logdir / EPISODES, "episode", episodes):
             returns.append(float(row["return"] or "nan"))
     return returns
 
 
 def _rows(path: Path, column: str, most: int) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV up to where `column` passes `most`; damage ends them."""
+    """Yield the rows of a CSV until `column` exceeds `most` or a row is damaged."""
     if not most or not path.is_file():
         return
-    with path.open(newline="") as file, suppress(csv.Error, KeyError, ValueError):  # as a crash leaves it, or an editor
-        for row in csv.DictReader(file):
+    with path.open(newline="") as file, suppress(csv.Error, KeyError, ValueError):  # after a crash, or an edit
+        reader = csv.DictReader(file)
+        reader.fieldnames = [_RENAMED_COLUMNS.get(name, name) for name in reader.fieldnames or ()]
+        for row in reader:
             if None in row.values() or int(row[column]) > most:
                 break
             yield row
 
 
 def _open(path: Path, columns: list[str], column: str, most: int) -> tuple[IO[str], csv.DictWriter[str]]:
-    """Begin a CSV in the place of the file that is there, with its rows up to where `column` passes `most`."""
+    """Rewrite a CSV with its rows until `column` exceeds `most`, and open it to append to it."""
     with atomic_write(path) as beside:
         text = io.TextIOWrapper(beside, newline="")
         writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(_rows(path, column, most))
         text.flush()
-        text.detach()  # or it would close the file
+        text.detach()  # otherwise it would close the file
     file = path.open("a", newline="")
     return file, csv.DictWriter(file, columns)
 
@@ -180,14 +185,14 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
             reader = csv.DictReader(file)
             rows = list(reader)
         if rows and None in rows[-1].values():
-            del rows[-1]  # a line that is being written, or that a crash cut short
+            del rows[-1]  # a line that is being written, or was when the process was killed
         return {name: [float(row[name] or "nan") for row in rows] for name in reader.fieldnames or ()}
     except (TypeError, ValueError, csv.Error):
         raise ValueError(f"{path}: not a CSV of numbers") from None
 
 
 def _exact(value: float) -> str:
-    """Return text that reads as the very number: returns are not kept elsewhere."""
+    """Return text that is read back as exactly this number: returns are stored nowhere else."""
     text = _text(value)
     return text if math.isnan(value) or float(text) == value else repr(float(value))
 

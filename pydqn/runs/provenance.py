@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings, and what a run takes of the machine."""
+"""Versions and machine that a result depends on, and the CPU time and memory that a process uses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydqn._util.machine import instruction_sets, processor, usable_cores
 
 
 class Process:
-    """What this process takes of the machine."""
+    """CPU time and memory of this process."""
 
     def __init__(self) -> None:
         import psutil
 
         self._process = psutil.Process()
-        self._process.cpu_percent()  # opens the first interval
+        self._process.cpu_percent()  # starts the first interval
 
     def read(self) -> dict[str, float]:
         """Return cpu_percent since the last call, memory_mb and memory_percent."""
@@ -29,7 +29,7 @@ class Process:
 
 
 def provenance() -> dict[str, str]:
-    """Return what a result depends on beside its config: versions, the processor and what it can do."""
+    """Return what a result depends on besides its config: versions, and the processor and its instruction sets."""
     packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
     return {
         **{name: metadata.version(name) for name in packages},

@@ -1,15 +1,13 @@
-"""What a run comes to: a result, what its learner has to tell meanwhile, or numbers that are not finite."""
+"""The result of a run, and the error of one that diverged."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 
 class Result(NamedTuple):
-    """What a run came to."""
+    """The result of a run."""
 
     returns: list[float]  # the true return of every whole episode, in the order in which they ended
     steps: int
@@ -20,16 +18,5 @@ class Result(NamedTuple):
     reason: str  # why the run ended, beginning with the name of the setting that ended it; or "interrupted"
 
 
-class Learned(NamedTuple):
-    """What a learner has to tell. Numbers that have no value yet are NaN."""
-
-    updates: int
-    loss: float
-    mean_q: float
-    max_q: float
-    grad_norm: float
-    samples: dict[str, NDArray[Any]]  # for histograms
-
-
 class Diverged(RuntimeError):
-    """A loss or a weight is no finite number any more. Nothing of that is ever saved."""
+    """A loss or a weight is no longer finite. Such numbers are never saved."""

@@ -1,4 +1,4 @@
-"""On what terms a run goes on from a checkpoint, and what to do where it cannot."""
+"""Whether a run can resume from a checkpoint, and advice where it cannot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydqn.envs.ids import rom_of
 from pydqn.replay.saving import verify_saved
 from pydqn.runs.checkpoint import checkpoints, load_checkpoint
 
-WITHOUT_REPLAY = "--no-checkpoint-replay (in Python checkpoint_replay=False) goes on with an empty replay buffer"
+WITHOUT_REPLAY = "--no-checkpoint-replay (in Python checkpoint_replay=False) resumes with an empty replay buffer"
 
 
 def transition_settings(config: Config) -> dict[str, Any]:
@@ -23,10 +23,11 @@ def transition_settings(config: Config) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Return which of these fields have another value than before, by name: the old value and the new one.
+    """Return the fields whose values have changed, by name: the old value and the new one.
 
     Args:
-        before: what `transition_settings` gave. Fields that it does not have came later, and had their defaults.
+        before: what `transition_settings` returned. Fields that are missing there were added later; they had their
+            default values.
         config: with the new values.
     """
     old = {**transition_settings(Config()), **before}
@@ -37,14 +38,14 @@ def changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]
 def _same(name: str, old: Any, new: Any) -> bool:
     if old == new or name != "env_id":
         return bool(old == new)
-    with suppress(ValueError):  # two ids of one episode name one environment
+    with suppress(ValueError):  # a game has several ids
         return rom_of(old) is not None and rom_of(old) == rom_of(new)
     return False
 
 
 def require_unchanged(state: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:
-    """Raise a ValueError if the transitions that a checkpoint holds are not those that a run would go on with."""
-    if "transitions" not in state:  # as checkpoints were before; the run's config may be another since
+    """Raise a ValueError if a checkpoint's transitions were made with other settings than the resumed run has."""
+    if "transitions" not in state:  # an older checkpoint; the run's config may have changed since then
         raise ValueError(f"checkpoint: it does not say with which settings its transitions were made; {WITHOUT_REPLAY}")
     for name, (old, new) in changed.items():
         raise ValueError(
@@ -53,18 +54,18 @@ def require_unchanged(state: dict[str, Any], changed: dict[str, tuple[Any, Any]]
 
 
 @contextmanager
-def named_way_on() -> Iterator[None]:
-    """Let a refusal to load a replay buffer say how to go on without it."""
+def suggest_empty_replay() -> Iterator[None]:
+    """Add to an error of loading a replay buffer how to resume without it."""
     try:
         yield
     except Damaged:
-        raise  # an older checkpoint may be whole
+        raise  # an older checkpoint may be whole: see `advice_for_damaged`
     except ValueError as error:
         raise ValueError(f"{error}; {WITHOUT_REPLAY}") from None
 
 
-def instead_of(damaged: Path) -> str:
-    """Say what to do about a damaged checkpoint."""
+def advice_for_damaged(damaged: Path) -> str:
+    """Say how to resume a run whose checkpoint is damaged."""
     for path in reversed(checkpoints(damaged.parents[1])):
         if path.name < damaged.name:
             try:

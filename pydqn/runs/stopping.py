@@ -1,4 +1,4 @@
-"""When a run is over, and why."""
+"""When and why a run ends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 from pydqn.config import Config
 
 
-class Standing(NamedTuple):
-    """What a run has come to, as far as it can end it."""
+class Progress(NamedTuple):
+    """The numbers of a run that can end it."""
 
     steps: int
     episodes: int
@@ -18,10 +18,10 @@ class Standing(NamedTuple):
     evaluation_return: float  # of the latest evaluation; NaN before the first
 
 
-def ending(config: Config, now: Standing) -> str | None:
-    """Return why a run of `config` is over: the setting that ends it, and what reached it. None while it goes on.
+def end_reason(config: Config, now: Progress) -> str | None:
+    """Return why a run of `config` is over: the setting that ends it, and the value that reached it. Else None.
 
-    A goal that was reached before the first update says so: nothing had been learned.
+    Where a goal was reached before the first update, the reason says so: nothing has been learned.
     """
     goal = None
     if 0 < config.stop_successes <= now.successes:

@@ -1,4 +1,4 @@
-"""What every run does, whatever learns: its folder, its logs, its checkpoints, its end."""
+"""The base class of training runs: their folder, logs, checkpoints and end."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from pydqn.config import Config
 from pydqn.envs.base import Episode
 from pydqn.envs.tasks import described, resolved
 from pydqn.learning.schedules import epsilon
+from pydqn.learning.statistics import Statistics
+from pydqn.replay.device import DeviceReplay
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.best_weights import BestWeights
 from pydqn.runs.checkpoint import Checkpoint, discard_after, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -31,118 +33,120 @@ from pydqn.runs.layout import BEST_WEIGHTS, CHECKPOINTS, CONFIG, ENVIRONMENT, EP
 from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import Report, RunLog, read_returns
 from pydqn.runs.provenance import Process, provenance
-from pydqn.runs.result import Diverged, Learned, Result
-from pydqn.runs.resuming import changes, instead_of, transition_settings
-from pydqn.runs.stopping import Standing, ending
+from pydqn.runs.result import Diverged, Result
+from pydqn.runs.resuming import advice_for_damaged, changes, transition_settings
+from pydqn.runs.stopping import Progress, end_reason
 
 Self = TypeVar("Self", bound="BaseRun")
 
 
 class BaseRun:
-    """One training run; a context manager that leaves everything saved and closed, however the run ends.
+    """One training run. A context manager: when its block ends, for whatever reason, everything is saved and closed.
 
-    (But for one that diverged, of which only the best weights from before are saved, or that a KeyboardInterrupt broke
-    off in the middle of a step: then what was saved before is left alone. `stop` ends a run after its step.) Where an
-    error ends a run and not everything can be saved, that is a warning, and the error comes through.
+    Two exceptions: of a run that diverged only the earlier best weights are saved; after a KeyboardInterrupt, which
+    may come in the middle of a step, nothing is. (`stop` ends a run after the current step.) Where an error ends a run
+    and not everything can be saved, the failure to save is a warning and the first error is raised.
 
     `logdir` gets config.json, environment.json (versions, machine, precision and threads), progress.csv, episodes.csv,
     TensorBoard events, checkpoints/ and weights/: best.safetensors, when the mean return has improved, and, at the end,
-    last.safetensors. The best weights are on the disk when a run has ended and before each checkpoint; in between they
-    are written no more often than every `log_every_steps`, so a kill costs those of so many steps at most.
+    last.safetensors. The best weights are written at most once per `log_every_steps`, before each checkpoint and at the
+    end, so a kill loses at most those of that many steps.
 
     Args:
         config: what to run.
-        logdir: folder of the run, made if it is not there; or a claim on it. Until this run is closed, no other can
-            write there.
-        resume: go on from the folder's latest checkpoint, or from this one; later ones are removed then.
+        logdir: folder of the run, made if it is not there; or a lock on it. No other run can write there until this one
+            is closed.
+        resume: resume from the folder's latest checkpoint, or from this one; later ones are then removed.
 
     Raises:
-        ValueError: the configuration cannot run on this machine, or `logdir` holds a run already (or, to resume, none,
-            or a damaged one: the message names the file, and the checkpoint that is whole), or one that is going on
-            (`pydqn.runs.locks.FolderInUse`).
+        ValueError: the configuration cannot run on this machine; or `logdir` already holds a run, or (to resume) none,
+            or a damaged one (the message names the file, and the checkpoint that is whole); or another run is writing
+            there (`pydqn.runs.locks.FolderInUse`).
     """
 
-    replay: FrameReplay | None = None  # goes into checkpoints, where the config says so
-    saving: Callable[[float], None] | None = None  # told, while a memory is saved, which share of it is done
+    replay: FrameReplay | DeviceReplay | None = None  # saved in checkpoints if `checkpoint_replay`
+    saving: Callable[[float], None] | None = None  # called with the share done while a replay buffer is saved
 
     def __init__(
         self, config: Config, logdir: str | os.PathLike[str] | FolderLock, *, resume: bool | Path = False
     ) -> None:
         self._folder_lock = logdir if isinstance(logdir, FolderLock) else FolderLock(logdir)
-        with ExitStack() as refused:  # while the error is referred to, so are we, and with us the claim
+        with ExitStack() as refused:  # a kept exception keeps this object, which would keep the folder locked
             refused.callback(self._folder_lock.release)
             self.config = config = resolved(config)
             refused.pop_all()
         self.logdir = self._folder_lock.folder
         self.steps = self.frames = 0
-        self.episodes = 0  # whole ones
-        self.returns = array("d")  # theirs
+        self.episodes = 0  # that have ended
+        self.returns = array("d")  # of these episodes
         self._recent: deque[Episode] = deque(maxlen=config.mean_episodes)
         self._successes = 0  # in a row
-        self._best = -math.inf  # what this course's best weights came to
+        self._best = -math.inf  # mean return of the best weights since the run began or was resumed
         self._best_weights = BestWeights(self.logdir / BEST_WEIGHTS, config.log_every_steps, self._finite)
         self._evaluation = math.nan
         self._started = self._seconds = self._seconds_before = 0.0
         self._last: Report | None = None
         self._saved_at = -1
         self._stopping = False
-        self._resumed: dict[str, Any] | None = None  # the state that the run goes on from
-        self._changed: dict[str, tuple[Any, Any]] = {}  # what transitions depend on, and was another before
+        self._resumed: dict[str, Any] | None = None  # state of the checkpoint that the run was resumed from
+        self._changed: dict[str, tuple[Any, Any]] = {}  # settings of transitions that differ from the checkpoint's
         self._process = Process()
         self._log: RunLog | None = None
-        self._until_closed = ExitStack()  # puts back what a run changes in its process
+        self._until_closed = ExitStack()  # undoes what a run changes in its process
         with ExitStack() as failed:
             failed.callback(self._release)
-            self._begin(self._start(resume))
+            self._set_up(self._checkpoint_to_resume(resume))
             failed.pop_all()
 
-    def _start(self, resume: bool | Path) -> Path | None:
-        """Return the checkpoint to go on from, or None for a run that is to begin, in a folder that holds no other."""
+    def _checkpoint_to_resume(self, resume: bool | Path) -> Path | None:
+        """Return the checkpoint to resume from; None for a new run, whose folder may not hold a run yet."""
         latest = latest_checkpoint(self.logdir)
         if resume:
             path = latest if resume is True else resume
             if path is None:
-                raise ValueError(f"run: {str(self.logdir)!r} has no checkpoint to go on from; train it anew, elsewhere")
+                raise ValueError(
+                    f"run: {str(self.logdir)!r} has no checkpoint to resume from; train anew in another folder"
+                )
             return path
         if any((self.logdir / name).exists() for name in (CONFIG, PROGRESS, CHECKPOINTS, BEST_WEIGHTS.parent)):
-            way = "resume it" if latest else "remove that one, which came to no checkpoint"
-            raise ValueError(f"logdir: {str(self.logdir)!r} holds a run already; choose another folder, or {way}")
+            advice = "resume it" if latest else "remove it: it has no checkpoint"
+            raise ValueError(f"logdir: {str(self.logdir)!r} holds a run already; choose another folder, or {advice}")
         return None
 
-    def _begin(self, path: Path | None) -> None:
-        """Open everything, anew or as a checkpoint says, and the folder last."""
+    def _set_up(self, checkpoint: Path | None) -> None:
+        """Create everything, restore it from the checkpoint if there is one, and then write to the folder."""
         config = self.config
-        if path is None:
-            self._open(self._seeds(0))
+        if checkpoint is None:
+            self._create(self._seeds(0))
         else:
             try:
-                self._go_on(path)
+                self._resume(checkpoint)
             except Damaged as error:
-                raise Damaged(f"{error}; {instead_of(path)}") from None
-            # Before the logs are cut back: whatever is resumed later must not count rows that are not there.
-            discard_after(path)
+                raise Damaged(f"{error}; {advice_for_damaged(checkpoint)}") from None
+            # Before the logs are cut: a later checkpoint would count rows that are then missing.
+            discard_after(checkpoint)
         write_json(self.logdir / CONFIG, config.to_dict())
-        if path is not None:  # weights of a course that was given up may be better, and are kept then
-            self._best_weights.go_on(self._is_ours)
+        if checkpoint is not None:  # keeps better weights from after an older checkpoint
+            self._best_weights.resume(self._is_of_same_env)
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
         write_json(self.logdir / ENVIRONMENT, {**provenance(), **self.arithmetic(), **self.task()})
         self._log = RunLog(self.logdir, self.steps, self.episodes)
-        if path is None:
-            self._checkpoint()  # so that whatever comes, there is one to go on from
+        if checkpoint is None:
+            self._checkpoint()  # so that there always is one to resume from
 
-    # --- what a kind of run fills in ---
+    # --- what subclasses define ---
 
     def reports(self) -> Iterator[Report]:
-        """Run to the end, yielding a report whenever one is due, and at the end."""
+        """Run to the end, yielding a report at each logging period, and at the end."""
         raise NotImplementedError
 
-    def learned(self) -> Learned:
-        """Return what the learner has to tell now."""
+    def statistics(self) -> Statistics:
+        """Return statistics of the latest update."""
         raise NotImplementedError
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return what a policy needs."""
+        """Return the weights of the policy."""
         raise NotImplementedError
 
     @property
@@ -151,37 +155,25 @@ class BaseRun:
         raise NotImplementedError
 
     def arithmetic(self) -> dict[str, str | int]:
-        """Return where and how numbers are worked out, as far as the machine decides it."""
+        """Return the settings of computation that the machine decides."""
         return {"device": "cpu"}
 
     def task(self) -> dict[str, str]:
-        """Return for a person what the run makes of its environment."""
+        """Return a description of the environment as the run uses it."""
         return described(self.config, self._inputs())
 
     def _inputs(self) -> str:
-        """Say what becomes of observations."""
+        """Describe how observations are used."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release what the run holds, as far as it has been opened."""
+        """Release what the run holds, even if it was only partly created."""
 
     def _seeds(self, steps: int) -> np.random.SeedSequence:
-        """Seeds of what begins after so many steps."""
+        """Return the seeds of episodes that start after so many steps."""
         return np.random.SeedSequence([self.config.seed, steps] if steps else [self.config.seed])
 
-    def _go_on(self, path: Path) -> None:
-        checkpoint = load_checkpoint(path)
-        self._resumed = checkpoint.state
-        try:
-            self._open(self._seeds(integer("steps", checkpoint.state["steps"], 0)))
-            self._restore(checkpoint)
-        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-            raise Damaged(f"{path}: is not the state of a run ({error!r})") from None
-        if "env_id" in self._changed:  # what was reached there is nothing to compare with
-            self._recent.clear()
-            self._successes, self._best, self._evaluation = 0, -math.inf, math.nan
-
-    def _open(self, seeds: np.random.SeedSequence) -> None:
+    def _create(self, seeds: np.random.SeedSequence) -> None:
         """Make the environments and the learner."""
         raise NotImplementedError
 
@@ -190,7 +182,7 @@ class BaseRun:
         raise NotImplementedError
 
     def _state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside its tensors, as JSON can hold it."""
+        """Return the JSON of a checkpoint: everything but tensors and the replay buffer."""
         return {
             "finished": self._finished(),
             "steps": self.steps,
@@ -205,11 +197,11 @@ class BaseRun:
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint."""
+        """Take over what `_state` and `_tensors` returned, and the replay buffer."""
         state = checkpoint.state
         self.steps, self.frames = integer("steps", state["steps"], 0), integer("frames", state["frames"], 0)
         self._seconds_before = float(state["seconds"])
-        if "returns" in state:  # as checkpoints were before
+        if "returns" in state:  # an older checkpoint
             self.returns = array("d", map(float, state["returns"]))
             self.episodes = len(self.returns)
         else:
@@ -222,16 +214,29 @@ class BaseRun:
             Episode(int(env_index), float(total), int(steps)) for env_index, total, steps in state["recent"]
         )
         self._successes = integer("successes", state["successes"], 0)
-        best = state.get("best_test", state["best"])  # tables had their own before
+        best = state.get("best_test", state["best"])  # "best_test" in older checkpoints of tables
         self._best = -math.inf if best is None else float(best)
         self._evaluation = math.nan if state["evaluation"] is None else float(state["evaluation"])
         self._saved_at = self.steps
         before = state.get("transitions")
-        if before is None:  # as checkpoints were before
+        if before is None:  # an older checkpoint
             before = transition_settings(resolved(load_run(self.logdir)))
         self._changed = changes(before, self.config)
 
-    # --- what all of them do ---
+    # --- what all runs share ---
+
+    def _resume(self, path: Path) -> None:
+        """Create everything, and restore it from a checkpoint."""
+        checkpoint = load_checkpoint(path)
+        self._resumed = checkpoint.state
+        try:
+            self._create(self._seeds(integer("steps", checkpoint.state["steps"], 0)))
+            self._restore(checkpoint)
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise Damaged(f"{path}: is not the state of a run ({error!r})") from None
+        if "env_id" in self._changed:  # returns of different environments do not compare
+            self._recent.clear()
+            self._successes, self._best, self._evaluation = 0, -math.inf, math.nan
 
     def __enter__(self: Self) -> Self:
         return self
@@ -244,15 +249,15 @@ class BaseRun:
                 last.callback(self._release)
                 if not isinstance(error, KeyboardInterrupt):
                     self._save(diverged=isinstance(error, Diverged))
-        except Exception as second:  # must not hide what went wrong first
+        except Exception as second:  # must not hide the first error
             if error is None:
                 raise
             warnings.warn(f"not everything could be saved: {second}", stacklevel=2)
 
     def _save(self, *, diverged: bool) -> None:
-        """Save everything that is good: of a run that has diverged, the best weights from before."""
+        """Save weights and a checkpoint at the end; if the run has diverged, only the earlier best weights."""
         if diverged:
-            with suppress(Diverged):  # when they were kept they had diverged, too
+            with suppress(Diverged):  # the best weights may also have diverged
                 self._best_weights.write()
             return
         self._best_weights.write()
@@ -271,7 +276,7 @@ class BaseRun:
                 last.callback(self._log.close)
 
     def stop(self) -> None:
-        """Let the run end after the step that it is in. May be called by a signal handler, or from another thread."""
+        """End the run after the current step. May be called by a signal handler, or from another thread."""
         self._stopping = True
 
     @property
@@ -280,8 +285,8 @@ class BaseRun:
         return self._stopping and not self._finished()
 
     def result(self) -> Result:
-        """Return what the run has come to so far."""
-        reason = self._ending() or ("interrupted" if self._stopping else "not over")
+        """Return the result so far."""
+        reason = self._end_reason() or ("interrupted" if self._stopping else "not over")
         return Result(list(self.returns), self.steps, self.frames, self.updates, self._seconds, self.logdir, reason)
 
     def mean_return(self) -> float:
@@ -291,27 +296,27 @@ class BaseRun:
         return float(np.mean([episode.total for episode in self._recent]))
 
     def _finished(self) -> bool:
-        return self._ending() is not None
+        return self._end_reason() is not None
 
-    def _ending(self) -> str | None:
+    def _end_reason(self) -> str | None:
         evaluation, mean = self._evaluation, self.mean_return()
-        standing = Standing(self.steps, self.episodes, self.updates, self._successes, mean, evaluation)
-        return ending(self.config, standing)
+        progress = Progress(self.steps, self.episodes, self.updates, self._successes, mean, evaluation)
+        return end_reason(self.config, progress)
 
-    def _warn_of_cut(self, steps: int, way_on: str, setting: str = "checkpoint_every_steps") -> None:
-        """Warn that an episode is cut off which has gone on since the checkpoint before, `steps` steps ago."""
+    def _warn_of_cut_episode(self, steps: int, advice: str, setting: str = "checkpoint_every_steps") -> None:
+        """Warn that a checkpoint cut off an episode that was as long as the period between checkpoints, `steps`."""
         warnings.warn(
-            f"{setting}: an episode of {self.config.env_id} had gone on for all {steps:,} steps between two "
-            f"checkpoints when the second cut it off, so episodes of that length never end; {way_on}",
+            f"{setting}: an episode of {self.config.env_id} had lasted for all {steps:,} steps between two "
+            f"checkpoints when the second cut it off, so episodes of that length never end; {advice}",
             stacklevel=2,
         )
 
     def _clock(self) -> float:
-        """Seconds that the run has taken, those before it was resumed included."""
+        """Return the seconds that the run has taken, including those before it was resumed."""
         return self._seconds_before + (time.perf_counter() - self._started if self._started else 0.0)
 
-    def _end(self, episode: Episode) -> None:
-        """Take note of a whole episode."""
+    def _record_episode(self, episode: Episode) -> None:
+        """Count and log an episode that has ended."""
         assert self._log is not None
         self.episodes += 1
         self.returns.append(episode.total)
@@ -320,19 +325,19 @@ class BaseRun:
         self._log.episode(self.episodes, self.steps, *episode, epsilon(self.config, self.steps))
 
     def _metadata(self) -> dict[str, Any]:
-        """Return what stands beside weights."""
+        """Return the metadata in files of weights."""
         mean = float(np.mean([episode.total for episode in self._recent])) if self._recent else None
         env_id = self.config.env_id
         return {"env_id": env_id, "steps": self.steps, "updates": self.updates, "mean_return": mean}
 
     def _keep_if_best(self, value: float) -> None:
-        """Keep the weights as they are now, if they came to more than all before."""
+        """Keep the current weights if `value` is larger than all values before."""
         if value > self._best:
             self._best = value
             self._best_weights.keep(self.weights(), {**self._metadata(), "best": value})
 
-    def _is_ours(self, metadata: dict[str, Any]) -> bool:
-        """Whether weights with such metadata are for the run's environment."""
+    def _is_of_same_env(self, metadata: dict[str, Any]) -> bool:
+        """Whether weights with this metadata were trained in the run's environment."""
         before = self._changed.get("env_id", (self.config.env_id,))[0]
         return "env_id" not in changes({"env_id": str(metadata.get("env_id", before))}, self.config)
 
@@ -348,7 +353,7 @@ class BaseRun:
         self._saved_at = self.steps
 
     def _finite(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors if all their numbers are finite."""
+        """Return the tensors if all their numbers are finite; else raise `Diverged`."""
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise self._diverged(f"{name} holds a number that is not finite")
@@ -361,7 +366,7 @@ class BaseRun:
 
     def _report(self) -> Report:
         assert self._log is not None
-        before, learned = self._last, self.learned()
+        before, statistics = self._last, self.statistics()
         self._seconds = self._clock()
         elapsed = self._seconds - before.seconds if before else math.nan
         totals, lengths = [episode.total for episode in self._recent], [episode.steps for episode in self._recent]
@@ -369,23 +374,23 @@ class BaseRun:
             seconds=self._seconds,
             steps=self.steps,
             frames=self.frames,
-            updates=learned.updates,
+            updates=self.updates,
             episodes=self.episodes,
             epsilon=epsilon(self.config, self.steps),
             mean_return=float(np.mean(totals)) if totals else math.nan,
             last_return=totals[-1] if totals else math.nan,
             mean_length_steps=float(np.mean(lengths)) if lengths else math.nan,
             last_length_steps=lengths[-1] if lengths else math.nan,
-            loss=learned.loss,
-            mean_q=learned.mean_q,
-            max_q=learned.max_q,
-            grad_norm=learned.grad_norm,
+            loss=statistics.loss,
+            mean_q=statistics.mean_q,
+            max_q=statistics.max_q,
+            grad_norm=statistics.grad_norm,
             frames_per_second=(self.frames - before.frames) / elapsed if before else math.nan,
-            updates_per_second=(learned.updates - before.updates) / elapsed if before else math.nan,
+            updates_per_second=(self.updates - before.updates) / elapsed if before else math.nan,
             evaluation_return=self._evaluation,
             **self._process.read(),
         )
         if before is not None:
-            self._log.report(report, learned.samples)
+            self._log.report(report, statistics)
         self._last = report
         return report

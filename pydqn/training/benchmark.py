@@ -1,4 +1,4 @@
-"""How fast this machine runs a preset: each stage alone, and the whole loop."""
+"""Measuring how fast this machine runs a preset: each stage alone, and the whole loop."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Measurement(NamedTuple):
     stage: str
     microseconds: float  # median, per call
     per_second: float
-    unit: str  # of what is counted per second
+    unit: str  # what `per_second` counts
 
 
 def measure(config: Config, seconds: float = 3.0) -> Iterator[Measurement]:
     """Yield the stages of `config` one after another, each measured for about `seconds` on an otherwise idle machine.
 
-    The memory holds what a run has stored when it begins to learn; a run that has gone on for long touches more.
+    The replay buffer holds as much as when learning starts; later in a run, more of the machine's memory is used.
 
     Raises:
         ValueError: the configuration cannot run on this machine, or has no network.
@@ -45,7 +45,7 @@ def measure(config: Config, seconds: float = 3.0) -> Iterator[Measurement]:
 
 @contextmanager
 def warm_run(config: Config) -> Iterator[Run]:
-    """Open a run of `config` that never ends, saves nothing while it goes and has made its first updates."""
+    """Start a run of `config` that has made its first updates, never ends, and saves nothing until it is closed."""
     config = dataclasses.replace(
         config,
         total_steps=2**53,
@@ -61,49 +61,45 @@ def warm_run(config: Config) -> Iterator[Run]:
         stop_successes=0,
     )
     with tempfile.TemporaryDirectory() as folder, Run(config, Path(folder) / "run") as run:
-        next(run.reports())  # until some updates have been made: compilers and caches are warm then
+        next(run.reports())  # runs until some updates have been made: compilers and caches are warm then
         yield run
 
 
 def _stages(run: Run, seconds: float) -> Iterator[Measurement]:
     config, learner, replay = run.config, run.learner, run.replay
-    envs, size = config.num_envs, config.batch_size
-    wait = torch.cuda.synchronize if learner.device.type == "cuda" else _nothing
+    num_envs, size = config.num_envs, config.batch_size
+    wait = torch.cuda.synchronize if learner.device.type == "cuda" else lambda: None
     slot = replay.next_slot()
-    none = np.zeros(envs, np.bool_)
-    zeros = np.zeros(envs, np.int64)
+    none = np.zeros(num_envs, np.bool_)
+    zeros = np.zeros(num_envs, np.int64)
     generator = np.random.default_rng(config.seed)
 
     def environments() -> None:
-        run.envs.send(generator.integers(run.envs.num_actions, size=envs))
+        run.envs.send(generator.integers(run.envs.num_actions, size=num_envs))
         run.envs.recv(slot)
 
-    yield _time("environments, with preprocessing", environments, seconds, envs, "steps")
-    yield _time("append", lambda: replay.append(slot, zeros, zeros, none, none, none), seconds / 3, envs, "frames")
+    yield _time("environments, with preprocessing", environments, seconds, num_envs, "steps")
+    yield _time("append", lambda: replay.append(slot, zeros, zeros, none, none, none), seconds / 3, num_envs, "frames")
     out = replay.empty_batch(size)
     yield _time(f"sample {size}", lambda: replay.sample(size, out), seconds / 3, size, "transitions")
-    yield _time("act", lambda: run.act(0.0), seconds / 3, envs, "actions")
+    yield _time("act", lambda: run.act(0.0), seconds / 3, num_envs, "actions")
 
     def update() -> None:
         learner.update(out)
         wait()
 
     yield _time(f"update of {size}", update, seconds, 1, "updates")
-    learner.updates = run.updates_due()  # those above were none of the loop's
+    run.count_updates_from(run.steps)  # the loop has not required the updates above
     frames, started = run.frames, time.perf_counter()
-    loop = _time("whole loop", run.step, 2 * seconds, envs, "steps")
+    loop = _time("whole loop", run.step, 2 * seconds, num_envs, "steps")
     wait()
     yield loop
     rate = (run.frames - frames) / (time.perf_counter() - started)
     yield Measurement("whole loop", loop.microseconds, rate, "emulator frames")
 
 
-def _nothing() -> None:
-    """Wait for nothing: a CPU is done when the call returns."""
-
-
 def _time(stage: str, call: Callable[[], object], seconds: float, count: int, unit: str) -> Measurement:
-    """Call again and again; the rate is that of all calls together, since some (an episode's reset) are rare and long."""
+    """Time repeated calls. The rate is that of all calls together, since some (with a reset) are rare and long."""
     call()
     spent: list[float] = []
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Films of whole episodes while a run goes on."""
+"""Videos of whole episodes during training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pydqn.plotting.recording import Recorder
 
 
 class EpisodeVideos:
-    """Films one episode after another into a folder, each in a file named by the run's frames and the episode's return.
+    """Writes one video per episode to a folder, named by the run's frames and the episode's return.
 
-    A video that cannot be written is dropped with a warning: a run does not end for that.
+    A video that cannot be written is dropped with a warning: it does not end a run.
     """
 
     def __init__(self, folder: Path, suffix: str, fps: int = 30) -> None:
@@ -28,7 +28,7 @@ class EpisodeVideos:
         self._recorder: Recorder | None = None
 
     def start(self, image: NDArray[np.uint8]) -> None:
-        """Begin with an episode's first image; a video that was not finished is dropped."""
+        """Begin a video with an episode's first image; an unfinished one is dropped."""
         self.drop()
         with self._reporting():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -36,18 +36,18 @@ class EpisodeVideos:
         self.add(image)
 
     def add(self, image: NDArray[np.uint8]) -> None:
-        """Append an image of the episode that is being filmed."""
+        """Append an image to the current video, if there is one."""
         if self._recorder is not None:
             with self._reporting():
                 self._recorder.add(image)
 
     @property
-    def filming(self) -> bool:
-        """Whether an episode is being filmed."""
+    def recording(self) -> bool:
+        """Whether an episode is being recorded."""
         return self._recorder is not None
 
     def finish(self, frames: int, total: float) -> None:
-        """End the video of an episode that came to the return `total` when the run had seen `frames` frames."""
+        """Finish the video of an episode with return `total`, which ended when the run had taken `frames` frames."""
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             with self._reporting():
@@ -55,7 +55,7 @@ class EpisodeVideos:
                 os.replace(self._path, self._folder / f"frame-{frames:012d}-return-{total:g}.{self._suffix}")
 
     def drop(self) -> None:
-        """Forget a video that is not finished."""
+        """Drop an unfinished video."""
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             with suppress(OSError):
@@ -67,4 +67,4 @@ class EpisodeVideos:
             yield
         except (OSError, ValueError) as error:
             self.drop()
-            warnings.warn(f"videos: an episode was not filmed: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"videos: an episode was not recorded: {error}", RuntimeWarning, stacklevel=2)

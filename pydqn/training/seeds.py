@@ -1,4 +1,4 @@
-"""What is random in a training run, each with a seed of its own."""
+"""The seeds of a training run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 class Seeds(NamedTuple):
-    """One for each thing that is random; the order is part of what a seed means."""
+    """One seed for each source of randomness. Their order must not change, or a seed would give another run."""
 
-    own: int
+    exploration: int
     evaluation: int
     envs: int
     replay: int
@@ -18,5 +18,5 @@ class Seeds(NamedTuple):
 
     @classmethod
     def of(cls, seeds: np.random.SeedSequence) -> Seeds:
-        """Draw them."""
+        """Draw the seeds."""
         return cls(*map(int, seeds.generate_state(5)))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which schedulers and spot machines send, as a request to end in good order."""
+"""Ctrl-C and SIGTERM (sent by schedulers and spot machines) as a request to stop and save."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from types import FrameType
 
 
 class Signals:
-    """What has come so far.
+    """A signal handler.
 
-    The first signal calls `stop`; one that comes before there is anything to stop, or while that takes its time,
-    raises KeyboardInterrupt.
+    The first signal calls `stop`; a second one, or one before `stop` is set, raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
-        self.came: int | None = None
+        self.received: int | None = None  # the latest signal
         self.stop: Callable[[], None] | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal."""
-        again, self.came = self.came is not None, number
+        """Handle a signal."""
+        again, self.received = self.received is not None, number
         if again or self.stop is None:
             raise KeyboardInterrupt
         self.stop()
@@ -30,16 +29,13 @@ class Signals:
 
 @contextmanager
 def deferred() -> Iterator[Signals]:
-    """Take SIGINT and SIGTERM until the block ends, unless they are ignored.
-
-    Only the main thread can; in others nothing changes.
-    """
+    """Handle SIGINT and SIGTERM until the block ends, unless they are ignored. Does nothing outside the main thread."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # (None: one that was set outside Python, and could not be put back.)
+    # None is a handler that was set outside Python, and could not be restored.
     ours = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     for number in ours:
         signal.signal(number, signals)

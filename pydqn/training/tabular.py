@@ -1,8 +1,8 @@
 """Q-learning on a table (Watkins 1989), for environments with numbered states and actions.
 
 Test episodes are most of the work: the published FrozenLake agent plays twenty after every update. Where an environment
-publishes its transition probabilities, as Gymnasium's small text worlds do, learning and testing run on these in
-compiled code; any other environment is stepped.
+gives its transition probabilities, as Gymnasium's toy text environments do, learning and testing use these in compiled
+code; any other environment is stepped.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from pydqn.envs.discrete import Model, StateEnv
 from pydqn.envs.make import beside_learning
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
 from pydqn.learning.schedules import Due, epsilon
+from pydqn.learning.statistics import Statistics
 from pydqn.runs.checkpoint import Checkpoint
 from pydqn.runs.logs import Report
-from pydqn.runs.result import Learned
 from pydqn.training.base import BaseRun
 
 _NO_LIMIT = 2**62  # steps
 
 
 class Trials(NamedTuple):
-    """When test episodes are played, and what their mean return has to beat."""
+    """When test episodes are played, and the mean return that they have to exceed."""
 
     steps_before: int
     every_steps: int  # 0 for never
-    games: int
+    episodes: int
     best: float
 
 
 class Outcome(NamedTuple):
-    """What some steps of learning came to."""
+    """The result of some steps of learning."""
 
     steps: int
     test_mean: float  # of the last test; NaN when there was none
     longest_test: int  # steps of the longest test episode
-    episodes: list[tuple[float, int, int]]  # of episodes that ended: return, length, and after how many of these steps
+    episodes: list[tuple[float, int, int]]  # those that ended: return, length, and after how many of these steps
 
 
 class ModelledTask:
-    """An environment whose transition probabilities are known; it is not needed any more."""
+    """A task with known transition probabilities; the environment itself is no longer needed."""
 
-    steps_at_once = 1_000  # for so long, whoever wants to stop the run has to wait
+    steps_at_once = 1_000  # a request to stop the run waits for as many
 
     def __init__(
         self, model: Model, most_steps: int | None, config: Config, generators: list[np.random.Generator]
     ) -> None:
-        # A plain tuple: compiled code is kept on the disk by its arguments' types, and ours may be renamed some day.
+        # A plain tuple, because Numba's cache on the disk depends on the types of arguments, and so on our names.
         self._model = tuple(model)
         self._most_steps = most_steps or _NO_LIMIT
         self._most_test_steps = most_steps or config.evaluation_max_episode_steps or _NO_LIMIT
@@ -67,17 +67,17 @@ class ModelledTask:
         self.begin(generators)
 
     def begin(self, generators: list[np.random.Generator], seeds: tuple[int, int] | None = None) -> None:
-        """Open an episode, with these generators for exploration; `seeds` are for environments that are stepped."""
+        """Start an episode, with these generators for exploration. `seeds` are used by `SteppedTask` alone."""
         self._generators = generators
         self._state = int(_first_state(self._model[0], generators[0]))
         self.length, self._total = 0, 0.0
 
     def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
-        """Take up to `len(epsilons)` steps, one update of the table each; stops early after a test that beats the best.
+        """Take up to `len(epsilons)` steps with one update each; stop early after a test that exceeds the best.
 
         Args:
             table: (num_states, num_actions) action values, changed in place.
-            epsilons: probability of a random action, for each step.
+            epsilons: probability of a random action at each step.
             tests: when to test.
         """
         config = self._config
@@ -99,13 +99,13 @@ class ModelledTask:
         return Outcome(steps, test_mean, longest, list(zip(*(column.tolist() for column in ended), strict=True)))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Release nothing: there is no environment."""
 
 
 class SteppedTask:
-    """Any environment with numbered states, step by step; a second one is for tests, which may not disturb an episode."""
+    """A task that steps an environment with numbered states; tests use a second one, so as not to disturb episodes."""
 
-    steps_at_once = 1  # should one fail, all steps before it have been counted
+    steps_at_once = 1  # if a step fails, all steps before it have been counted
 
     def __init__(
         self, envs: tuple[StateEnv, StateEnv | None], config: Config, generators: list[np.random.Generator]
@@ -115,7 +115,7 @@ class SteppedTask:
         self.begin(generators)
 
     def begin(self, generators: list[np.random.Generator], seeds: tuple[int, int] | None = None) -> None:
-        """As `ModelledTask.begin`; with `seeds`, of both environments, as if these were new."""
+        """See `ModelledTask.begin`; `seeds` reset the random state of both environments."""
         self._generators = generators
         if seeds is not None:
             for env, seed in zip((self._env, self._test_env), seeds, strict=True):
@@ -125,7 +125,7 @@ class SteppedTask:
         self.length, self._total = 0, 0.0
 
     def learn(self, table: NDArray[np.float64], epsilons: NDArray[np.float64], tests: Trials) -> Outcome:
-        """As `ModelledTask.learn`."""
+        """See `ModelledTask.learn`."""
         config = self._config
         episodes: list[tuple[float, int, int]] = []
         test_mean, longest = math.nan, 0
@@ -138,15 +138,15 @@ class SteppedTask:
                 episodes.append((self._total, self.length, count))
                 self._state, self.length, self._total = self._env.reset(), 0, 0.0
             if tests.every_steps and (tests.steps_before + count) % tests.every_steps == 0:
-                played = [self._play(table) for _ in range(tests.games)]
-                test_mean = sum(total for total, _ in played) / tests.games
+                played = [self._play(table) for _ in range(tests.episodes)]
+                test_mean = sum(total for total, _ in played) / tests.episodes
                 longest = max(longest, *(steps for _, steps in played))
                 if test_mean > tests.best:
                     return Outcome(count, test_mean, longest, episodes)
         return Outcome(len(epsilons), test_mean, longest, episodes)
 
     def _play(self, table: NDArray[np.float64]) -> tuple[float, int]:
-        """Return the return of one test episode, and its steps."""
+        """Return the return and the length of one test episode."""
         assert self._test_env is not None
         state, total, steps, over = self._test_env.reset(), 0.0, 0, False
         while not over:
@@ -163,12 +163,12 @@ class SteppedTask:
 
 
 class TabularRun(BaseRun):
-    """One training run of a table. A report is due whenever a test mean is the best so far, and on schedule.
+    """One training run of a table. It reports on schedule, and whenever a test mean is the best so far.
 
-    A new episode is opened at each checkpoint that is due, so that a run which is resumed from it is the same run.
+    A new episode starts at each scheduled checkpoint, so that a run resumed from it is the same run.
     """
 
-    def _open(self, seeds: np.random.SeedSequence) -> None:
+    def _create(self, seeds: np.random.SeedSequence) -> None:
         if self.config.num_envs != 1:
             raise ValueError(f"num_envs: a table learns from 1 environment, got {self.config.num_envs}")
         self._task, shape = self._make_task(*_drawn(seeds))
@@ -177,7 +177,7 @@ class TabularRun(BaseRun):
     def _make_task(
         self, generators: list[np.random.Generator], seeds: tuple[int, int]
     ) -> tuple[ModelledTask | SteppedTask, tuple[int, int]]:
-        """Return the task, with an episode opened, and the shape of its table."""
+        """Return the task, in its first episode, and the shape of its table."""
         config = self.config
         with ExitStack() as unless_stepped:
             env = StateEnv(config, seeds[0])
@@ -196,11 +196,11 @@ class TabularRun(BaseRun):
             return task, shape
 
     def reports(self) -> Iterator[Report]:
-        """Run to the end, yielding a report whenever one is due, and at the end."""
+        """Run to the end, yielding a report at each logging period and best test, and at the end."""
         config = self.config
         self._started = time.perf_counter()
         self._report()
-        opened = self.steps
+        began = self.steps  # when an episode was last started for a checkpoint
         log, checkpoint = Due(config.log_every_steps, self.steps), Due(config.checkpoint_every_steps, self.steps)
         while not (self._stopping or self._finished()):
             end = min(config.total_steps, log.next, checkpoint.next, self.steps + self._task.steps_at_once)
@@ -211,19 +211,18 @@ class TabularRun(BaseRun):
             if checkpoint(self.steps):
                 self._checkpoint()
                 if not self._finished():
-                    if self._task.length >= self.steps - opened:
-                        self._warn_of_cut(self.steps - opened, "raise it")
-                    opened = self.steps
-                    # With all its generators, so that a run that is resumed from here is the same run.
+                    if self._task.length >= self.steps - began:
+                        self._warn_of_cut_episode(self.steps - began, "raise it")
+                    began = self.steps
+                    # With new generators, as in a run resumed from here.
                     self._task.begin(*_drawn(self._seeds(self.steps)))
         if self._last is not None and self._last.steps < self.steps:
             yield self._report()
 
-    def learned(self) -> Learned:
-        """Return the number of updates, and of the table's best values the mean and the largest."""
+    def statistics(self) -> Statistics:
+        """Return the mean and the maximum over states of the table's best values."""
         values = self.table.max(axis=1)
-        samples = {"q_values": self.table}
-        return Learned(self.steps, math.nan, float(values.mean()), float(values.max()), math.nan, samples)
+        return Statistics(math.nan, float(values.mean()), float(values.max()), math.nan, {"q_values": self.table})
 
     @property
     def updates(self) -> int:
@@ -247,7 +246,7 @@ class TabularRun(BaseRun):
         before = self.steps
         for total, length, after in outcome.episodes:
             self.steps = before + after
-            self._end(Episode(0, total, length))
+            self._record_episode(Episode(0, total, length))
         self.steps = self.frames = before + outcome.steps
         warn_if_cut(config, outcome.longest_test)
         if not math.isnan(outcome.test_mean):
@@ -272,11 +271,11 @@ class TabularRun(BaseRun):
         self.table[...] = table
         if "env_id" in self._changed:
             old, new = self._changed["env_id"]
-            warnings.warn(f"env_id was {old}, is {new}; the table goes on with the values that it has", stacklevel=2)
+            warnings.warn(f"env_id was {old}, is {new}; the table keeps its values", stacklevel=2)
 
 
 def _drawn(seeds: np.random.SeedSequence) -> tuple[list[np.random.Generator], tuple[int, int]]:
-    """Return the generators of exploration in learning and in tests, and the seeds of the environments of both."""
+    """Return the generators for exploration, and the seeds of the environments: of learning, and of tests."""
     env_seed, test_seed, *own = (int(seed) for seed in seeds.generate_state(4))
     return [np.random.default_rng(seed) for seed in own], (env_seed, test_seed)
 
@@ -290,7 +289,7 @@ def update(table, state, action, reward, discount, next_state, learning_rate):
         state: s.
         action: a.
         reward: r.
-        discount: gamma, or 0 after termination: no value is taken from a state in which nothing is chosen any more.
+        discount: gamma, or 0 after termination, where the value of the next state is not used.
         next_state: s'.
         learning_rate: alpha, from 0 to 1.
     """
@@ -300,7 +299,7 @@ def update(table, state, action, reward, discount, next_state, learning_rate):
 
 @kernel()
 def _choose(table, state, epsilon, generator):
-    """Return an epsilon-greedy action; the first of equally good ones."""
+    """Return an epsilon-greedy action; of equal values, the first."""
     if epsilon > 0 and generator.random() < epsilon:
         return np.int64(generator.random() * table.shape[1])
     return table[state].argmax()
@@ -308,7 +307,7 @@ def _choose(table, state, epsilon, generator):
 
 @kernel()
 def _draw(cumulative, start, end, generator):
-    """Return an index from `start` to `end` by its cumulative probability."""
+    """Draw an index from `start` up to (not including) `end`, by cumulative probabilities."""
     chance = generator.random()
     index = start
     while index < end - 1 and chance >= cumulative[index]:
@@ -322,11 +321,11 @@ def _first_state(start, generator):
 
 
 @kernel()
-def _test(table, model, most_steps, games, epsilon, generator):
-    """Return the mean return of test episodes, and the steps of the longest."""
+def _test(table, model, most_steps, episodes, epsilon, generator):
+    """Return the mean return of test episodes, and the length of the longest."""
     start, offset, chance, next_state, reward, terminated = model
     total, longest = 0.0, 0
-    for _ in range(games):
+    for _ in range(episodes):
         state = _first_state(start, generator)
         for steps in range(1, most_steps + 1):
             longest = max(longest, steps)
@@ -336,7 +335,7 @@ def _test(table, model, most_steps, games, epsilon, generator):
             state = next_state[outcome]
             if terminated[outcome]:
                 break
-    return total / games, longest
+    return total / episodes, longest
 
 
 @kernel()
@@ -356,19 +355,16 @@ def _learn(
     generator,
     test_generator,
 ):
-    returns, lengths, ends = (
-        np.empty(epsilons.size),
-        np.empty(epsilons.size, np.int64),
-        np.empty(epsilons.size, np.int64),
-    )
-    start, offset, chance, next_states, rewards, ends_game = model
-    steps_before, every_steps, games, best = tests
+    returns = np.empty(epsilons.size)
+    lengths, ends = np.empty(epsilons.size, np.int64), np.empty(epsilons.size, np.int64)
+    start, offset, chance, next_states, rewards, terminal = model
+    steps_before, every_steps, test_episodes, best = tests
     ended, test_mean, longest_test, count = 0, np.nan, 0, 0
     while count < epsilons.size:
         action = _choose(table, state, epsilons[count], generator)
         pair = state * table.shape[1] + action
         outcome = _draw(chance, offset[pair], offset[pair + 1], generator)
-        next_state, reward, terminated = next_states[outcome], rewards[outcome], ends_game[outcome]
+        next_state, reward, terminated = next_states[outcome], rewards[outcome], terminal[outcome]
         update(table, state, action, reward, 0.0 if terminated else gamma, next_state, learning_rate)
         state, length, total = next_state, length + 1, total + reward
         count += 1
@@ -377,7 +373,7 @@ def _learn(
             ended += 1
             state, length, total = _first_state(start, generator), 0, 0.0
         if every_steps and (steps_before + count) % every_steps == 0:
-            test_mean, longest = _test(table, model, most_test_steps, games, test_epsilon, test_generator)
+            test_mean, longest = _test(table, model, most_test_steps, test_episodes, test_epsilon, test_generator)
             longest_test = max(longest_test, longest)
             if test_mean > best:
                 break

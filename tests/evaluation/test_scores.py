@@ -12,7 +12,7 @@ from pydqn.evaluation.scores import PUBLISHED, SOURCE, human_normalized
 
 # Per game: DQN in percent of the human, the last column of Nature's table; then random, human and DQN from the second
 # publication of the same scores, with more digits: van Hasselt et al. 2016, arXiv 1509.06461, table 3.
-TWIN = """
+TABLE = """
 alien 42.7 227.8 6875.4 3069.33
 amidar 43.9 5.8 1675.8 739.5
 assault 246.2 222.4 1496.4 3358.63
@@ -63,14 +63,14 @@ video_pinball 2539.4 16256.9 17297.6 42684.07
 wizard_of_wor 67.5 563.5 4756.5 3393.33
 zaxxon 54.1 32.5 9173.3 4976.67
 """
-PERCENT = {line.split()[0]: float(line.split()[1]) for line in TWIN.split("\n") if line}
-FINER = {line.split()[0]: tuple(map(float, line.split()[2:])) for line in TWIN.split("\n") if line}
+PERCENT = {line.split()[0]: float(line.split()[1]) for line in TABLE.split("\n") if line}
+FINER = {line.split()[0]: tuple(map(float, line.split()[2:])) for line in TABLE.split("\n") if line}
 # Here the second publication (85950, 451.85%) contradicts Nature's score and percentage, which agree with each other.
 CONTRADICTED = ("atlantis", "dqn")
 
 
 def rounding(score):
-    """Half of the last digit that Nature prints."""
+    """Return half a unit of the last digit that Nature prints."""
     return 0.5 if abs(score) >= 1000 else 0.05
 
 
@@ -83,7 +83,7 @@ def test_the_games_are_the_49_and_ale_has_them():
 
 @pytest.mark.parametrize("rom", PUBLISHED)
 def test_scores_yield_the_printed_percentage(rom):
-    """The column was computed from unrounded scores: it lies where the printed ones may have been rounded from."""
+    """The column was computed from scores before rounding, so it lies in the range that rounding allows."""
     ends = [(score - rounding(score), score + rounding(score)) for score in PUBLISHED[rom]]
     percents = [100 * (dqn - random) / (human - random) for random, human, dqn in product(*ends)]
     assert min(percents) - 0.05 <= PERCENT[rom] <= max(percents) + 0.05

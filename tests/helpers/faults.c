@@ -1,4 +1,4 @@
-// Preloaded into a process: counts the calls that change a folder, and at the nth one kills the process or fails.
+// Preloaded into a process: counts the calls that change a folder; at the nth one the process is killed, or it fails.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -26,7 +26,7 @@ void faults_arm(const char *where, int what, long nth) {
   at = nth;
   seen = 0;
 }
-// How many files have taken their final name before what was written to them was flushed to the disk.
+// How many files were renamed before what was written to them was flushed to the disk.
 long faults_unflushed(void) { return unflushed; }
 
 static ino_t inode_of(int file, const char *path) {
@@ -60,7 +60,7 @@ static int path_concerns(int parent, const char *path) {
 }
 static int file_concerns(int file) { return folder[0] && path_concerns(file, "."); }
 
-// Whether the call is to fail; errno says how. Does not return where the process is to die.
+// Whether the call must fail, with errno. Does not return if the process is killed.
 static int fails(int concerns, int makes_data) {
   if (!concerns) return 0;
   long now = ++seen;

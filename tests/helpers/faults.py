@@ -1,10 +1,10 @@
-"""Kills and refuses file operations, one after the other. Runs under faults.c, preloaded; see test_faults.py.
+"""Kills a process at file operations, or lets them fail, one after the other. Needs faults.c; see test_faults.py.
 
     LD_PRELOAD=faults.so python faults.py faults.so ACTION STRIDE
 
-ACTION is weights, memory, buffer, checkpoints, training or resuming. Forks a child for every STRIDEth operation of an
-action, lets it be killed there (or halfway through the next write, or lets the disk be full, or read-only, from there
-on), and looks at what is left. Ends with an error at the first thing that is lost or half-written.
+ACTION is weights, replay, torchrl, checkpoints, training or resuming. Forks a child for every STRIDEth operation of an
+action. The child is killed there, or halfway through the next write; or from there on the disk is full, or read-only.
+Ends with an error if anything that was saved before is lost, or anything is half-written.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ from pydqn.adapters._torchrl.streams import Streams
 from pydqn.replay.saving import verify_saved
 from pydqn.replay.transitions import TransitionReplay
 from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from pydqn.runs.logs import Report
 from pydqn.training.loop import Run
 from tests.helpers.reference import fill
+from tests.helpers.runs import CLOCK
 
 KINDS = {"kill": 1, "kill halfway": 2, "full disk": 3, "read only": 4}
-CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
 UNHARMED, REFUSED, UNNAMED, UNFLUSHED = 0, 3, 4, 5
 
 
-class Memory:
-    """A replay buffer that is saved over what it saved before."""
+class Replay:
+    """A replay buffer that is saved to the same folder again."""
 
     def __init__(self, root: Path) -> None:
-        self.path = root / "memory"
+        self.path = root / "replay"
         self.replay = fill(FrameReplay(40, (5,), num_envs=2, stack=2, dtype="float32", prioritized=True), 25)
         self.replay._saver.length = 8
 
@@ -67,8 +66,8 @@ class Memory:
         assert len(list(self.path.iterdir())) == 2 + 4  # index, priorities, and chunks of the last 20 time steps
 
 
-class Buffer:
-    """A buffer of streams that is saved over what it saved before."""
+class TorchRL:
+    """The streams of a TorchRL buffer that are saved to the same folder again."""
 
     def __init__(self, root: Path) -> None:
         self.path, self.steps = root / "streams", 0
@@ -80,8 +79,8 @@ class Buffer:
     def feed(self, count: int) -> None:
         for step in range(self.steps, self.steps + count):
             seen, no = np.float32([[step] * 5, [step + 1000] * 5]), np.zeros(2, bool)
-            opens, number = np.ones(2, bool), torch.full((2,), step)
-            self.streams.extend(seen, seen + 1, no, no, no, opens, None, {("number",): number})
+            first, number = np.ones(2, bool), torch.full((2,), step)
+            self.streams.extend(seen, seen + 1, no, no, no, first, None, {("number",): number})
         self.steps += count
 
     def prepare(self) -> None:
@@ -117,13 +116,13 @@ class Buffer:
 
 
 class Checkpoints:
-    """A third checkpoint, with a memory, after which the first one goes."""
+    """A third checkpoint, with a replay buffer, after which the first one is removed."""
 
     def __init__(self, root: Path) -> None:
         self.run = root / "run"
         self.replay = fill(FrameReplay(40, (5,), num_envs=2, stack=2, dtype="float32"), 25)
         self.replay._saver.length = 8
-        self.memories: dict[int, bytes] = {}
+        self.contents: dict[int, bytes] = {}
 
     def save(self, steps: int) -> None:
         save_checkpoint(self.run, steps, {"w": torch.full((50,), float(steps))}, {"mark": steps}, self.replay.save)
@@ -131,7 +130,7 @@ class Checkpoints:
     def prepare(self) -> None:
         for steps in (100, 200, 300):
             self.save(steps)
-            self.memories[steps] = content(self.run / "checkpoints" / f"step-{steps:012d}" / "replay")
+            self.contents[steps] = content(self.run / "checkpoints" / f"step-{steps:012d}" / "replay")
             fill(self.replay, 5)
         shutil.rmtree(self.run)
         self.replay = fill(FrameReplay(40, (5,), num_envs=2, stack=2, dtype="float32"), 25)
@@ -152,14 +151,14 @@ class Checkpoints:
         assert int(kept[-1].name[5:]) in (200, 300)
 
     def check_that_nothing_is_left(self) -> None:
-        """Of a checkpoint that could not be saved: least of all on a full disk."""
+        """A checkpoint that could not be saved leaves no files, which would fill the disk further."""
         assert sorted((self.run / "checkpoints").iterdir()) == checkpoints(self.run)
 
     def whole(self, path: Path) -> None:
         checkpoint, steps = load_checkpoint(path), int(path.name[5:])
         assert checkpoint.state == {"mark": steps}
         assert (checkpoint.tensors["w"] == steps).all()
-        assert content(checkpoint.replay) == self.memories[steps]
+        assert content(checkpoint.replay) == self.contents[steps]
 
     def check_again(self) -> None:
         self.act()
@@ -171,7 +170,7 @@ class Checkpoints:
 
 
 class Weights:
-    """Weights that take the place of others."""
+    """Weights that replace others."""
 
     def __init__(self, root: Path) -> None:
         self.path = root / "best.safetensors"
@@ -192,7 +191,7 @@ class Weights:
 
 
 class Training:
-    """A whole run; what is left is resumed, and becomes the run that nobody disturbed."""
+    """A whole run; after a fault it is resumed, and becomes the same run as without."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "run"
@@ -212,7 +211,7 @@ class Training:
 
     def prepare(self) -> None:
         self.act()
-        self.undisturbed = result(self.folder)
+        self.uninterrupted = result(self.folder)
         shutil.rmtree(self.folder)
 
     def act(self) -> None:
@@ -228,29 +227,26 @@ class Training:
             verify_saved(load_checkpoint(path).replay)
 
     def check_again(self) -> None:
-        pid = os.fork()  # training starts threads, with which the next child could not be forked
+        pid = os.fork()  # training starts threads, after which this process could not fork
         if not pid:
             self.act()
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        assert result(self.folder) == self.undisturbed
+        assert result(self.folder) == self.uninterrupted
 
 
 class Resuming(Training):
-    """A whole run that goes back to an older checkpoint; what is left is resumed, and becomes the run that it was.
-
-    Killed only: what a file is like that was cut short, or refused, the others say.
-    """
+    """A finished run that is resumed from an older checkpoint; after a kill it is resumed, and becomes the same run."""
 
     kinds = ("kill",)
 
     def prepare(self) -> None:
-        pid = os.fork()  # (see below)
+        pid = os.fork()  # as in `Training.check_again`
         if not pid:
             Training.act(self)
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        self.undisturbed = result(self.folder)
+        self.uninterrupted = result(self.folder)
         older, latest = checkpoints(self.folder)
         assert int(older.name[5:]) < int(latest.name[5:]) == 200
 
@@ -264,12 +260,12 @@ class Resuming(Training):
                 list(run.reports())
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        assert result(self.folder) == self.undisturbed
+        assert result(self.folder) == self.uninterrupted
 
 
 def content(path: Path) -> bytes:
-    memory = FrameReplay.load(path)
-    return b"".join(column.tobytes() for column in memory.gather(memory.valid_indices()))
+    replay = FrameReplay.load(path)
+    return b"".join(column.tobytes() for column in replay.gather(replay.valid_indices()))
 
 
 def result(folder: Path) -> list[object]:
@@ -286,12 +282,11 @@ def main() -> None:
     faults = ctypes.CDLL(library)
     faults.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long]
     torch.set_num_threads(1)
-    assert set(Report.__annotations__) > CLOCK
     done, counts = 0, {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve() / "here"
         root.mkdir()
-        actions = {Memory, Buffer, Checkpoints, Weights, Training, Resuming}
+        actions = {Replay, TorchRL, Checkpoints, Weights, Training, Resuming}
         action = next(action for action in actions if action.__name__.lower() == name)(root)
         action.prepare()
         shutil.copytree(root, root.with_name("prepared"))
@@ -300,8 +295,8 @@ def main() -> None:
             while True:
                 shutil.rmtree(root)
                 shutil.copytree(root.with_name("prepared"), root)
-                if isinstance(action, (Memory, Buffer, Checkpoints)):
-                    action.replay._saver.known = dict(action.known)  # what it knew when all that was prepared
+                if isinstance(action, (Replay, TorchRL, Checkpoints)):
+                    action.replay._saver.known = dict(action.known)  # as after `prepare`
                 pid = os.fork()
                 if not pid:
                     faults.faults_arm(str(root).encode(), code, at)
@@ -317,14 +312,14 @@ def main() -> None:
                 killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
                 assert killed or os.WEXITSTATUS(status) in (REFUSED, UNHARMED), (kind, at, status)
                 try:
-                    if kind == "full disk" and isinstance(action, (Buffer, Checkpoints)):
+                    if kind == "full disk" and isinstance(action, (TorchRL, Checkpoints)):
                         action.check_that_nothing_is_left()
                     action.check()
                     action.check_again()
                 except Exception as error:
                     raise AssertionError(f"{kind} at operation {at} of {name}") from error
                 if not killed and os.WEXITSTATUS(status) == UNHARMED:
-                    break  # there was nothing left to kill or refuse
+                    break  # the action has fewer operations
                 done, counts[kind] = done + 1, counts.get(kind, 0) + 1
                 at += stride
     print(f"{name}: {done} faults: {counts}")

@@ -1,4 +1,4 @@
-"""Figures: the numbers that are drawn, and that everything asked for is on them."""
+"""Figures: the numbers that are drawn, and that everything requested is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydqn import preset, train
 from pydqn.plotting.curves import PANELS, draw_runs, group_runs, plot_runs, rolling_mean, spread
 from pydqn.plotting.values import Grid, Surface, draw_values, plot_values, values_of
 
-PONG = sorted((Path(__file__).parents[2] / "results" / "pong").glob("seed-*"))
+PONG = sorted((Path(__file__).parents[2] / "results" / "pong").glob("seed-*"))[:4]
 SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
 
@@ -34,13 +34,13 @@ def test_the_spread_over_seeds(seeds):
     curve = spread(curves)
     assert curve.x[0] == max(x[0] for x, _ in curves)
     assert curve.x[-1] == min(x[-1] for x, _ in curves)
-    for place in (0, 123, 399):
-        values = [np.interp(curve.x[place], x, y) for x, y in curves]
-        assert curve.mean[place] == pytest.approx(np.mean(values))
+    for index in (0, 123, 399):
+        values = [np.interp(curve.x[index], x, y) for x, y in curves]
+        assert curve.mean[index] == pytest.approx(np.mean(values))
         low, high = min(values), max(values)
         if seeds >= 5:
             low, high = np.mean(values) - np.std(values, ddof=1), np.mean(values) + np.std(values, ddof=1)
-        assert (curve.low[place], curve.high[place]) == pytest.approx((low, high))
+        assert (curve.low[index], curve.high[index]) == pytest.approx((low, high))
 
 
 def copy_of(run, folder, **changes):
@@ -77,8 +77,8 @@ def test_what_is_drawn():
     assert [text.get_text() for text in figure.legends[0].texts] == ["pong (4 seeds): mean, lowest to highest"]
     few = draw_runs(group_runs(PONG[:1]), ["return-frames", "episodes-steps"], 10)
     assert [len(axes.lines) for axes in few.axes] == [1, 1]
-    games = few.axes[1].lines[0]
-    assert games.get_ydata()[-1] == len(group_runs(PONG[:1])[0].episodes[0]["episode"])
+    line = few.axes[1].lines[0]
+    assert line.get_ydata()[-1] == len(group_runs(PONG[:1])[0].episodes[0]["episode"])
 
 
 def test_a_panel_without_data_says_so(tmp_path):
@@ -89,7 +89,7 @@ def test_a_panel_without_data_says_so(tmp_path):
     assert not figure.axes[0].texts
 
 
-def test_a_run_that_goes_on_can_be_drawn(tmp_path):
+def test_a_running_run_can_be_drawn(tmp_path):
     folder = copy_of(PONG[0], tmp_path / "run")
     whole = len(group_runs([folder])[0].progress[0]["frames"])
     for name in ("progress.csv", "episodes.csv"):
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_can_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SIGNATURES)
-def test_pictures_are_files_of_their_kind(tmp_path, suffix):
+def test_images_have_the_format_of_their_ending(tmp_path, suffix):
     image = tmp_path / f"image{suffix}"
     plot_runs(PONG[:2], image, panels=["return-minutes"])
     assert image.read_bytes().startswith(SIGNATURES[suffix])
@@ -121,10 +121,10 @@ def test_wrong_input(tmp_path):
         plot_values([], "a.txt")
 
 
-def test_many_games_are_drawn_fast(tmp_path):
+def test_of_many_episodes_some_are_drawn(tmp_path):
     folder = copy_of(PONG[0], tmp_path / "run")
     rows = "".join(f"{number},{number * 20},0,{number % 40},20\n" for number in range(1, 100_001))
-    (folder / "episodes.csv").write_text("episode,steps,environment,return,length_steps\n" + rows)
+    (folder / "episodes.csv").write_text("episode,steps,env_index,return,length_steps\n" + rows)
     figure = draw_runs(group_runs([folder]), ["return-episodes"], 10)
     assert all(len(line.get_xdata()) <= 4_000 for line in figure.axes[0].lines)
 
@@ -147,7 +147,7 @@ def test_the_map_of_a_lake(lake, tmp_path):
     assert all((grid.arrows[hole] == 0).all() for hole in holes)
     assert np.nanargmax(grid.values) == 14  # beside the goal
     assert (np.abs(grid.arrows).sum(axis=2) == ~np.isnan(grid.values)).all()
-    # Next to two holes the only safe action is to walk against the rim: left, in the cell below the start.
+    # In the cell below the start, next to a hole, the only safe action is left, against the edge.
     assert grid.arrows[1, 0].tolist() == [-1, 0]
     figure = draw_values([grid])
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -189,7 +189,7 @@ def test_the_cost_to_go_of_mountain_car(tmp_path):
     assert (surface.x_label, surface.y_label) == ("position", "velocity")
     assert surface.z.shape == (len(surface.y), len(surface.x))
     assert surface.x[[0, -1]] == pytest.approx([-1.2, 0.6])
-    # One point of it, asked of the network itself.
+    # One point of it, from the network itself.
     from pydqn.envs.make import make_envs
     from pydqn.evaluation.build import load_policy
 

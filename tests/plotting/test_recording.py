@@ -1,4 +1,4 @@
-"""Films and pages: every image in, every image out, in its own colours."""
+"""Videos, GIFs and pages: every image is written, in its colours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pydqn.training.episode_videos import EpisodeVideos
 
 
 def images(count, shape=(21, 16), colours=12, seed=0):
-    """A still background on which a few pixels change, as in an episode; some images equal the one before."""
+    """Return images in which a few pixels change at a time, as in an episode; some equal the one before."""
     generator = np.random.default_rng(seed)
     palette = generator.integers(0, 256, (colours, 3), dtype=np.uint8)
     numbers = generator.integers(colours, size=shape)
@@ -40,16 +40,16 @@ def record(path, frames, captions=None, **options):
             recorder.add(frame, captions[number] if captions else None)
 
 
-def film_of(page):
+def video_of(page):
     text = page.read_text()
     (inside,) = re.findall(r'<script type="application/json" id="video">(.*?)</script>', text, re.DOTALL)
-    film = json.loads(inside)
-    images = [Image.open(io.BytesIO(base64.b64decode(encoded))) for encoded in film["images"]]
-    return film, [np.asarray(image.convert("RGB")) for image in images]
+    video = json.loads(inside)
+    images = [Image.open(io.BytesIO(base64.b64decode(encoded))) for encoded in video["images"]]
+    return video, [np.asarray(image.convert("RGB")) for image in images]
 
 
 @pytest.mark.parametrize("colours", [1, 2, 12, 200])
-def test_a_gif_has_every_picture_in_its_colours(tmp_path, colours):
+def test_a_gif_has_every_image_in_its_colours(tmp_path, colours):
     frames = images(40, colours=colours)
     record(tmp_path / "a.gif", frames, scale=3)
     with Image.open(tmp_path / "a.gif") as gif:
@@ -62,7 +62,7 @@ def test_a_gif_has_every_picture_in_its_colours(tmp_path, colours):
 
 
 def test_a_gif_of_many_colours(tmp_path):
-    """More than the common table holds: those of each image are exact up to 256, and near beyond."""
+    """With more than the shared table holds, each image is exact up to 256 colours, and approximate beyond."""
     generator = np.random.default_rng(0)
     few = [generator.integers(0, 256, (10, 10, 3), dtype=np.uint8) for _ in range(6)]
     many = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
@@ -78,8 +78,8 @@ def test_a_gif_of_many_colours(tmp_path):
 
 
 @pytest.mark.parametrize(("fps", "average"), [(30, 100 / 3), (15, 200 / 3), (100, 20), (7, 1000 / 7)])
-def test_the_pace_of_a_gif(tmp_path, fps, average):
-    """In hundredths of a second, which add up right over time; players slow down what is under two."""
+def test_the_durations_of_a_gif(tmp_path, fps, average):
+    """In hundredths of a second, without an error that adds up; at least two, as players slow down faster ones."""
     record(tmp_path / "a.gif", images(30), fps=fps)
     with Image.open(tmp_path / "a.gif") as gif:
         durations = []
@@ -91,7 +91,7 @@ def test_the_pace_of_a_gif(tmp_path, fps, average):
 
 
 @pytest.mark.parametrize("shape", [(21, 16), (210, 160), (33, 47)])
-def test_a_video_has_every_picture(tmp_path, shape):
+def test_a_video_has_every_image(tmp_path, shape):
     frames = images(25, shape)
     record(tmp_path / "a.mp4", frames, fps=30)
     shown = np.stack(list(imageio.imiter(tmp_path / "a.mp4", plugin="FFMPEG")))
@@ -101,36 +101,36 @@ def test_a_video_has_every_picture(tmp_path, shape):
     assert np.abs(shown.astype(int) - expected).mean() < 20  # lossy, and poor in colour
 
 
-def test_large_pictures_are_shown_as_they_are(tmp_path):
+def test_large_images_are_not_enlarged(tmp_path):
     record(tmp_path / "a.gif", images(2, (400, 600)))
     assert imageio.imread(tmp_path / "a.gif", index=0).shape[:2] == (400, 600)
 
 
 @pytest.mark.parametrize("colours", [1, 2, 12, 200, 2000])
-def test_a_page_has_every_picture_in_its_colours(tmp_path, colours):
+def test_a_page_has_every_image_in_its_colours(tmp_path, colours):
     frames = images(30, colours=colours)
     record(tmp_path / "a.html", frames, fps=25)
-    film, shown = film_of(tmp_path / "a.html")
-    assert film["fps"] == 25
-    assert film["scale"] == 2
-    assert film["captions"] == []
+    video, shown = video_of(tmp_path / "a.html")
+    assert video["fps"] == 25
+    assert video["scale"] == 2
+    assert video["captions"] == []
     np.testing.assert_array_equal(np.stack(shown), np.stack(frames))
 
 
-def test_a_page_says_what_is_known(tmp_path):
+def test_a_page_has_captions(tmp_path):
     captions = [Caption("LEFT", 1.0, 3.0, (0.25, float("nan"))), None, Caption("RIGHT", -1.0, 2.0, ())]
     record(tmp_path / "a.html", images(3), captions, title="pong-0", action_names=["LEFT", "RIGHT"])
-    film, _ = film_of(tmp_path / "a.html")
-    assert film["title"] == "pong-0"
-    assert film["actions"] == ["LEFT", "RIGHT"]
-    assert film["captions"] == [["LEFT", 1.0, 3.0, [0.25, None]], None, ["RIGHT", -1.0, 2.0, []]]
+    video, _ = video_of(tmp_path / "a.html")
+    assert video["title"] == "pong-0"
+    assert video["actions"] == ["LEFT", "RIGHT"]
+    assert video["captions"] == [["LEFT", 1.0, 3.0, [0.25, None]], None, ["RIGHT", -1.0, 2.0, []]]
 
 
-def test_nothing_breaks_out_of_a_page(tmp_path):
-    evil = '</script><script>alert("@FILM@")</script><!--'
+def test_text_cannot_leave_its_script_element(tmp_path):
+    evil = '</script><script>alert("@VIDEO@")</script><!--'
     record(tmp_path / "a.html", images(2), [Caption(evil, 0, 0, ())] * 2, title=evil, action_names=[evil])
-    film, _ = film_of(tmp_path / "a.html")
-    assert film["title"] == film["actions"][0] == film["captions"][0][0] == evil
+    video, _ = video_of(tmp_path / "a.html")
+    assert video["title"] == video["actions"][0] == video["captions"][0][0] == evil
     text = (tmp_path / "a.html").read_text()
     assert "alert(" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
 
@@ -174,7 +174,7 @@ def test_wrong_input(tmp_path):
 
 @pytest.mark.parametrize("shape", [(210, 160), (400, 600), (84, 84)])
 @pytest.mark.parametrize("values", [(0.5,), (1.0, -2.0, 0.0), tuple(np.linspace(-0.1, 0.001, 18)), (float("nan"), 1.0)])
-def test_values_beside_a_picture(shape, values):
+def test_values_beside_an_image(shape, values):
     image = images(1, shape)[0]
     names = [f"ACTION{number}" for number in range(len(values))]
     panels = []
@@ -186,7 +186,7 @@ def test_values_beside_a_picture(shape, values):
         marked = (panels[-1] == (255, 194, 75)).all(axis=2) | (panels[-1] == (42, 47, 58)).all(axis=2)
         rows = np.flatnonzero(marked.any(axis=1))
         assert len(rows)
-        # What is marked is the row of the chosen action.
+        # The row of the chosen action is marked.
         assert rows.mean() / shape[0] == pytest.approx(
             0.5 + (chosen + 0.5 - len(values) / 2) * row_share(shape, values), abs=0.06
         )
@@ -218,24 +218,24 @@ def test_values_that_do_not_fit():
         beside(image, ["A"], [1.0], 1)
 
 
-# --- videos while a run goes on ---
+# --- videos during training ---
 
 
-def test_films_are_named_by_frames_and_return(tmp_path):
-    film = EpisodeVideos(tmp_path / "videos", "gif")
+def test_videos_are_named_by_frames_and_return(tmp_path):
+    videos = EpisodeVideos(tmp_path / "videos", "gif")
     frames = images(7)
-    film.finish(10, 1.0)  # nothing is being filmed
-    film.start(frames[0])
-    assert film.filming
+    videos.finish(10, 1.0)  # nothing is being recorded
+    videos.start(frames[0])
+    assert videos.recording
     for frame in frames[1:]:
-        film.add(frame)
-    film.finish(12_345, -21.0)
-    assert not film.filming
-    film.start(frames[0])
-    film.start(frames[0])  # the video before is forgotten
-    film.finish(20_000, 2.5)
-    film.start(frames[0])
-    film.drop()
+        videos.add(frame)
+    videos.finish(12_345, -21.0)
+    assert not videos.recording
+    videos.start(frames[0])
+    videos.start(frames[0])  # the unfinished video is dropped
+    videos.finish(20_000, 2.5)
+    videos.start(frames[0])
+    videos.drop()
     names = sorted(path.name for path in (tmp_path / "videos").iterdir())
     assert names == ["frame-000000012345-return--21.gif", "frame-000000020000-return-2.5.gif"]
     with Image.open(tmp_path / "videos" / names[0]) as gif:
@@ -246,7 +246,7 @@ def test_films_are_named_by_frames_and_return(tmp_path):
 
 
 def ffmpeg(tmp_path, monkeypatch, program):
-    """Put a program in the place of ffmpeg."""
+    """Replace ffmpeg by another program."""
     path = tmp_path / "ffmpeg"
     path.write_text("#!/bin/sh\n" + program)
     path.chmod(0o755)
@@ -267,48 +267,48 @@ BROKEN = {
 def test_a_video_whose_encoder_failed_is_no_file(tmp_path, monkeypatch, how):
     program, why = BROKEN[how]
     ffmpeg(tmp_path, monkeypatch, program)
-    path = tmp_path / "films" / "a.mp4"
+    path = tmp_path / "videos" / "a.mp4"
     path.parent.mkdir()
     with pytest.raises(OSError, match=rf"ffmpeg .*{why}.*a\.mp4"):
         record(path, images(30, (100, 100)))
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_film_whose_encoder_failed_is_named_and_the_next_one_is_made(tmp_path, monkeypatch):
-    film = EpisodeVideos(tmp_path / "videos", "mp4")
+def test_a_failed_encoder_is_a_warning_and_the_next_video_is_written(tmp_path, monkeypatch):
+    videos = EpisodeVideos(tmp_path / "videos", "mp4")
     frames = images(30, (100, 100))
     with monkeypatch.context() as broken:
         ffmpeg(tmp_path, broken, BROKEN["at the end"][0])
         for frame in frames:
-            film.add(frame) if film.filming else film.start(frame)
+            videos.add(frame) if videos.recording else videos.start(frame)
         with pytest.warns(RuntimeWarning, match=r"videos: .*exit code 2 \(no trailer\).*videos"):
-            film.finish(100, 1.0)
+            videos.finish(100, 1.0)
     assert list((tmp_path / "videos").iterdir()) == []
     for frame in frames:
-        film.add(frame) if film.filming else film.start(frame)
-    film.finish(200, 2.0)
+        videos.add(frame) if videos.recording else videos.start(frame)
+    videos.finish(200, 2.0)
     (path,) = (tmp_path / "videos").iterdir()
     assert len(list(imageio.imiter(path, plugin="FFMPEG"))) == 30
 
 
-def test_without_ffmpeg_a_film_is_named_and_a_run_goes_on(tmp_path, monkeypatch):
+def test_without_ffmpeg_there_is_a_warning_and_no_video(tmp_path, monkeypatch):
     def missing():
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
-    film = EpisodeVideos(tmp_path / "videos", "mp4")
-    with pytest.warns(RuntimeWarning, match=r"videos: an episode was not filmed: .*No ffmpeg exe could be found"):
-        film.start(images(1)[0])
-    assert not film.filming
-    film.finish(100, 1.0)
+    videos = EpisodeVideos(tmp_path / "videos", "mp4")
+    with pytest.warns(RuntimeWarning, match=r"videos: an episode was not recorded: .*No ffmpeg exe could be found"):
+        videos.start(images(1)[0])
+    assert not videos.recording
+    videos.finish(100, 1.0)
     with pytest.raises(FileNotFoundError, match=r"No ffmpeg exe could be found"):
         record(tmp_path / "videos" / "a.mp4", images(3))
     assert list((tmp_path / "videos").iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
-def test_a_film_on_a_full_disk_is_no_file(tmp_path, monkeypatch, suffix):
-    """The last operation fails, which makes what was written safe."""
+def test_a_video_on_a_full_disk_is_no_file(tmp_path, monkeypatch, suffix):
+    """The last operation fails: flushing the file to the disk."""
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -319,18 +319,18 @@ def test_a_film_on_a_full_disk_is_no_file(tmp_path, monkeypatch, suffix):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_off_video_leaves_no_ffmpeg(tmp_path):
+def test_an_abandoned_video_leaves_no_ffmpeg(tmp_path):
     with pytest.raises(KeyError), Recorder(tmp_path / "a.mp4") as recorder:
         recorder.add(images(1)[0])
-        process = recorder._writer._encoder._process
+        process = recorder._writer._process
         raise KeyError
     assert process.returncode is not None
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ".html"])
-def test_an_interrupt_is_not_for_the_encoder(tmp_path, suffix):
-    """Ctrl-C reaches all processes of a terminal; a video that goes on is whole all the same."""
+def test_an_interrupt_does_not_reach_the_encoder(tmp_path, suffix):
+    """Ctrl-C is sent to all processes of a terminal; a recorder that continues still writes a whole video."""
     program = (
         "import os, signal, sys, numpy as np\nfrom pydqn.plotting.recording import Recorder\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"

@@ -1,4 +1,4 @@
-"""The best weights: never long on their way to the disk, and not on it all the time."""
+"""The best weights are written rarely, but never late."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pydqn import preset, resume, train
+from pydqn._util import weights as weights_module
 from pydqn._util.weights import load_weights
-from pydqn.runs import checkpoint
 from pydqn.runs.best_weights import BestWeights
 from pydqn.runs.result import Diverged
 from pydqn.training.loop import Run, open_run
-from tests.training.test_resume import kill
+from tests.helpers.runs import kill
 
 BEST = "weights/best.safetensors"
 EVERY = 100  # steps
@@ -29,16 +29,16 @@ class Rising(gymnasium.Env):
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
-    games = 0
+    episodes = 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps, self.games = 0, self.games + 1
+        self.steps, self.episodes = 0, self.episodes + 1
         return self.np_random.random(3, np.float32), {}
 
     def step(self, action):
         self.steps += 1
-        return self.np_random.random(3, np.float32), float(self.games), self.steps == 5, False, {}
+        return self.np_random.random(3, np.float32), float(self.episodes), self.steps == 5, False, {}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,27 +55,27 @@ def config():
 
 @pytest.fixture
 def written(monkeypatch):
-    """The steps of all best weights that come to the disk."""
-    steps, save = [], checkpoint.atomic_write
+    """A list with one entry for each time that best weights are written."""
+    paths, write = [], weights_module.atomic_write
 
     def counted(path):
         if str(path).endswith(BEST):
-            steps.append(path)
-        return save(path)
+            paths.append(path)
+        return write(path)
 
-    monkeypatch.setattr(checkpoint, "atomic_write", counted)
-    return steps
+    monkeypatch.setattr(weights_module, "atomic_write", counted)
+    return paths
 
 
-def test_a_run_that_is_ever_better_writes_seldom(config, tmp_path, written):
+def test_a_run_that_always_improves_writes_rarely(config, tmp_path, written):
     train(config, tmp_path)
     metadata = load_weights(tmp_path / BEST)[1]
     assert (metadata["steps"], metadata["mean_return"]) == (600, 600.0)
     assert len(written) == 7  # the first, after every hundred steps, and at the end
 
 
-def test_what_is_written_is_what_was_best(config, tmp_path, monkeypatch):
-    """Not what the network has become until then; and it is written in time."""
+def test_the_weights_written_are_those_that_were_best(config, tmp_path, monkeypatch):
+    """Not the current ones at the time of writing."""
     kept, keep, step = {}, BestWeights.keep, Run.step
 
     def keep_and_note(self, weights, metadata):
@@ -95,8 +95,8 @@ def test_what_is_written_is_what_was_best(config, tmp_path, monkeypatch):
     assert len(kept) == 120
 
 
-def test_they_are_on_the_disk_when_it_matters(config, tmp_path):
-    """Before a checkpoint counts them, and when a run ends, even by an error."""
+def test_they_are_written_before_checkpoints_and_at_the_end(config, tmp_path):
+    """Also if an error ends the run."""
 
     def on_disk(name):
         return load_weights(tmp_path / name / BEST)[1]["steps"]
@@ -134,7 +134,7 @@ def test_a_run_that_diverges_keeps_the_best_from_before(config, tmp_path):
     assert not (tmp_path / "weights" / "last.safetensors").exists()
 
 
-def test_the_best_are_not_written_where_they_had_diverged(config, tmp_path):
+def test_best_weights_that_have_diverged_are_not_written(config, tmp_path):
     with pytest.raises(Diverged, match="a loss"), Run(config, tmp_path) as run:
         next(run.reports())
         with torch.no_grad():
@@ -158,8 +158,8 @@ def test_a_run_that_is_killed_ends_with_the_same_best_weights(tmp_path):
     assert (tmp_path / "killed" / BEST).read_bytes() == (tmp_path / "whole" / BEST).read_bytes()
 
 
-def test_tables_write_seldom_too(tmp_path, written):
-    """Each test of the first is better than the one before."""
+def test_tables_write_rarely_too(tmp_path, written):
+    """At first, every test is better than the one before."""
     config = preset("frozenlake", total_steps=3_000, evaluation_every_steps=1, stop_evaluation_return=2.0)
     with open_run(config, tmp_path) as run:
         reports = run.reports()

@@ -1,4 +1,4 @@
-"""Disks that are full, files that have changed, and the way on from there."""
+"""Full disks and damaged files, and how a run is resumed after them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from pydqn.cli.main import main
 from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, read_state
 from pydqn.runs.logs import read_csv
 from pydqn.training.loop import Run
-from tests.training.test_failures import SMALL
-from tests.training.test_resume import kill
+from tests.helpers.runs import SMALL, kill
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def small():
 
 
 @pytest.mark.filterwarnings("always:not everything could be saved")
-def test_a_full_disk_is_told_with_the_way_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_an_error_with_advice(tmp_path, monkeypatch, capsys):
     options = ["--total-steps", "300", "--checkpoint-every-steps", "100", "--device", "cpu", "--torch-threads", "1"]
     fsync, full = os.fsync, []
 
@@ -61,14 +60,14 @@ def test_a_full_disk_is_told_with_the_way_on(tmp_path, monkeypatch, capsys):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(small, tmp_path, file, how):
     train(dataclasses.replace(small, total_steps=120), tmp_path)
     older, newest = checkpoints(tmp_path)
-    # (One that both share would be damaged in both.)
+    # The last file: earlier chunks may be shared by both checkpoints.
     victim = sorted(newest.glob(file))[-1]
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 16
     victim.unlink()
     if how != "gone":
         victim.write_bytes(data if how == "flip" else data[:-9])
-    if (file, how) == ("manifest.json", "gone"):  # then it is no checkpoint, as if killed before its end
+    if (file, how) == ("manifest.json", "gone"):  # then it is no checkpoint
         assert latest_checkpoint(tmp_path) == older
         return
     with pytest.raises(Damaged) as raised:
@@ -78,7 +77,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(small, tmp_
     assert message.endswith(f"; resume {older} instead, which is whole")
     before = sorted(path.name for path in tmp_path.rglob("*"))
     assert main(["train", "--resume", str(tmp_path)]) == 2
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before  # nothing was touched
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before  # nothing has changed
     result = resume(older, total_steps=200)
     assert result.logdir == tmp_path
     assert result.steps >= 200
@@ -86,7 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(small, tmp_
     assert steps == sorted(set(steps))
 
 
-def test_without_its_memory_a_run_goes_on_from_a_checkpoint_whose_memory_is_damaged(small, tmp_path):
+def test_a_checkpoint_with_a_damaged_replay_buffer_is_resumed_without_it(small, tmp_path):
     train(dataclasses.replace(small, total_steps=120), tmp_path)
     for path in tmp_path.rglob("*.zst"):
         path.unlink()
@@ -107,8 +106,8 @@ def test_damaged_weights_are_found(small, tmp_path):
             load_weights(path)
 
 
-def test_an_older_checkpoint_can_be_gone_back_to(small, tmp_path):
-    """And what came after it is gone then, from the logs, too."""
+def test_an_older_checkpoint_can_be_resumed(small, tmp_path):
+    """Later checkpoints and rows of logs are removed then."""
     train(small, tmp_path)
     older, _ = checkpoints(tmp_path)
     steps = read_state(older)["steps"]
@@ -121,8 +120,8 @@ def test_an_older_checkpoint_can_be_gone_back_to(small, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "kept"), [("return", "retrun", 0), ("episode,", "eposide,", 0), ("\n3,", "\n3x,", 2), ("", "", 2)]
 )
-def test_a_damaged_table_of_games_costs_its_rows_alone(small, tmp_path, old, new, kept):
-    """The checkpoints are whole, and none of them is given up."""
+def test_a_damaged_table_of_episodes_costs_only_its_rows(small, tmp_path, old, new, kept):
+    """The checkpoints stay usable."""
     with Run(small, tmp_path) as run:
         for _ in run.reports():
             pass
@@ -142,7 +141,7 @@ def test_a_damaged_table_of_games_costs_its_rows_alone(small, tmp_path, old, new
         assert checkpoints(tmp_path) == before
 
 
-def test_folders_that_a_user_keeps_beside_are_left_alone(small, tmp_path):
+def test_other_files_beside_checkpoints_are_left_alone(small, tmp_path):
     train(dataclasses.replace(small, total_steps=60), tmp_path)
     newest = latest_checkpoint(tmp_path)
     shutil.copytree(newest, newest.with_name(newest.name + "-good"))
@@ -154,18 +153,18 @@ def test_folders_that_a_user_keeps_beside_are_left_alone(small, tmp_path):
     assert latest_checkpoint(tmp_path).name == f"step-{300:012d}"
 
 
-def test_better_weights_of_a_course_that_was_given_up_are_kept(small, tmp_path):
+def test_better_weights_from_after_an_older_checkpoint_are_kept(small, tmp_path):
     train(dataclasses.replace(small, mean_episodes=1, checkpoint_every_steps=0), tmp_path)
     best = tmp_path / "weights" / "best.safetensors"
     weights, metadata = load_weights(best)
     save_weights(best, weights, {**metadata, "best": 1e6})
-    result = resume(checkpoints(tmp_path)[0])  # from the start, where any episode would be the best
+    result = resume(checkpoints(tmp_path)[0])  # from the start, where any episode would be the best so far
     assert result.returns
     assert load_weights(best)[1]["best"] == 1e6
 
 
-def test_a_run_that_was_killed_at_once_begins_again(small, tmp_path):
-    """Its first checkpoint is from before its first step, and leads to the same run."""
+def test_a_run_that_was_killed_at_once_is_resumed(small, tmp_path):
+    """The first checkpoint is from before the first step, and gives the same run."""
     train(small, tmp_path / "whole")
     run = Run(small, tmp_path / "killed")
     next(run.reports())

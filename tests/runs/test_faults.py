@@ -1,4 +1,4 @@
-"""Whatever is killed when, and whatever the disk refuses: what was good before is good afterwards."""
+"""Kills and failing file operations at any point leave earlier files intact."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def library(tmp_path_factory):
     ("action", "stride", "least"),
     [
         ("weights", 1, 12),
-        ("memory", 1, 80),
-        ("buffer", 1, 100),
+        ("replay", 1, 80),
+        ("torchrl", 1, 100),
         ("checkpoints", 1, 120),
         ("training", 41, 20),
         ("resuming", 1, 30),
     ],
 )
 def test_nothing_is_lost_or_half_written(library, action, stride, least):
-    """Killed at every operation that changes the disk, and refused each of them (a whole run: at a part of them)."""
+    """Every operation that changes the disk is killed, and fails (in a whole run: only some of them)."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, HELPERS / "faults.py", library, action, str(stride)],

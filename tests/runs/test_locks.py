@@ -1,4 +1,4 @@
-"""One run writes in a folder, others are refused by name, readers are free."""
+"""One run writes in a folder; others are refused, readers are not."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from pydqn.training.loop import Run
 
 SHORT = {"total_steps": 60, "stop_successes": 0, "device": "cpu", "torch_threads": 1, "hidden_units": (8,)}
 
-# Ten processes that type the same command at the same moment.
+# Ten processes that run the same command at the same time.
 TEN = """
 import os, sys, time
 from pydqn.cli.main import main
-import pydqn.training.loop  # or they would start apart
+import pydqn.training.loop  # or they would not start at the same time
 start = time.time() + 0.3
 children = []
 for number in range(10):
@@ -47,7 +47,7 @@ for number in range(10):
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
-# A run that goes on until it is killed. It says when it has begun.
+# A run without end, which prints a line when it has begun.
 ENDLESS = """
 import os, sys, time
 from pydqn import preset
@@ -71,7 +71,7 @@ def config():
 
 @pytest.fixture
 def endless(tmp_path):
-    """Start a run in another process, by default in `tmp_path / "run"`; it is killed when the test is over."""
+    """A function that starts a run in another process, in `tmp_path / "run"`; it is killed after the test."""
     started = []
 
     def start(*extra):
@@ -113,7 +113,7 @@ def test_a_second_writer_is_refused_by_name_and_readers_are_not(config, endless,
     name = f"process {process.pid} on {socket.gethostname()}, since 20"
     assert lock_holder(folder).startswith(name)
     for write in (lambda: train(config, folder), lambda: resume(folder), lambda: FolderLock(folder)):
-        with pytest.raises(FolderInUse, match=f"^logdir: a run is going on in .*run' .{re.escape(name)}"):
+        with pytest.raises(FolderInUse, match=f"^logdir: another run is writing in .*run' .{re.escape(name)}"):
             write()
     for arguments in (["cartpole", "--logdir", str(folder)], ["--resume", str(folder)]):
         assert main(["train", *arguments]) == 2
@@ -159,7 +159,7 @@ def test_a_child_does_not_keep_the_folder_of_a_parent_that_was_killed(endless, t
 
 
 def test_a_child_that_ends_does_not_free_the_folder(endless, tmp_path):
-    """Not even one that ends as Python programs do, with all that they clear up."""
+    """Even if it exits normally, and so cleans up."""
     endless("child = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)")
     assert lock_holder(tmp_path / "run")
 
@@ -185,32 +185,32 @@ def test_a_process_and_its_threads_write_one_run_in_a_folder(config, tmp_path):
 
 
 def test_threads_that_start_together_get_one_folder_each(tmp_path):
-    claims, barrier = [], threading.Barrier(20)
+    locks_held, barrier = [], threading.Barrier(20)
 
-    def claim():
+    def take():
         barrier.wait()
-        claims.append(lock_numbered(tmp_path / "run"))
+        locks_held.append(lock_numbered(tmp_path / "run"))
 
-    threads = [threading.Thread(target=claim) for _ in range(20)]
+    threads = [threading.Thread(target=take) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {claim.folder.name for claim in claims} == {"run", *(f"run.{number}" for number in range(2, 21))}
-    for claim in claims:
-        claim.release()
+    assert {lock.folder.name for lock in locks_held} == {"run", *(f"run.{number}" for number in range(2, 21))}
+    for lock in locks_held:
+        lock.release()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_that_want_one_folder_one_gets_it(tmp_path):
-    """Each time, also when those before it have just let go, and have removed the file and the folder with that."""
+    """Also when others have just unlocked it, and so removed the file and the folder."""
     holding, most, got, lock = 0, 0, 0, threading.Lock()
 
-    def claim():
+    def take():
         nonlocal holding, most, got
         for _ in range(30):
             try:
-                claim = FolderLock(tmp_path / "deep" / "run")
+                taken = FolderLock(tmp_path / "deep" / "run")
             except FolderInUse:
                 continue
             with lock:
@@ -219,9 +219,9 @@ def test_of_many_that_want_one_folder_one_gets_it(tmp_path):
             time.sleep(0.001)
             with lock:
                 holding -= 1
-            claim.release()
+            taken.release()
 
-    threads = [threading.Thread(target=claim) for _ in range(8)]
+    threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -230,7 +230,7 @@ def test_of_many_that_want_one_folder_one_gets_it(tmp_path):
     assert got > 8
 
 
-def test_a_run_that_nobody_refers_to_holds_nothing(config, tmp_path):
+def test_a_run_that_was_garbage_collected_holds_no_lock(config, tmp_path):
     run = Run(config, tmp_path)
     run.close()
     run._log.close()
@@ -249,20 +249,20 @@ def test_folders_that_are_there_are_accepted_unless_they_hold_a_run(config, tmp_
         with pytest.raises(ValueError, match="holds a run already; choose another folder, or resume it"):
             train(config, tmp_path / name)
     (tmp_path / "stillborn").mkdir()
-    (tmp_path / "stillborn" / "config.json").write_text("{}")  # all that there is when it is killed right then
-    with pytest.raises(ValueError, match="or remove that one, which came to no checkpoint"):
+    (tmp_path / "stillborn" / "config.json").write_text("{}")  # as after a kill at the very start
+    with pytest.raises(ValueError, match="or remove it: it has no checkpoint"):
         train(config, tmp_path / "stillborn")
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file"):
         train(config, tmp_path / "file")
 
 
-@pytest.mark.parametrize("claimed", [False, True])
-def test_a_mistyped_game_does_not_block_its_folder(config, tmp_path, claimed):
-    """Though an interactive session keeps the error, and all that its traceback refers to."""
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_mistyped_game_does_not_block_its_folder(config, tmp_path, locked):
+    """Although an interactive session keeps the error, and everything that its traceback refers to."""
     wrong = dataclasses.replace(config, env_id="Pongg")
     with pytest.raises(ValueError, match="Pongg") as kept:
-        Run(wrong, FolderLock(tmp_path / "run") if claimed else tmp_path / "run")
+        Run(wrong, FolderLock(tmp_path / "run") if locked else tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(config, tmp_path / "run").steps == 60
     assert kept.value.__traceback__ is not None
@@ -281,28 +281,28 @@ def test_a_folder_that_was_removed_and_made_again_is_free(config, tmp_path):
     run = Run(config, tmp_path / "run")
     os.rename(tmp_path / "run", tmp_path / "gone")
     (tmp_path / "gone" / LOCK).unlink()
-    os.rename(tmp_path / "gone", tmp_path / "run")  # another folder may well get the inode of one that is gone
+    os.rename(tmp_path / "gone", tmp_path / "run")  # another folder may get the inode of one that was removed
     FolderLock(tmp_path / "run").release()
     with run:
         pass
 
 
-def test_where_nothing_can_be_locked_a_warning_says_so_once(config, tmp_path, monkeypatch):
+def test_where_locking_is_impossible_there_is_one_warning(config, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(locks, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"cannot be locked here .No locks available.*no two runs"):
-        claim = FolderLock(tmp_path / "run")
+        lock = FolderLock(tmp_path / "run")
     with pytest.raises(FolderInUse, match="this process"):
         train(config, tmp_path / "run")
-    claim.release()
+    lock.release()
     assert train(config, tmp_path / "run").steps == 60
 
 
-def test_the_file_is_none_of_anothers(config, tmp_path):
-    """A link in its place might lead to anything; and what it says is shown only if it can be."""
+def test_a_lock_that_is_a_link_is_refused(config, tmp_path):
+    """It might lead anywhere. Text in the file is shown only if it is printable."""
     precious = tmp_path / "precious"
     precious.write_text("1")
     (tmp_path / "run").mkdir()
@@ -311,10 +311,10 @@ def test_the_file_is_none_of_anothers(config, tmp_path):
         train(config, tmp_path / "run")
     assert precious.read_text() == "1"
     (tmp_path / "run" / LOCK).unlink()
-    claim = FolderLock(tmp_path / "run")
+    lock = FolderLock(tmp_path / "run")
     (tmp_path / "run" / LOCK).write_text("\x1b[2J" * 10)
     assert lock_holder(tmp_path / "run") == "another process"
-    claim.release()
+    lock.release()
 
 
 def test_lines_are_appended_whole(tmp_path):

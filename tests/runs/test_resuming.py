@@ -1,4 +1,4 @@
-"""On what terms runs go on: what is refused, and the way on that is named."""
+"""Resuming with other settings: what is refused, with which advice, and what is not."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from pydqn.runs.logs import read_csv
 from pydqn.runs.resuming import changes, transition_settings
 from pydqn.training.loop import Run
 
-WITHOUT = "--no-checkpoint-replay (in Python checkpoint_replay=False) goes on with an empty replay buffer"
+WITHOUT = "--no-checkpoint-replay (in Python checkpoint_replay=False) resumes with an empty replay buffer"
 SMALL = {
     **{"env_id": "pydqn-test/One-v0", "total_steps": 60, "stop_successes": 0, "success_steps": 0, "num_envs": 2},
     **{"max_episode_steps": 0, "hidden_units": (8,), "device": "cpu", "torch_threads": 1, "mean_episodes": 2},
     **{"skip_first_steps": 0, "replay_capacity_frames": 500, "checkpoint_every_steps": 1_000},
 }
 
-# Another value of each field on which what lies in a replay buffer depends.
+# Another value of each field on which stored transitions depend.
 OTHERS = {
     **{"env_id": "pydqn-test/Two-v0", "clip_rewards": True, "success_steps": 5, "terminal_on_life_loss": True},
     **{"full_action_space": True, "preprocess": "crop_area", "max_pool": False, "frame_skip": 2, "frame_skip_max": 7},
     "sticky_actions": 0.25,
 }
-# The same of what the replay buffer is made with, and how it calls that.
+# Another value of each setting of the replay buffer, and the buffer's own name for it.
 OF_REPLAY = {
     **{"replay_capacity_frames": ("capacity", 300), "stack": ("stack", 2), "n_step": ("n_step", 3)},
     **{"gamma": ("gamma", 0.9), "padding": ("padding", "first"), "prioritized": ("prioritized", True)},
@@ -65,7 +65,7 @@ class Plain(gymnasium.Env):
 
 @pytest.fixture(autouse=True, scope="module")
 def _tasks():
-    """Two tasks whose shapes are the same."""
+    """Two tasks with the same shapes."""
     gymnasium.register("pydqn-test/One-v0", Plain, kwargs={"reward": 1.0})
     gymnasium.register("pydqn-test/Two-v0", Plain, kwargs={"reward": 0.1})
     yield
@@ -74,7 +74,7 @@ def _tasks():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, _tasks):
-    """The folder of a run that has learned, to be looked at only."""
+    """The folder of a finished run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(preset("cartpole", **SMALL), folder)
     return folder
@@ -82,7 +82,7 @@ def finished(tmp_path_factory, _tasks):
 
 @pytest.fixture
 def run(tmp_path, _tasks):
-    """A folder of one's own."""
+    """The folder of a finished run, for one test."""
     train(preset("cartpole", **SMALL), tmp_path / "run")
     return tmp_path / "run"
 
@@ -91,13 +91,13 @@ def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_such_field_is_tried_here():
+def test_every_such_field_is_tested():
     assert OTHERS.keys() == set(TRANSITIONS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_transitions_of_another_task_are_not_learned_from(finished, name):
-    """Whatever has the right shape."""
+    """Even if they have the right shapes."""
     before, value = content(finished), OTHERS[name]
     old = getattr(load_run(finished), name)
     message = f"{name}: the checkpoint's replay buffer holds transitions of {name} {old!r}, got {value!r}; {WITHOUT}"
@@ -107,9 +107,9 @@ def test_transitions_of_another_task_are_not_learned_from(finished, name):
 
 
 @pytest.mark.parametrize("name", OF_REPLAY)
-def test_a_replay_buffer_that_was_made_otherwise_is_refused_with_the_way_on(finished, name):
+def test_a_replay_buffer_with_other_settings_is_refused_with_advice(finished, name):
     before, (setting, value) = content(finished), OF_REPLAY[name]
-    if name == "stack":  # the network has another shape then, whatever the replay buffer holds
+    if name == "stack":  # the network is refused first, as its shape differs
         message = "checkpoint: does not fit the config (.*); leave the settings of network and optimizer as they were"
     else:
         old = getattr(load_run(finished), name)
@@ -124,14 +124,14 @@ def test_other_settings_may_change(run):
     assert resume(run, total_steps=100, batch_size=16, **others, double=True).steps == 100
 
 
-def test_two_ids_of_one_game_name_one_task():
+def test_two_ids_of_one_game_are_the_same_task():
     before = transition_settings(Config(env_id="ALE/Pong-v5"))
     assert changes(before, Config(env_id="pong")) == {}
     assert changes(before, Config(env_id="breakout")) == {"env_id": ("ALE/Pong-v5", "breakout")}
 
 
 @pytest.mark.filterwarnings("always:.*the replay buffer starts empty")
-def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsys):
+def test_another_task_can_be_learned_with_an_empty_replay_buffer(run, capsys):
     best = run / "weights" / "best.safetensors"
     assert load_weights(best)[1]["mean_return"] == 10
     arguments = ["train", "--resume", str(run), "--env-id", "pydqn-test/Two-v0", "--total-steps", "200"]
@@ -140,10 +140,10 @@ def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsy
     assert main([*arguments, "--no-checkpoint-replay"]) == 0
     said = (
         "pydqn: warning: env_id was pydqn-test/One-v0, is pydqn-test/Two-v0; the replay buffer starts empty, "
-        "updates go on at step 92"
+        "updates resume at step 92"
     )
     assert capsys.readouterr().err.splitlines().count(said) == 1
-    # What was reached in the other task is nothing to compare with.
+    # Returns of the other task are not compared with.
     assert load_weights(best)[1]["mean_return"] == pytest.approx(1)
     assert read_state(latest_checkpoint(run))["best"] == pytest.approx(1)
     rows = read_csv(run / "episodes.csv")
@@ -151,7 +151,7 @@ def test_the_way_on_leads_to_another_task_with_an_empty_replay_buffer(run, capsy
 
 
 def test_the_best_weights_are_never_those_of_another_task(run):
-    """Even where the run is cut off before it has a mean in the new task."""
+    """Even if the run ends before it has a mean return in the new task."""
     best = run / "weights" / "best.safetensors"
     resume(run, env_id="pydqn-test/Two-v0", total_steps=64, checkpoint_replay=False)
     assert not best.exists()
@@ -160,7 +160,7 @@ def test_the_best_weights_are_never_those_of_another_task(run):
     assert load_weights(best)[1]["env_id"] == "pydqn-test/Two-v0"
 
 
-def test_nor_are_they_on_the_way_back(run):
+def test_nor_are_they_after_a_return_to_the_first_task(run):
     best, old = run / "weights" / "best.safetensors", latest_checkpoint(run)
     resume(run, env_id="pydqn-test/Two-v0", total_steps=200, checkpoint_replay=False)
     assert load_weights(best)[1]["best"] == pytest.approx(1)
@@ -174,19 +174,19 @@ def test_a_refused_change_leaves_the_best_weights(run):
     assert load_weights(run / "weights" / "best.safetensors")[1]["best"] == 10
 
 
-def test_an_empty_replay_buffer_is_told_in_python(run):
-    with pytest.warns(UserWarning, match=r"^the replay buffer starts empty, updates go on at step 92$"):
+def test_an_empty_replay_buffer_is_a_warning_in_python(run):
+    with pytest.warns(UserWarning, match=r"^the replay buffer starts empty, updates resume at step 92$"):
         resume(run, total_steps=70, checkpoint_replay=False)
 
 
-def test_a_stop_rule_does_not_count_games_of_another_task(tmp_path):
+def test_a_stop_rule_does_not_count_episodes_of_another_task(tmp_path):
     train(preset("cartpole", **SMALL, stop_return=9), tmp_path)
     options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200, "checkpoint_replay": False}
     assert resume(tmp_path, **options, stop_return=9).steps == 200
 
 
-def test_settings_of_one_environment_do_not_follow_to_another(finished):
-    """As with presets: those that are not given anew are reset, and named."""
+def test_settings_bound_to_an_environment_are_reset_for_another(finished):
+    """As with presets: those that are not given again are reset, and named."""
     finished.with_name("other").mkdir()
     config = dataclasses.replace(load_run(finished), stop_return=9.0, success_steps=7)
     write_json(finished.with_name("other") / "config.json", config.to_dict())
@@ -199,8 +199,8 @@ def test_settings_of_one_environment_do_not_follow_to_another(finished):
     assert load_run(finished.with_name("other"), env_id="pong", stop_return=3.0, success_steps=7).stop_return == 3
 
 
-def test_an_empty_replay_buffer_does_not_bring_the_old_one_back(run):
-    """The checkpoint that was resumed from is still there, and now the config has the other task."""
+def test_the_old_replay_buffer_is_not_used_for_another_task_later(run):
+    """The old checkpoint is still there, and now the config has the other task."""
     old = latest_checkpoint(run)
     options = {"env_id": "pydqn-test/Two-v0", "total_steps": 200}
     resume(run, **options, checkpoint_replay=False)
@@ -208,8 +208,8 @@ def test_an_empty_replay_buffer_does_not_bring_the_old_one_back(run):
         resume(old, **options, checkpoint_replay=True)
 
 
-def test_a_replay_buffer_whose_task_is_not_known_is_not_learned_from(tmp_path, monkeypatch):
-    """The config may have changed since: a checkpoint of before does not say of which task its transitions are."""
+def test_a_replay_buffer_of_an_unknown_task_is_refused(tmp_path, monkeypatch):
+    """Older checkpoints do not say which task their transitions are from, and the config may have changed since."""
     state = Run._state
     monkeypatch.setattr(
         Run, "_state", lambda self: {name: value for name, value in state(self).items() if name != "transitions"}
@@ -222,11 +222,11 @@ def test_a_replay_buffer_whose_task_is_not_known_is_not_learned_from(tmp_path, m
             resume(tmp_path, total_steps=100, **options)
     assert resume(tmp_path, env_id="pydqn-test/Two-v0", total_steps=100, checkpoint_replay=False).steps == 100
     with pytest.raises(ValueError, match=rf"^checkpoint: .*; {re.escape(WITHOUT)}$"):
-        resume(old, total_steps=100, checkpoint_replay=True)  # by now the config has the other task
+        resume(old, total_steps=100, checkpoint_replay=True)  # now the config has the other task
 
 
-def test_a_table_of_another_task_of_the_same_size_goes_on(tmp_path):
-    """It holds values, not transitions; what was the best in the other task is nothing to beat."""
+def test_a_table_is_kept_for_another_task_of_the_same_size(tmp_path):
+    """It holds values, not transitions. The best return of the other task is not compared with."""
     config = preset("frozenlake", total_steps=2_000, evaluation_every_steps=500, evaluation_episodes=2)
     train(config, tmp_path)
     lake = "gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv"
@@ -235,19 +235,19 @@ def test_a_table_of_another_task_of_the_same_size_goes_on(tmp_path):
     try:
         with pytest.raises(ValueError, match="leave env_id as it was, or start"):
             resume(tmp_path, env_id="pydqn-test/Larger-v0", total_steps=3_000)
-        with pytest.warns(UserWarning, match=r"^env_id was FrozenLake-v1, is pydqn-test/Lake-v0; the table goes on"):
+        with pytest.warns(UserWarning, match=r"^env_id was FrozenLake-v1, is pydqn-test/Lake-v0; the table keeps"):
             result = resume(tmp_path, env_id="pydqn-test/Lake-v0", total_steps=3_000, max_episode_steps=100)
         assert result.steps == 3_000
     finally:
         del gymnasium.registry["pydqn-test/Lake-v0"], gymnasium.registry["pydqn-test/Larger-v0"]
 
 
-def test_a_device_that_is_not_there_names_the_one_that_is():
+def test_an_error_about_a_missing_device_names_the_cpu():
     with pytest.raises(ValueError, match=r"'cuda:77' is not there; .*; --device cpu .in Python device='cpu'. does"):
         resolve_device("cuda:77")
 
 
-def test_a_damaged_replay_buffer_names_the_way_on(run):
+def test_a_damaged_replay_buffer_is_an_error_with_advice(run):
     chunk = next((latest_checkpoint(run) / "replay").glob("*.zst"))
     chunk.write_bytes(b"")
     with pytest.raises(ValueError, match="resume .* instead, which is whole"):
@@ -260,8 +260,8 @@ def test_a_damaged_replay_buffer_names_the_way_on(run):
 
 
 @pytest.mark.parametrize("name", ["two words", "it's", "$HOME", "-x", "a;b"])
-def test_commands_that_are_printed_can_be_typed(tmp_path, monkeypatch, capsys, name):
-    """Whatever the folder is called."""
+def test_printed_commands_can_be_run(tmp_path, monkeypatch, capsys, name):
+    """For any name of the folder."""
     monkeypatch.chdir(tmp_path)
     options = ["--env-id", SMALL["env_id"], "--hidden-units", "8", "--device", "cpu", "--torch-threads", "1"]
     step = Run.step

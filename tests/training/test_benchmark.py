@@ -30,7 +30,7 @@ def test_every_stage_is_measured(name):
 
 
 def test_the_whole_loop_learns_at_the_presets_ratio():
-    """What is called a loop makes its updates: it cannot be faster than they are."""
+    """The loop includes the updates, so it cannot be faster than they are."""
     rows = {row.stage: row for row in measure(preset("pong", train_period_steps=1.0, **SMALL), 0.2)}
     assert rows["whole loop"].microseconds > 2 * 0.5 * rows["update of 4"].microseconds
 

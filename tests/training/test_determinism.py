@@ -1,4 +1,4 @@
-"""The same seed is the same run, in another process, for every preset; another seed is another run."""
+"""For every preset, the same seed gives the same run in another process; another seed gives another run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from pydqn.presets import PRESETS
 
-# Each preset in small: its algorithm and its task, but a run of seconds that learns, evaluates and saves.
+# A short run of each preset that learns, evaluates and saves.
 PROGRAM = """
 import csv, hashlib, json, sys, tempfile
 from pathlib import Path
@@ -26,7 +26,8 @@ CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "m
 SMALL = {
     "total_steps": 300, "learning_starts_steps": 60, "replay_capacity_frames": 2000, "max_episode_steps": 70,
     "checkpoint_every_steps": 120, "checkpoint_every_episodes": 0, "log_every_steps": 50, "log_every_episodes": 0,
-    "video_every_episodes": 0, "epsilon_decay_steps": 200, "device": "cpu", "torch_threads": 1, "train_period_steps": 8.0,
+    "video_every_episodes": 0, "epsilon_decay_steps": 200, "train_period_steps": 8.0,
+    "device": "cpu", "torch_threads": 1,
 }
 TABLE = {"total_steps": 5000, "checkpoint_every_steps": 1500, "stop_evaluation_return": float("inf")}
 for name in PRESETS:
@@ -54,7 +55,7 @@ def hashes():
     def start(seed):
         return subprocess.Popen([sys.executable, "-c", PROGRAM, str(seed)], stdout=subprocess.PIPE, text=True)
 
-    # Two at a time: as many as there are cores nearly everywhere.
+    # Two at a time, as nearly every machine has two cores.
     found = {}
     for pair in ([(0, "one"), (0, "other")], [(1, "one")]):
         for key, process in [(key, start(key[0])) for key in pair]:

@@ -1,4 +1,4 @@
-"""What ends a run before its time: signals, numbers that are not finite, environments that fail."""
+"""Runs that end early: signals, numbers that are not finite, environments that fail."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from pydqn.runs.logs import read_csv
 from pydqn.runs.result import Diverged
 from pydqn.training.loop import Run, open_run
 from pydqn.training.signals import deferred
-from tests.training.test_loop import CARTPOLE
-
-SMALL = {**CARTPOLE, "total_steps": 300, "checkpoint_every_steps": 50, "learning_starts_steps": 20, "num_envs": 2}
+from tests.helpers.runs import SMALL
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def small():
 
 @pytest.fixture(autouse=True)
 def _python_takes_interrupts():
-    """As in a foreground process: whatever runs in the background of a shell ignores them."""
+    """As in a foreground process: a shell lets background processes ignore them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -68,12 +66,12 @@ def test_a_finished_run_was_not_stopped(small, tmp_path):
 
 
 def test_an_evaluation_does_not_hold_up_a_stop(small, tmp_path, monkeypatch):
-    """And is not taken for done: it comes when the run goes on."""
+    """It counts as not done, and is made when the run is resumed."""
     config = dataclasses.replace(small, evaluation_every_steps=100, evaluation_episodes=50)
     policy_values, asked = Policy.values, []
     with Run(config, tmp_path) as run:
 
-        def values(self, obs):  # of episodes that are played in an evaluation
+        def values(self, obs):  # called in evaluations
             asked.append(run.steps)
             if len(asked) == 5:
                 run.stop()
@@ -104,7 +102,7 @@ def test_a_table_stops_too(tmp_path):
 
 
 def signal_in_step(monkeypatch, number):
-    """Send a signal in the middle of a step; returns a list that gets the steps after which steps were whole."""
+    """Send a signal in the middle of a step; returns a list of `run.steps` after each completed step."""
     learn, step, whole = Run._learn, Run.step, []
 
     def interrupted(self):
@@ -118,7 +116,7 @@ def signal_in_step(monkeypatch, number):
 
 
 def test_signals_wait_until_the_run_is_saved(small, tmp_path, monkeypatch):
-    """`train` takes them, and hands them on when everything is saved."""
+    """`train` handles them, and raises them again when everything is saved."""
     whole = signal_in_step(monkeypatch, signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -128,18 +126,18 @@ def test_signals_wait_until_the_run_is_saved(small, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_sigterm_reaches_whoever_called_us(small, tmp_path, monkeypatch):
-    came, whole = [], signal_in_step(monkeypatch, signal.SIGTERM)
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(latest_checkpoint(tmp_path).name))
+def test_sigterm_reaches_the_caller(small, tmp_path, monkeypatch):
+    received, whole = [], signal_in_step(monkeypatch, signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(latest_checkpoint(tmp_path).name))
     try:
         train(small, tmp_path)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert came == [f"step-{whole[-1]:012d}"]
+    assert received == [f"step-{whole[-1]:012d}"]
 
 
 def test_an_interrupt_in_the_middle_of_a_step_saves_nothing(small, tmp_path, monkeypatch):
-    """As a second signal raises it, or the only one, where nobody takes them: weights may be half of an update."""
+    """After a KeyboardInterrupt, weights may be half of an update."""
     whole = signal_in_step(monkeypatch, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Run(small, tmp_path) as run:
         list(run.reports())
@@ -155,7 +153,7 @@ def test_ignored_signals_stay_ignored():
     try:
         with deferred() as signals:
             os.kill(os.getpid(), signal.SIGINT)
-        assert signals.came is None
+        assert signals.received is None
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -165,7 +163,7 @@ def test_a_second_signal_ends_it_at_once():
     with pytest.raises(KeyboardInterrupt), deferred() as signals:
         signals.stop = lambda: None
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.came == signal.SIGINT
+        assert signals.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -187,7 +185,7 @@ def test_other_threads_leave_signals_alone():
 
 @pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("where", ["errors", "weights"])
-def test_a_run_that_diverges_stops_and_keeps_what_was_good(small, tmp_path, prioritized, where):
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(small, tmp_path, prioritized, where):
     config = dataclasses.replace(small, prioritized=prioritized)
     run = Run(config, tmp_path)
     with pytest.raises(Diverged) as raised, run:
@@ -210,7 +208,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(small, tmp_path, prio
 
 
 def test_a_learning_rate_that_is_far_too_large(tmp_path, capsys):
-    """As a user would see it."""
+    """On the command line."""
     options = [
         *("--learning-rate", "1e30", "--optimizer", "rmsprop", "--max-grad-norm", "0", "--loss", "mse"),
         *("--checkpoint-every-steps", "20", "--total-steps", "2000", "--learning-starts-steps", "100"),
@@ -249,7 +247,7 @@ def test_a_table_that_diverges(tmp_path):
 
 
 class Failing(gymnasium.Env):
-    """Fails at the fifth step of its second episode, or gives a reward that is no number."""
+    """Fails at the fifth step of its second episode, or gives a reward that is NaN."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -292,7 +290,7 @@ def test_an_environment_that_fails_is_named(failing, small, tmp_path):
         "step() failed: OSError: the console has caught fire"
     )
     assert isinstance(raised.value.__cause__, OSError)
-    # All but the step that failed is there.
+    # All steps before the one that failed are saved.
     state = read_state(latest_checkpoint(tmp_path))
     assert state["steps"] == run.steps == read_csv(tmp_path / "progress.csv")["steps"][-1]
     Failing.made = 10
@@ -301,7 +299,7 @@ def test_an_environment_that_fails_is_named(failing, small, tmp_path):
 
 @pytest.mark.parametrize("place", ["save_weights", "save_checkpoint", "RunLog.close"])
 def test_a_full_disk_does_not_hide_what_failed_first(failing, small, tmp_path, monkeypatch, place):
-    """Both are told: the environment's failure as the error, the disk's as a warning."""
+    """The environment's failure is the error, the disk's is a warning."""
     run = Run(dataclasses.replace(small, env_id=failing, num_envs=4, checkpoint_every_steps=0), tmp_path)
 
     def full(*_, **__):
@@ -313,7 +311,7 @@ def test_a_full_disk_does_not_hide_what_failed_first(failing, small, tmp_path, m
         list(run.reports())
     monkeypatch.undo()
     run._log.close()
-    FolderLock(tmp_path).release()  # nobody holds the folder any more
+    FolderLock(tmp_path).release()  # the folder is not locked any more
 
 
 def test_a_full_disk_is_an_error_where_nothing_failed_before(small, tmp_path, monkeypatch):
@@ -325,7 +323,7 @@ def test_a_full_disk_is_an_error_where_nothing_failed_before(small, tmp_path, mo
         run.stop()
 
 
-def test_a_reward_that_is_no_number_is_refused(failing, small, tmp_path, monkeypatch):
+def test_a_reward_that_is_not_finite_is_refused(failing, small, tmp_path, monkeypatch):
     monkeypatch.setattr(Failing.__init__, "__defaults__", ("nan", 1))
     config = dataclasses.replace(small, env_id=failing, checkpoint_every_steps=0)
     with pytest.raises(
@@ -334,8 +332,8 @@ def test_a_reward_that_is_no_number_is_refused(failing, small, tmp_path, monkeyp
         train(config, tmp_path)
 
 
-def test_an_observation_that_is_no_number_is_refused(failing, small, tmp_path, monkeypatch):
-    """Before it lies in the memory, from which it would come up much later."""
+def test_an_observation_that_is_not_finite_is_refused(failing, small, tmp_path, monkeypatch):
+    """Before it is stored in the replay buffer."""
     step = Failing.step
     monkeypatch.setattr(Failing, "observation_space", gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32))
     monkeypatch.setattr(

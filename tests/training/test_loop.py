@@ -1,10 +1,9 @@
-"""Whole runs, small: that updates happened, that numbers are right, that the same seed is the same run."""
+"""Whole small runs: updates are made, numbers are right, and the same seed gives the same run."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import itertools
 import json
 import shutil
@@ -25,30 +24,7 @@ from pydqn.runs.layout import load_run
 from pydqn.runs.logs import GROUPS, Report, read_csv
 from pydqn.training import loop as training
 from pydqn.training.loop import Run
-
-CARTPOLE = {
-    "env_id": "CartPole-v1",
-    "network": "mlp",
-    "hidden_units": (32, 32),
-    "stack": 1,
-    "clip_rewards": False,
-    "device": "cpu",
-    "precision": "float32",
-    "torch_threads": 1,
-    "mean_episodes": 20,
-    "n_step": 1,
-    "stop_return": float("inf"),
-}
-
-
-def digest(logdir):
-    """What must be equal for two runs to be the same run."""
-    weights, _ = load_weights(logdir / "weights" / "last.safetensors")
-    total = hashlib.sha256()
-    for name in sorted(weights):
-        total.update(weights[name].numpy().tobytes())
-    total.update((logdir / "episodes.csv").read_bytes())
-    return total.hexdigest()
+from tests.helpers.runs import CARTPOLE, digest
 
 
 def test_a_run_from_end_to_end(tiny, tmp_path):
@@ -60,19 +36,19 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     # Steps, frames and updates are counted exactly.
     assert tiny.total_steps <= result.steps < tiny.total_steps + tiny.num_envs
     assert result.frames == 4 * result.steps
-    # The updates due are those of the steps before the last one, while which the learner ran.
-    due = [(result.steps - back - tiny.learning_starts_steps) // tiny.train_period_steps for back in (1, 2)]
-    assert result.updates in due
+    # The learner runs during a step, so the updates are those that the steps before require.
+    required = [(result.steps - back - tiny.learning_starts_steps) // tiny.train_period_steps for back in (1, 2)]
+    assert result.updates in required
     assert run.learner.updates == result.updates > 70
     assert reports[-1].updates == result.updates
 
-    # Parameters moved, all of them, and are in the file.
+    # All parameters have changed, and are in the file.
     weights, metadata = load_weights(tmp_path / "weights" / "last.safetensors")
     assert metadata["updates"] == result.updates
     for name, before in start.items():
         assert (weights[name] != before).any(), name
 
-    # The table of returns: 100 steps to an episode, two environments, every episode in it.
+    # episodes.csv has all episodes of both environments; an episode has 100 steps.
     with open(tmp_path / "episodes.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["return"]) for row in rows] == result.returns
@@ -86,8 +62,8 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert np.isfinite(progress["loss"][1:]).all()
     board = EventAccumulator(str(tmp_path)).Reload()
     scalars = {f"{group}/{name}" for group, names in GROUPS.items() for name in names}
-    games = {"each episode/return", "each episode/length_steps", "each episode/epsilon"}
-    assert set(board.Tags()["scalars"]) == (scalars - {"episodes/evaluation_return"}) | games
+    episodes = {"each episode/return", "each episode/length_steps", "each episode/epsilon"}
+    assert set(board.Tags()["scalars"]) == (scalars - {"episodes/evaluation_return"}) | episodes
     assert set(board.Tags()["histograms"]) == {"learning/loss_per_sample", "learning/q_values"}
     assert [event.step for event in board.Scalars("speed/updates")] == progress["steps"]
     assert [event.value for event in board.Scalars("each episode/return")] == result.returns
@@ -98,12 +74,12 @@ def test_a_run_from_end_to_end(tiny, tmp_path):
     assert machine["torch"] == torch.__version__
     assert machine["precision"] == str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
     assert (machine["device"], machine["torch_threads"]) == ("cpu", 1)
-    assert load_run(tmp_path) == dataclasses.replace(tiny, clip_rewards=True)  # what "auto" came to
+    assert load_run(tmp_path) == dataclasses.replace(tiny, clip_rewards=True)  # "auto" in Atari games
 
 
 @pytest.mark.parametrize(("pixels", "at_once"), [(True, 1), (True, 3), (False, 1)])
 def test_a_prioritized_run(tiny, tmp_path, monkeypatch, pixels, at_once):
-    """Every update hands its own TD errors back to the transitions that it saw, before the next ones are drawn."""
+    """The TD errors of each update become the priorities of its transitions, before the next batch is sampled."""
     monkeypatch.setattr(training, "updates_at_once", lambda config, device: at_once)
     config = (
         tiny
@@ -121,16 +97,16 @@ def test_a_prioritized_run(tiny, tmp_path, monkeypatch, pixels, at_once):
 
         def drawing(*arguments):
             batch = sample(*arguments)
-            assert len(batch.index) == 8  # each update has its own shares
+            assert len(batch.index) == 8  # each update samples for itself
             drawn.append(batch.index.copy())
             return batch
 
         def watched(index, priority):
-            # Of all that were drawn since the last time, and before the next ones are.
+            # Of all transitions sampled since the last time.
             np.testing.assert_array_equal(index, np.concatenate(drawn))
             drawn.clear()
-            np.testing.assert_allclose(priority, run.learner.errors() + 1e-6)
-            assert (run.learner.errors() > 0).any()
+            np.testing.assert_allclose(priority, run.learner.td_errors() + 1e-6)
+            assert (run.learner.td_errors() > 0).any()
             expected.update(zip(index.tolist(), priority.tolist(), strict=True))
             update(index, priority)
 
@@ -157,7 +133,7 @@ def test_where_frames_are_kept_changes_nothing(tiny, tmp_path, prioritized):
         machine = json.loads((tmp_path / storage / "environment.json").read_text())
         assert machine["storage"].startswith(storage)
     assert digest(tmp_path / "host") == digest(tmp_path / "device")
-    # Either goes on from the other's checkpoint.
+    # Either can resume the other's checkpoint.
     (tmp_path / "both").mkdir()
     for storage, other in (("host", "device"), ("device", "host")):
         shutil.copytree(tmp_path / storage, tmp_path / "both" / storage)
@@ -166,7 +142,7 @@ def test_where_frames_are_kept_changes_nothing(tiny, tmp_path, prioritized):
 
 
 def test_updates_at_once_are_the_same_run(tiny, tmp_path, monkeypatch):
-    """All updates of a step drawn, sent and taken together, as on a GPU: nothing changes where sampling is uniform."""
+    """With uniform sampling, making all updates of a step together, as on a GPU, changes nothing."""
     config = dataclasses.replace(tiny, num_envs=6, train_period_steps=2.0, total_steps=300)
     train(config, tmp_path / "one")
     assert training.updates_at_once(config, torch.device("cuda")) == 3
@@ -194,14 +170,14 @@ def test_the_replay_ratio_does_not_drift(tiny, tmp_path):
             assert run.learner.updates == max(0, int((before - 37) / 0.7))
 
 
-def test_openings_are_not_counted_as_steps(tmp_path):
-    """An environment whose episode is over takes one step of the emulator to open the next: no step, no transition."""
+def test_resets_are_not_counted_as_steps(tmp_path):
+    """After an episode, an environment takes one call to start the next: this is no step and no transition."""
     config = preset("pong", **CARTPOLE, num_envs=3, total_steps=200, learning_starts_steps=1000)
     with Run(config, tmp_path) as run:
         list(run.reports())
         finished = len(run.returns)
         assert finished >= 6
-        # Every step became a transition, but those whose n-step window is still open: at most one per environment.
+        # Every step is a transition, except those whose n-step window is incomplete: at most one per environment.
         assert run.steps - 3 <= len(run.replay) <= run.steps
     with open(tmp_path / "episodes.csv") as file:
         rows = list(csv.DictReader(file))
@@ -218,7 +194,7 @@ def test_the_same_seed_is_the_same_run(tiny, tmp_path):
 
 
 def test_cartpole_is_learned(tmp_path):
-    """The whole machine on a task that takes seconds: from about 20 steps upright to 150."""
+    """A task that takes seconds to learn: from about 20 steps upright to 150."""
     config = preset(
         "pong",
         **{**CARTPOLE, "n_step": 3, "stop_return": 150.0},
@@ -265,31 +241,31 @@ def test_an_interrupted_run_leaves_usable_weights_and_closed_files(tiny, tmp_pat
 
 
 def test_an_interruption_between_reports_loses_no_row(tiny, tmp_path):
-    with pytest.raises(RuntimeError, match="of ours"), Run(tiny, tmp_path) as run:
+    with pytest.raises(RuntimeError, match="unexpected"), Run(tiny, tmp_path) as run:
         next(run.reports())
         run.step()
-        raise RuntimeError("of ours")
+        raise RuntimeError("unexpected")
     steps = read_csv(tmp_path / "progress.csv")["steps"]
     assert steps[-1] == run.steps > steps[-2]
     assert run.result().seconds > 0
 
 
-def test_every_lane_plays_its_share_of_an_evaluation(tiny, monkeypatch):
+def test_every_environment_plays_its_share_of_an_evaluation(tiny, monkeypatch):
     """Environment 0's episodes last one step, environment 1's five: half of the returns are still environment 1's."""
 
     def policy_steps(*_):
-        for time_step in itertools.count(1):
-            ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (time_step % 5 == 0)
+        for step in itertools.count(1):
+            ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (step % 5 == 0)
             yield PolicyStep(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), np.zeros(2), ended)
 
     monkeypatch.setattr("pydqn.evaluation.evaluate.policy_steps", policy_steps)
-    monkeypatch.setattr("pydqn.evaluation.evaluate._MOST_LANES", 2)
+    monkeypatch.setattr("pydqn.evaluation.evaluate._MOST_ENVS", 2)
     assert evaluate_policy(tiny, None, 4, 0) == [1.0, 1.0, 5.0, 5.0]
     assert evaluate_policy(tiny, None, 5, 0) == [1.0, 1.0, 1.0, 5.0, 5.0]
 
 
 def test_evaluation_is_apart_from_training(tiny, tmp_path):
-    """Evaluating in between changes nothing but the column that reports it."""
+    """Evaluation during training changes nothing but its own column."""
     with_evaluation = dataclasses.replace(tiny, evaluation_every_steps=150, evaluation_episodes=2)
     train(tiny, tmp_path / "without")
     train(with_evaluation, tmp_path / "with")

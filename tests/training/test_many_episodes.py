@@ -16,7 +16,7 @@ from pydqn.runs.checkpoint import latest_checkpoint, read_state, save_checkpoint
 from pydqn.runs.logs import read_csv, read_returns
 from pydqn.training.loop import Run
 from tests.helpers.odd_envs import config_of
-from tests.training.test_resume import kill
+from tests.helpers.runs import kill
 
 pytestmark = pytest.mark.filterwarnings("ignore:updates take")
 MANY = 6_000_000
@@ -24,7 +24,7 @@ MANY = 6_000_000
 
 @pytest.fixture
 def short():
-    """Random returns, episodes of ten steps on the average."""
+    """Episodes of at most ten steps."""
     return config_of(env_id="CartPole-v1", max_episode_steps=10, total_steps=200, checkpoint_every_steps=50)
 
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_after_six_million_episodes(short, tmp_path):
 
 
 def test_every_return_is_kept_to_the_last_bit(tmp_path, counted):
-    """Rewards of 17 digits: what is read back when a run goes on is what was there, also after a kill."""
+    """Rewards of 17 digits are read back exactly when a run is resumed, also after a kill."""
     config = config_of(total_steps=400, checkpoint_every_steps=100)
     whole = train(config, tmp_path / "whole")
     run = Run(config, tmp_path / "cut")
@@ -62,7 +62,7 @@ def test_every_return_is_kept_to_the_last_bit(tmp_path, counted):
     assert any(len(str(value)) > 12 for value in whole.returns)
 
 
-def test_whole_numbers_look_as_they_did(short, tmp_path):
+def test_whole_numbers_are_written_without_a_fraction(short, tmp_path):
     train(short, tmp_path)
     with open(tmp_path / "episodes.csv") as file:
         returns = [row["return"] for row in csv.DictReader(file)]
@@ -70,13 +70,15 @@ def test_whole_numbers_look_as_they_did(short, tmp_path):
     assert all(value.isdigit() for value in returns)
 
 
-def test_checkpoints_of_before_go_on(short, tmp_path):
-    """Those held all returns, and episodes.csv was not read."""
+def test_older_checkpoints_are_resumed(short, tmp_path):
+    """They held all returns and a list of metrics, and no tensor with the number of updates."""
     first = train(short, tmp_path)
     path = latest_checkpoint(tmp_path)
     with Run(dataclasses.replace(short, total_steps=300), tmp_path, resume=True) as run:
         state, tensors = run._resumed, run._tensors()
-        del state["episodes"]
+        del state["episodes"], tensors["updates"]
+        numbers = state.pop("statistics")
+        state["metrics"] = [numbers[name] for name in ("loss", "mean_q", "grad_norm", "max_q")]
         state["returns"] = [value + 0.125 for value in first.returns]
         run.replay.save(tmp_path / "replay")
         replay = run.replay
@@ -90,7 +92,7 @@ def test_checkpoints_of_before_go_on(short, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["gone", "cut"])
-def test_a_log_that_somebody_cut_is_told_and_ends_nothing(short, tmp_path, how):
+def test_a_log_with_missing_rows_is_a_warning(short, tmp_path, how):
     first = train(short, tmp_path)
     log = tmp_path / "episodes.csv"
     if how == "gone":
@@ -113,7 +115,7 @@ def test_a_log_that_somebody_cut_is_told_and_ends_nothing(short, tmp_path, how):
 def test_long_logs_are_read_row_by_row(tmp_path):
     count = 100_000
     with open(tmp_path / "episodes.csv", "w") as file:
-        file.write("episode,steps,environment,return,length_steps\n")
+        file.write("episode,steps,env_index,return,length_steps\n")
         for number in range(1, count + 1):
             file.write(f"{number},{number},0,{number / 8!r},1\n")
         file.write(f"{count + 1},{count},0,1")  # cut short

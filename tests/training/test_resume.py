@@ -1,4 +1,4 @@
-"""Runs that go on: from a checkpoint, after a kill, with and without the replay buffer."""
+"""Resuming runs: from a checkpoint, after a kill, with and without the replay buffer."""
 
 from __future__ import annotations
 
@@ -21,44 +21,29 @@ from pydqn.evaluation.build import load_policy
 from pydqn.evaluation.evaluate import evaluate
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, read_state
 from pydqn.runs.layout import EPISODES, load_run
-from pydqn.runs.logs import Report, read_csv
+from pydqn.runs.logs import read_csv
 from pydqn.training.loop import Run
-from tests.learning.test_learner import make
-from tests.training.test_loop import CARTPOLE, digest
-
-# Columns of progress.csv that say how fast, not what.
-CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
-EXACT = [name for name in Report.__annotations__ if name not in CLOCK]
+from tests.helpers.runs import CARTPOLE, EXACT, digest, kill
 
 
 def rows(path, name):
     return read_csv(path / f"{name}.csv")
 
 
-def kill(run):
-    """Leave a run as SIGKILL would: what Python has buffered never comes to the files."""
-    with open(os.devnull, "w") as nowhere:
-        for file in (run._log._progress_file, run._log._episodes_file):
-            os.dup2(nowhere.fileno(), file.fileno())
-    run._log.close()
-    run.close()
-    run._folder_lock.release()  # as the system does it
-
-
 @pytest.mark.parametrize("with_replay", [False, True])
-def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, with_replay):
+def test_a_resumed_run_continues_where_it_was(tiny, tmp_path, with_replay):
     config = dataclasses.replace(tiny, checkpoint_replay=with_replay, total_steps=300)
     with Run(config, tmp_path) as run:
         list(run.reports())
         stored = len(run.replay)
-        weights = {name: value.clone() for name, value in run.learner.state().items()}
+        weights = {name: value.clone() for name, value in run.learner.state_dict().items()}
     before = run.result()
     with Run(load_run(tmp_path, total_steps=500), tmp_path, resume=True) as run:
         assert run.steps == before.steps
         assert run.frames == before.frames
         assert run.learner.updates == before.updates
         assert run.result().returns == before.returns
-        for name, value in run.learner.state().items():
+        for name, value in run.learner.state_dict().items():
             assert torch.equal(value, weights[name]), name
         assert len(run.replay) == (stored if with_replay else 0)
         list(run.reports())
@@ -66,7 +51,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, with_replay):
     assert 500 <= after.steps <= 501
     assert after.seconds > before.seconds
     assert after.returns[: len(before.returns)] == before.returns
-    # With the memory, the updates go on at once; without it, when it holds what learning starts with.
+    # Without the replay buffer, updates resume when it holds enough transitions again.
     missed = 0 if with_replay else 50
     assert after.updates == pytest.approx(before.updates + (after.steps - before.steps - missed) / 4, abs=1.5)
     progress, episodes = rows(tmp_path, "progress"), rows(tmp_path, "episodes")
@@ -80,7 +65,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, with_replay):
 
 
 def test_rows_after_the_checkpoint_are_written_again(tiny, tmp_path):
-    """As after a kill: the logs are ahead of the latest checkpoint, and the last line is cut short."""
+    """After a kill, the logs are ahead of the latest checkpoint, and the last line may be cut short."""
     config = dataclasses.replace(tiny, checkpoint_every_steps=100, log_every_steps=20, max_episode_steps=40)
     run = Run(config, tmp_path)
     for report in run.reports():
@@ -105,7 +90,7 @@ def test_rows_after_the_checkpoint_are_written_again(tiny, tmp_path):
     [{}, {"prioritized": True, "storage": "device"}, {"sticky_actions": 0.25}, {**CARTPOLE, "skip_first_steps": 3}],
 )
 def test_a_resumed_run_is_the_same_run(tiny, tmp_path, variant):
-    """Bit for bit, and resumed more than once, where checkpoints hold the memory; as if killed in between."""
+    """Bit for bit, when resumed several times after kills, where checkpoints hold the replay buffer."""
     config = dataclasses.replace(
         tiny,
         **{**variant, "total_steps": 700, "checkpoint_every_steps": 150, "log_every_steps": 40},
@@ -133,13 +118,13 @@ def test_a_resumed_run_is_the_same_run(tiny, tmp_path, variant):
         assert torch.equal(value, states[1].tensors[name]), name
 
 
-def test_games_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
-    """Also when nothing else has made Python write them, and the run is killed right then."""
+def test_episodes_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
+    """Also when the run is killed immediately after the checkpoint."""
     settings = {**CARTPOLE, "total_steps": 300, "checkpoint_every_steps": 120, "log_every_steps": 1000}
     config = dataclasses.replace(tiny, **settings)
     train(config, tmp_path / "whole")
     run = Run(config, tmp_path / "killed")
-    run._reopen = lambda _: 1 / 0
+    run._restart_episodes = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(run.reports())
     kill(run)
@@ -149,7 +134,7 @@ def test_games_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
 
 @pytest.mark.parametrize("found", ["float32", "bfloat16"])
 def test_the_precision_that_was_found_is_kept(tiny, tmp_path, monkeypatch, found):
-    """ "auto" times the processor, which may be busy when the run goes on: another answer would be another run."""
+    """Also on a processor for which "auto" chooses another precision: that would be another run."""
     for pays in (found == "bfloat16", found != "bfloat16"):
         monkeypatch.setattr("pydqn.learning.policy._bfloat16_pays", lambda pays=pays: pays)
         with Run(
@@ -161,7 +146,7 @@ def test_the_precision_that_was_found_is_kept(tiny, tmp_path, monkeypatch, found
         assert run.arithmetic()["precision"] == "float32"
 
 
-def test_a_resumed_run_plays_other_games(tiny, tmp_path):
+def test_a_resumed_run_plays_other_episodes(tiny, tmp_path):
     config = dataclasses.replace(tiny, checkpoint_replay=True, total_steps=60)
     train(config, tmp_path)
     seeds = []
@@ -172,32 +157,6 @@ def test_a_resumed_run_plays_other_games(tiny, tmp_path):
     assert set(seeds[0]).isdisjoint(seeds[1])
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"optimizer": "adam"},
-        {"optimizer": "rmsprop_tf"},
-        {"optimizer": "rmsprop_centered", "rmsprop_momentum": 0.5},
-        {"optimizer": "rmsprop", "rmsprop_momentum": 0.5},
-    ],
-)
-def test_a_restored_learner_goes_on_bit_for_bit(variant, tmp_path):
-    first, replay, _ = make(**variant, double=True, dueling=True)
-    for _ in range(20):
-        first.update(replay.sample(32))
-    second, _, _ = make(**variant, double=True, dueling=True)
-    # Files keep numbers, not memory layouts.
-    second.restore({name: value.clone().contiguous() for name, value in first.state().items()}, first.updates)
-    assert second.updates == 20
-    for update in range(20):
-        batch = replay.sample(32)
-        for learner in (first, second):
-            learner.learning_rate = 1e-4 * (1 + update)
-            learner.update(batch)
-    for name, value in first.state().items():
-        assert torch.equal(value, second.state()[name]), name
-
-
 def test_two_checkpoints_are_kept(tiny, tmp_path):
     config = dataclasses.replace(tiny, checkpoint_every_steps=100, checkpoint_every_episodes=1)
     seen = []
@@ -205,15 +164,15 @@ def test_two_checkpoints_are_kept(tiny, tmp_path):
         save = run._checkpoint
         run._checkpoint = lambda: (save(), seen.append(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())))
         list(run.reports())
-    assert all(len(names) == 2 for names in seen)  # the one before is kept; the first was there from the start
+    assert all(len(names) == 2 for names in seen)  # the previous one is kept; the first is from the start
     steps = [int(names[-1].removeprefix("step-")) for names in seen]
     assert steps[-1] == run.steps
-    # Every hundred steps and at each episode's end (two environments, 100 steps to an episode).
+    # Every hundred steps, and at the end of each episode (of 100 steps, in two environments).
     assert len(steps) >= 5
 
 
 def test_weights_are_chosen(tiny, tmp_path):
-    """The best; else the newest; or those that are asked for."""
+    """The best ones, else the newest, or those that are named."""
     train(dataclasses.replace(tiny, total_steps=60), tmp_path)  # too short for a best
     envs = make_envs(tiny, 1, 0)
 
@@ -252,18 +211,18 @@ def test_what_cannot_be_resumed(tiny, tmp_path):
         resume(tmp_path / "run", total_steps=100)
     for manifest in tmp_path.rglob("manifest.json"):
         manifest.unlink()
-    with pytest.raises(ValueError, match="has no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="has no checkpoint to resume from"):
         resume(tmp_path / "run", total_steps=100)
 
 
-def test_a_replay_memory_that_does_not_fit(tiny, tmp_path):
+def test_a_replay_buffer_that_does_not_fit(tiny, tmp_path):
     train(dataclasses.replace(tiny, total_steps=60, checkpoint_replay=True), tmp_path)
     with pytest.raises(ValueError, match="the replay buffer has capacity 1000, expected 2000"):
         resume(tmp_path, replay_capacity_frames=2_000, total_steps=100)
 
 
 def test_a_killed_process_is_resumed(tmp_path):
-    """SIGKILL, as the out-of-memory killer sends it; then the command line goes on, and the episode can be watched."""
+    """SIGKILL, as the out-of-memory killer sends it; then the command line resumes the run."""
     folder = tmp_path / "run"
     options = [
         *("--device", "cpu", "--torch-threads", "1", "--learning-starts-steps", "50", "--batch-size", "4"),

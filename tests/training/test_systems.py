@@ -1,4 +1,4 @@
-"""Every published system: its settings, and the behaviour that the settings ask for."""
+"""Every published system: its settings, and the behaviour that they require."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydqn.runs.logs import read_csv
 from pydqn.training.loop import Run
 
 QUICK = {"device": "cpu", "torch_threads": 1, "precision": "float32"}
-# What each write-up states, as far as it is a field.
+# The settings that each publication states.
 PUBLISHED = {
     "frozenlake": {
         "agent": "tabular",
@@ -178,7 +178,7 @@ def test_presets_differ_where_they_say():
 
 @pytest.mark.parametrize("name", ["pong-book", "breakout", "breakout-double", "breakout-dueling", "nature"])
 def test_pixel_presets_run_and_learn(name, tmp_path):
-    """A few hundred steps of each, on a small memory: updates happen and move every parameter."""
+    """A few hundred steps of each, with a small replay buffer: updates are made and change every parameter."""
     config = preset(
         name,
         **QUICK,
@@ -197,7 +197,6 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
             pass
         assert run.learner.updates == int((130 - 1 - 40) / config.train_period_steps)
         after = run.learner.online.state_dict()
-        # The value stream's bias alone may stand still: it moves all actions alike.
         assert all(not torch.equal(before[key], after[key]) for key in before)
         for key, value in run.learner.target.state_dict().items():
             assert not torch.equal(before[key], value)
@@ -211,20 +210,20 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
 
 
 @pytest.mark.parametrize("preprocess", ["resize_area", "crop_nearest"])
-def test_every_nth_game_is_filmed(tiny, tmp_path, preprocess):
-    """Two environments, of which the first one is filmed: 320x420 at 30 images a second, from the opening to the end."""
+def test_every_nth_episode_is_recorded(tiny, tmp_path, preprocess):
+    """Of environment 0 alone: 320x420 at 30 images per second, from the reset to the end."""
     config = dataclasses.replace(
         tiny, preprocess=preprocess, max_episode_steps=30, total_steps=600, video_every_episodes=4
     )
     train(config, tmp_path)
-    games = read_csv(tmp_path / "episodes.csv")
-    first_lane = [total for total, env_index in zip(games["return"], games["env_index"], strict=True) if env_index == 0]
+    rows = read_csv(tmp_path / "episodes.csv")
+    returns = [total for total, env_index in zip(rows["return"], rows["env_index"], strict=True) if env_index == 0]
     videos = sorted((tmp_path / "videos").iterdir())
-    # The first episode of environment 0 and then each second one: two environments finish four episodes in two rounds.
-    assert len(videos) in (len(first_lane) // 2, len(first_lane) // 2 + 1)
+    # Of environment 0, every second episode: both environments end one in the same step.
+    assert len(videos) in (len(returns) // 2, len(returns) // 2 + 1)
     for number, video in enumerate(videos):
         frames, total = re.fullmatch(r"frame-(\d{12})-return-(.+)\.mp4", video.name).groups()
-        assert float(total) == first_lane[2 * number]
+        assert float(total) == returns[2 * number]
         assert int(frames) == 4 * 2 * 30 * (2 * number + 1)
         assert imageio.immeta(video, plugin="FFMPEG")["fps"] == 30
         shown = imageio.imread(video, plugin="FFMPEG")
@@ -232,7 +231,7 @@ def test_every_nth_game_is_filmed(tiny, tmp_path, preprocess):
         assert shown[15].std() > 10
 
 
-def test_the_loss_of_cartpole_sees_shaped_rewards_only(tmp_path):
+def test_cartpole_learns_from_successes_alone(tmp_path):
     config = preset("cartpole", **QUICK, total_steps=900, success_steps=25, stop_successes=0)
     with Run(config, tmp_path) as run:
         list(run.reports())
@@ -253,7 +252,7 @@ def test_the_first_steps_of_an_episode_are_not_stored(tmp_path):
         lengths = [int(length) for length in read_csv(tmp_path / "episodes.csv")["length_steps"]]
         open_steps = run.steps - sum(lengths)
         assert stored == sum(max(0, length - 10) for length in [*lengths, open_steps])
-        # One update per step from the moment at which 32 transitions are there.
+        # One update per step, once 32 transitions are stored.
         seen, learning_since = 0, None
         for length in [*lengths, open_steps]:
             for step in range(1, length + 1):
@@ -272,7 +271,7 @@ def test_the_time_limit_of_cartpole_is_a_truncation(tmp_path):
     assert (batch.reward == 1).any()
     lengths = read_csv(tmp_path / "episodes.csv")["length_steps"]
     fell = sum(length < 12 for length in lengths)
-    # A pole may fall at the very step of the limit; otherwise the value goes on there.
+    # A pole may fall at exactly the limit; otherwise the episode is truncated and its last value bootstrapped.
     assert fell <= (batch.discount == 0).sum() <= fell + 2
     assert (batch.discount[batch.reward == 1] > 0).sum() >= (batch.reward == 1).sum() - 2
 
@@ -281,19 +280,19 @@ def test_the_target_moves_at_each_episodes_start(tmp_path):
     config = preset("cartpole", **QUICK, total_steps=400)
     moves = []
     with Run(config, tmp_path) as run:
-        sync = run.learner.update_target
-        run.learner.update_target = lambda: (moves.append(run.steps), sync())
+        update_target = run.learner.update_target
+        run.learner.update_target = lambda: (moves.append(run.steps), update_target())
         list(run.reports())
     assert moves == [int(steps) for steps in read_csv(tmp_path / "episodes.csv")["steps"]]
 
 
 def ending(tmp_path, **options):
-    """Run on made-up episodes: returns the number of episodes after which the run ended."""
+    """Return after how many of some artificial episodes a run ends."""
     totals = options.pop("totals")
     lengths = options.pop("lengths", [10] * len(totals))
     with Run(preset("cartpole", **QUICK, **options), tmp_path) as run:
         for count, (total, length) in enumerate(zip(totals, lengths, strict=True), 1):
-            run._end(Episode(0, total, length))
+            run._record_episode(Episode(0, total, length))
             if run._finished():
                 return count
     return None
@@ -325,7 +324,7 @@ def test_a_total_of_episodes(tmp_path):
 
 
 def test_wrappers_can_be_switched_for_any_game(tmp_path):
-    """Each option of the book's wrappers, the other way round than in its preset, on another episode."""
+    """Each option of the book's wrappers, with another value than in its preset, on another game."""
     options = {
         "env_id": "space_invaders",
         "terminal_on_life_loss": True,
@@ -340,16 +339,16 @@ def test_wrappers_can_be_switched_for_any_game(tmp_path):
     config = preset("pong-book", **QUICK, **options, total_steps=60, max_episode_steps=50, learning_starts_steps=20)
     result = train(config, tmp_path)
     assert result.frames == 3 * 60
-    assert result.updates == 60 - 32  # from the step at which a batch is stored, up to the one before the last
+    assert result.updates == 60 - 32  # from the step at which a batch is stored until the one before the last
 
 
-def test_values_over_a_batch_are_reported(tmp_path):
+def test_statistics_of_a_batch_are_reported(tmp_path):
     with Run(preset("cartpole", **QUICK, total_steps=300), tmp_path) as run:
         list(run.reports())
-        losses, values = run.learner.samples()
-        metrics = run.learner.metrics()
+        statistics = run.statistics()
+    losses, values = statistics.samples["loss_per_sample"], statistics.samples["q_values"]
     assert losses.shape == (32,)
     assert values.shape == (32, 2)
-    assert metrics.loss == pytest.approx(losses.mean(), rel=1e-5)
-    assert metrics.max_q == pytest.approx(values.max(), rel=1e-5)
+    assert statistics.loss == pytest.approx(losses.mean(), rel=1e-5)
+    assert statistics.max_q == pytest.approx(values.max(), rel=1e-5)
     assert np.isfinite(read_csv(tmp_path / "progress.csv")["memory_mb"]).all()

@@ -1,4 +1,4 @@
-"""Tables: the update, the compiled task against the stepped one, and whole runs."""
+"""Tabular Q-learning: the update, the compiled task against the stepped one, and whole runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydqn.runs.checkpoint import checkpoints
 from pydqn.runs.logs import read_csv
 from pydqn.training.loop import open_run, resume, train
 from pydqn.training.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
-from tests.training.test_resume import kill
+from tests.helpers.runs import kill
 
 NEVER = Trials(0, 0, 0, 0.0)
 
@@ -27,12 +27,12 @@ def test_the_update():
     table = np.arange(6.0).reshape(3, 2)
     update(table, 0, 1, 2.0, 0.9, 2, 0.2)
     assert table[0, 1] == pytest.approx(0.8 * 1 + 0.2 * (2 + 0.9 * 5))
-    update(table, 1, 0, 2.0, 0.0, 2, 0.5)  # terminated: the row of the last state does not count
+    update(table, 1, 0, 2.0, 0.0, 2, 0.5)  # terminated: the value of the next state is not used
     assert table[1, 0] == pytest.approx(0.5 * 2 + 0.5 * 2)
     assert table[2].tolist() == [4, 5]
 
 
-def test_a_model_is_what_the_environment_publishes():
+def test_a_model_has_the_environments_probabilities():
     env = StateEnv(preset("frozenlake"), 0)
     model = env.model()
     published = gymnasium.make("FrozenLake-v1").unwrapped.P
@@ -49,7 +49,7 @@ def test_a_model_is_what_the_environment_publishes():
 
 @pytest.mark.parametrize("env_id", ["Taxi-v4", "CliffWalking-v1", "FrozenLake-v1"])
 def test_the_modelled_task_is_the_environment(env_id):
-    """Greedy all along, so that only the model and the environment draw: the same tables, episodes and test means."""
+    """With greedy actions, both kinds of task have the same tables, episodes and test means."""
     options = {"is_slippery": False} if env_id.startswith("Frozen") else {}
     config = preset("frozenlake", env_id=env_id, epsilon_start=0.0, epsilon_end=0.0, max_episode_steps=40)
     envs = StateEnv(config, 0), StateEnv(config, 1)
@@ -57,7 +57,7 @@ def test_the_modelled_task_is_the_environment(env_id):
         env._env.close()
         env._env = gymnasium.make(env_id, max_episode_steps=40, **options)
     model = envs[0].model()
-    fixed = int(np.argmax(model.start > 0))  # Taxi draws its first state: let it always be the same one
+    fixed = int(np.argmax(model.start > 0))  # Taxi draws its first state: here it is always the same
     start = np.zeros(envs[0].num_states)
     start[fixed:] = 1.0
     modelled = ModelledTask(model._replace(start=start), 40, config, generators(0))
@@ -78,7 +78,7 @@ def test_the_modelled_task_is_the_environment(env_id):
 
 
 def test_chance_is_that_of_the_model():
-    """Slippery ice at random: both kinds of task visit cells and end episodes equally often."""
+    """Random actions on slippery ice: both kinds of task visit cells and end episodes equally often."""
     config = preset("frozenlake")
     envs = StateEnv(config, 0), StateEnv(config, 1)
     tasks = [ModelledTask(envs[0].model(), 100, config, generators(2)), SteppedTask(envs, config, generators(3))]
@@ -101,7 +101,7 @@ def test_chance_is_that_of_the_model():
 
 @pytest.mark.parametrize("kind", ["modelled", "stepped"])
 def test_nothing_is_bootstrapped_beyond_the_end(kind):
-    """Every episode ends at once, in the very state in which it began: its row is not that of an unvisited end."""
+    """Every episode ends at once, in the state in which it began, whose value is not 0."""
 
     class OneStep:
         def reset(self):
@@ -200,7 +200,7 @@ def test_scores_of_other_tasks_than_atari(tmp_path):
         score(tmp_path, 5, protocol="nature")
 
 
-def test_a_run_goes_on(tmp_path):
+def test_a_run_is_resumed(tmp_path):
     before = train(preset("frozenlake", seed=1, total_steps=1_000, learning_rate=0.01), tmp_path)
     after = resume(tmp_path, total_steps=3_000)
     assert after.steps == 3_000
@@ -214,7 +214,7 @@ def test_a_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1"])  # one with a model, one that is stepped
 def test_a_resumed_run_is_the_same_run(env_id, tmp_path):
-    """Bit for bit, and resumed more than once; as if killed in between."""
+    """Bit for bit, when resumed several times after kills."""
     settings = {
         "env_id": env_id,
         "total_steps": 5_000,
@@ -246,7 +246,7 @@ def test_a_resumed_run_is_the_same_run(env_id, tmp_path):
 
 
 def test_the_best_table_is_replaced_only_by_a_better_one(tmp_path, monkeypatch):
-    """Better in its tests, also where a run goes back to an older checkpoint."""
+    """Better in its tests, also where a run is resumed from an older checkpoint."""
     best = tmp_path / "weights" / "best.safetensors"
     settings = {"evaluation_every_steps": 100, "stop_evaluation_return": np.inf, "checkpoint_every_steps": 1_000}
     train(preset("frozenlake", seed=1, total_steps=8_000, **settings), tmp_path)
