@@ -19,9 +19,8 @@ def full(request):
     for time_step in range(request.param // NUM_ENVS + 1):
         slot = replay.next_slot()
         slot[...] = time_step % 251
-        replay.append(
-            slot, np.full(NUM_ENVS, time_step % 6), np.ones(NUM_ENVS), off, off, np.full(NUM_ENVS, time_step % 1000 == 0)
-        )
+        first = np.full(NUM_ENVS, time_step % 1000 == 0)
+        replay.append(slot, np.full(NUM_ENVS, time_step % 6), np.ones(NUM_ENVS), off, off, first)
     return replay
 
 

@@ -1,4 +1,4 @@
-"""Frames that are copied from pinned memory to a device, beside what reads others (see `Uploads`)."""
+"""Copies of new frames from pinned memory to a device, while other frames are read (see `Uploads`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Uploads:
         self._readers: dict[int, Any] = {}  # the newest event of each stream
         with on(frames.device):
             self._stream = cuda.Stream(frames.device)
-            self._arrived = [cuda.Event(), cuda.Event()]  # one for each half of the staging memory
+            self._arrived = [cuda.Event(), cuda.Event()]  # one for each half of the pinned memory
             self._newest = self._arrived[0]
             self._launched = cuda.Event()  # all that was launched when the previous frames were sent
             self._launched.record(cuda.current_stream(frames.device))

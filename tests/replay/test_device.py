@@ -141,8 +141,8 @@ def test_uneven_environments_are_loaded(tmp_path):
             replay.append(np.full((2, 1), 100 + each, np.uint8), two, two, two > 0, two > 0, two > 0)
 
 
-@pytest.mark.parametrize("kind", ["host", "device"])
-def test_restored_in_place(tmp_path, kind):
+@pytest.mark.parametrize("where", ["host", *DEVICES])
+def test_restored_in_place(tmp_path, where):
     """What is restored is sampled as the saved buffer would have sampled, and no frame of before comes back."""
     host, there = both(prioritized=True)
     feed((host, there), 90)
@@ -150,7 +150,7 @@ def test_restored_in_place(tmp_path, kind):
     host.update_priorities(host.valid_indices()[:9], np.arange(1.0, 10.0))
     host.save(tmp_path / "replay")
     for before in (0, 7, 50):
-        replay = both(seed=0, prioritized=True)[kind == "device"]
+        replay = both("cpu" if where == "host" else where, seed=0, prioritized=True)[where != "host"]
         feed((replay,), before, seed=99)
         frames = getattr(replay, "frames", None)
         replay.restore(tmp_path / "replay")
@@ -158,27 +158,27 @@ def test_restored_in_place(tmp_path, kind):
         expected = FrameReplay.load(tmp_path / "replay")
         assert replay.beta == 0.7
         for since in range(90, 130):
-            assert_same(expected, replay) if kind == "device" else assert_equal(expected, replay)
+            (assert_equal if where == "host" else assert_same)(expected, replay)
             feed((expected, replay), 1, seed=since, since=since)
         replay.save(tmp_path / "again")  # links no chunk of the buffer before
         assert_equal(FrameReplay.load(tmp_path / "again"), expected)
 
 
-@pytest.mark.parametrize("kind", ["host", "device"])
-def test_a_refused_restore_keeps_what_is_held(tmp_path, kind):
+@pytest.mark.parametrize("where", ["host", *DEVICES])
+def test_a_refused_restore_keeps_what_is_held(tmp_path, where):
     saved = both()[0]
     feed((saved,), 60)
     saved.save(tmp_path / "replay")
     for trouble, other in (("capacity 60, expected 63", {"capacity": 63}), ("alpha 0.6", {"alpha": 0.5}), ("", {})):
-        expected, there = both(**other)
+        expected, there = both("cpu" if where == "host" else where, **other)
         feed((expected, there), 30, seed=1)
-        replay = there if kind == "device" else FrameReplay.load(saved_to(expected, tmp_path / "held"))
+        replay = there if where != "host" else FrameReplay.load(saved_to(expected, tmp_path / "held"))
         if not trouble:
             chunk = min((tmp_path / "replay").glob("*.zst"))
             chunk.write_bytes(chunk.read_bytes()[:-1])
         with pytest.raises(ValueError, match=f"replay.*{trouble}"):
             replay.restore(tmp_path / "replay")
-        assert_same(expected, replay) if kind == "device" else assert_equal(expected, replay)
+        (assert_equal if where == "host" else assert_same)(expected, replay)
 
 
 def test_where_reading_fails_on_a_device_the_buffer_is_empty(tmp_path, monkeypatch):
