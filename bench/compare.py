@@ -1,11 +1,11 @@
-"""Every stage beside what others offer, in one run: ratios of medians, each next to what we aim at.
+"""Compares every stage with other libraries: ratios of medians, each with its goal.
 
     pip install -c constraints.txt -e '.[test,peers]'
     python bench/compare.py                  # all stages: about 20 minutes on a quiet machine, 16 GB of memory
     python bench/compare.py update loop      # some of them
 
-What is compared takes turns, so that a machine whose speed drifts slows all of it alike. A peer that is not installed
-is left out, and named. Times are of this machine; the ratios are what can be carried elsewhere.
+The libraries take turns, so that changes of the machine's speed affect all of them. A library that is not installed is
+named and left out. Times are those of this machine; ratios carry over to others.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ STAGES = {
     "loop": stages_learning.loop,
     "sample": stages_memory.sample,
 }
-PEERS = ("stable-baselines3", "cpprb", "torchrl", "tianshou", "envpool", "opencv-python-headless", "ale-py")
+LIBRARIES = ("stable-baselines3", "cpprb", "torchrl", "tianshou", "envpool", "opencv-python-headless", "ale-py")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"some of: {', '.join(STAGES)}")
-    parser.add_argument("--quick", action="store_true", help="small and rough, to see that it runs")
-    parser.add_argument("-o", "--output", help="JSON file for the rows, versions and machine")
+    parser.add_argument("--quick", action="store_true", help="measure little, to see that it runs")
+    parser.add_argument("-o", "--output", help="write the rows, versions and machine to this JSON file")
     arguments = parser.parse_args()
     check_stages(parser, arguments.stages, STAGES)
     head()
@@ -50,7 +50,7 @@ def main():
             about = {
                 "date": datetime.date.today().isoformat(),
                 **provenance(),
-                "other_libraries": dict(map(installed, PEERS)),
+                "other_libraries": dict(map(installed, LIBRARIES)),
             }
             Path(arguments.output).write_text(json.dumps({"about": about, "rows": ROWS}, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
-"""What an update would take if it were nothing but its arithmetic: what the machine can do, as far as it was measured.
+"""A lower bound of the time of an update: its arithmetic alone, at the measured speed of the machine.
 
-The floating-point operations of the forward and backward passes at the rate at which this machine multiplies matrices,
-and the bytes that Adam reads and writes at the rate at which it copies.
+It is the time of the floating-point operations of the forward and backward passes at the rate of matrix products, and
+of the bytes that Adam reads and writes at the rate of copies.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Adam reads a parameter, its gradient and two running means, and writes all but the gradient, in float32.
+# Adam reads a parameter, its gradient and two running means, and writes all except the gradient, in float32.
 ADAM_BYTES = 7 * 4
 SIDE = 1024  # of the matrices: large enough for the full rate, small enough for the caches
 
 
 class UpdateLimit:
-    """The shortest possible update of Q-learning with Adam.
+    """A lower bound of an update of Q-learning with Adam.
 
     Args:
         network: a module from (batch, 4, 84, 84) to action values; its copy is the target network.
@@ -42,7 +42,7 @@ class UpdateLimit:
         self._to = torch.empty_like(self._from)
 
     def seconds(self) -> float:
-        """Measure the two rates now, with PyTorch's threads as they are, and return the sum of both times."""
+        """Measure the two rates with PyTorch's current threads, and return the sum of both times."""
         multiply = _median(lambda: torch.mm(self._left, self._right, out=self._out))
         copy = _median(lambda: self._to.copy_(self._from))
         copied = 2 * self._from.nbytes  # read and written

@@ -1,6 +1,6 @@
-"""The replay buffers of others and our own behind one face: `add` a transition of Atari, `sample` 32 of them.
+"""Replay buffers of other libraries and our own with one interface: `add` an Atari transition, `sample` 32 of them.
 
-Each gets transitions as its users give them: most take two stacks of four frames, some the newest frames alone.
+Each gets transitions in its usual form: most take two stacks of four frames, some only the newest frame.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _OFF = np.zeros(1, bool)
 
 
 class Pydqn:
-    """Frames, one at a time."""
+    """Takes single frames."""
 
     def __init__(self, size, prioritized=False):
         from pydqn import FrameReplay
@@ -40,7 +40,7 @@ class Pydqn:
 
 
 class _Stacks:
-    """What takes whole stacks: (4, 84, 84) before and after."""
+    """A buffer that takes the stacks before and after a step, (4, 84, 84) each."""
 
     def __init__(self):
         self.stacks = [np.ascontiguousarray(FRAMES[i : i + 4]) for i in range(251)]
@@ -129,7 +129,7 @@ class TorchRL(_Stacks):
 
 
 class Tianshou:
-    """Frames, one at a time; stacked when sampled."""
+    """Takes single frames and stacks them in `sample`."""
 
     def __init__(self, size, prioritized=False):
         from tianshou.data import Batch, PrioritizedReplayBuffer, ReplayBuffer
@@ -155,7 +155,7 @@ class Tianshou:
         self.buffer.update_weight(index, self.priority)
 
 
-# Name, maker, bytes per transition that it needs about, whether it has priorities.
+# By name: a function that makes the buffer, its approximate bytes per transition, whether it has priorities.
 MEMORIES = {
     "pydqn": (Pydqn, 7_100, True),
     "stable-baselines3": (StableBaselines3, 56_500, False),
@@ -168,7 +168,7 @@ MEMORIES = {
 
 
 class PlainCopy:
-    """What no sampler can beat: runs of five frames from random places of a ring, one memcpy for each."""
+    """A lower bound of sampling: runs of five frames from random slots of a ring, one memcpy for each."""
 
     def __init__(self, size, huge_pages):
         self.memory = mmap.mmap(-1, size * 84 * 84, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -184,19 +184,19 @@ class PlainCopy:
 
     def sample(self):
         target, run = self.out.ctypes.data, 5 * 84 * 84
-        for i, place in enumerate(self.generator.integers(self.size - 5, size=BATCH).tolist()):
-            ctypes.memmove(target + i * run, self.address + place * 84 * 84, run)
+        for i, slot in enumerate(self.generator.integers(self.size - 5, size=BATCH).tolist()):
+            ctypes.memmove(target + i * run, self.address + slot * 84 * 84, run)
         return self.out
 
 
 class RingCopy(PlainCopy):
-    """The same from the memory of a full ring of ours, of one environment."""
+    """The same with the memory of a full `FrameReplay` of one environment."""
 
     def __init__(self, replay):
         self.replay = replay
         slots = replay.capacity + 1
         self._copy_from(replay.next_slot().ctypes.data - replay._core.time_steps % slots * 84 * 84, slots)
         before, batch = replay.latest()[0, -1], self.out
-        place = (replay._core.time_steps - 1) % slots
-        ctypes.memmove(batch.ctypes.data, self.address + place * 84 * 84, 84 * 84)
-        np.testing.assert_array_equal(batch[0, : 84 * 84].reshape(84, 84), before)  # it is that memory
+        slot = (replay._core.time_steps - 1) % slots
+        ctypes.memmove(batch.ctypes.data, self.address + slot * 84 * 84, 84 * 84)
+        np.testing.assert_array_equal(batch[0, : 84 * 84].reshape(84, 84), before)  # the address is right

@@ -1,4 +1,4 @@
-"""From the emulators to a preprocessed frame."""
+"""Comparisons of emulators and preprocessing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from timing import Elsewhere, in_turns, missing, rates_in_turns, row, us
 from pydqn import FrameReplay, _core, preset
 from pydqn.envs.make import make_envs
 
-LANES, STEPS = 32, 40
-ACTIONS = np.random.default_rng(0).integers(4, size=(64, LANES))
+NUM_ENVS, STEPS = 32, 40
+ACTIONS = np.random.default_rng(0).integers(4, size=(64, NUM_ENVS))
 
 
 def timed(play):
@@ -24,16 +24,16 @@ def timed(play):
     def rate():
         started = time.perf_counter()
         play()
-        return 4 * LANES * STEPS / (time.perf_counter() - started)
+        return 4 * NUM_ENVS * STEPS / (time.perf_counter() - started)
 
     return rate
 
 
-def ours():
+def pydqn_envs():
     _core.keep_freed_memory()  # as a training run does
-    envs = make_envs(preset("pong", env_id="breakout", num_envs=LANES, noop_max_frames=0), LANES, 0)
-    replay = FrameReplay(100 * LANES, num_envs=LANES)
-    everything, nothing = np.ones(LANES, bool), np.zeros(LANES, np.int64)
+    envs = make_envs(preset("pong", env_id="breakout", num_envs=NUM_ENVS, noop_max_frames=0), NUM_ENVS, 0)
+    replay = FrameReplay(100 * NUM_ENVS, num_envs=NUM_ENVS)
+    everything, nothing = np.ones(NUM_ENVS, bool), np.zeros(NUM_ENVS, np.int64)
     slot = replay.next_slot()
     envs.reset(slot)
     replay.append(slot, nothing, nothing, ~everything, ~everything, everything)
@@ -45,7 +45,7 @@ def ours():
             step = envs.recv(slot)
             replay.append(slot, ACTIONS[i], step.reward, step.terminated, step.truncated, step.first)
 
-    for _ in range(3):  # round the ring once, so that all of its memory is there
+    for _ in range(3):  # fill the replay buffer once, so that the system has provided all of its memory
         play()
     return timed(play)
 
@@ -60,12 +60,12 @@ def stepping(env):
     return timed(play)
 
 
-def theirs():
-    return stepping(AtariVectorEnv("breakout", LANES))
+def ale_vector_env():
+    return stepping(AtariVectorEnv("breakout", NUM_ENVS))
 
 
 def envpool():
-    return stepping(importlib.import_module("envpool").make_gymnasium("Breakout-v5", num_envs=LANES, num_threads=2))
+    return stepping(importlib.import_module("envpool").make_gymnasium("Breakout-v5", num_envs=NUM_ENVS, num_threads=2))
 
 
 def bare():
@@ -86,10 +86,10 @@ def bare():
 
 
 def emulators(quick):
-    """Breakout, random actions, frames of the emulator per second."""
-    players = {"pydqn": Elsewhere(ours)}
+    """Breakout with random actions: emulator frames per second."""
+    players = {"pydqn": Elsewhere(pydqn_envs)}
     aims = {
-        "AtariVectorEnv, 84x84, stack of 4": (theirs, 1.2),
+        "AtariVectorEnv, 84x84, stack of 4": (ale_vector_env, 1.2),
         "EnvPool, 84x84, stack of 4": (envpool, 1.35),
         "bare ALEInterface.act, one core": (bare, 1.8),
     }
@@ -101,18 +101,18 @@ def emulators(quick):
     rate = rates_in_turns(players, 3 if quick else 15)
     for player in players.values():
         player.close()
-    mine = rate.pop("pydqn")
+    ours = rate.pop("pydqn")
     for name, value in rate.items():
         aim = (">=", aims[name][1])
-        row("emulators, 32 environments, frames/s", f"{mine:,.0f}", f"{name}: {value:,.0f}", mine / value, aim)
+        row("emulators, 32 environments, frames/s", f"{ours:,.0f}", f"{name}: {value:,.0f}", ours / value, aim)
 
 
 def preprocess(quick):
-    """Eight frames at a time, against the definitions in NumPy and OpenCV."""
+    """Eight frames at a time, compared with the definitions in NumPy and OpenCV."""
     for name, target in (("resize_area", 0.3), ("crop_area", 0.15), ("crop_nearest", 0.5)):
-        ours, theirs = cases.CASES[name]
+        kernel, definition = cases.CASES[name]
         out = np.empty((cases.LANES, 84, 84), np.uint8)
-        times = in_turns({"ours": lambda f=ours, o=out: f(o), "cv2": theirs}, 20 if quick else 100, 5)
-        np.testing.assert_array_equal(out, np.stack(theirs()))
-        mine, other = (times[key] / cases.LANES for key in ("ours", "cv2"))
-        row(f"{name}, one frame of 8", us(mine), f"NumPy and OpenCV: {us(other)}", mine / other, ("<=", target))
+        times = in_turns({"ours": lambda f=kernel, o=out: f(o), "cv2": definition}, 20 if quick else 100, 5)
+        np.testing.assert_array_equal(out, np.stack(definition()))
+        ours, other = (times[key] / cases.LANES for key in ("ours", "cv2"))
+        row(f"{name}, one frame of 8", us(ours), f"NumPy and OpenCV: {us(other)}", ours / other, ("<=", target))

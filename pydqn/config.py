@@ -1,7 +1,7 @@
 """`Config`: everything that defines a run, in one frozen and validated dataclass.
 
-Field names carry their units: `_frames` are emulator frames, `_steps` are agent steps over all environments, `_updates`
-are gradient steps, `_episodes` whole games.
+The names of fields end with their units: `_frames` are emulator frames (in `replay_capacity_frames`, those that the
+replay buffer holds), `_steps` are agent steps over all environments, and `_episodes` are episodes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 _EPSILONS = ("epsilon_start", "epsilon_end", "epsilon_final", "evaluation_epsilon")
-_MOST = 2**53  # beyond it, JSON readers and floats lose count
-_MOST_ATARI = 2**30  # ALE counts in 32 bits
+_MAX = 2**53  # JSON readers and floats do not hold every larger integer
+_MAX_ATARI = 2**30  # ALE counts in 32 bits
 
 
 def _field(
@@ -25,15 +25,15 @@ def _field(
     help: str,
     *,
     choices: tuple[str, ...] = (),
-    least: float = -math.inf,
-    most: int = _MOST,
+    least: float = 0,
+    most: int = _MAX,
     kind: type | None = None,
     bound_to: str = "",
 ) -> T:
-    """Declare a field with its help text and the values that it may take (`most` binds integers).
+    """Declare a field with its help text and the values that it may have. `most` is for integers.
 
-    Its type is that of the default, or `kind` where the default is "auto". A value that is `bound_to` its
-    "environment", or to "Atari" games, does not follow to another one: see `pydqn.presets.preset`.
+    Its type is that of the default, or `kind` if the default is "auto". A value that is `bound_to` its "environment"
+    or to "Atari" games is reset when another environment is chosen: see `pydqn.presets.preset`.
     """
     limits = {"help": help, "choices": choices, "least": least, "most": most}
     metadata = {**limits, "kind": kind or type(default), "bound_to": bound_to}
@@ -49,170 +49,216 @@ class Config:
         ValueError: a field has the wrong type or is out of range; the message names it.
     """
 
-    # The task
-    agent: str = _field("dqn", "a network and a replay buffer, or a table", choices=("dqn", "tabular"))
-    env_id: str = _field("ALE/Pong-v5", "an Atari game (a ROM name or an ALE/ id) or any Gymnasium id")
-    num_envs: int = _field(8, "environments that step together (environments)", least=1, most=2**16)
-    seed: int = _field(0, "seed of everything random in the run", least=0)
-    total_steps: int = _field(1_000_000, "agent steps, over all environments, after which the run ends", least=1)
-    total_episodes: int = _field(0, "whole games after which the run ends; 0 for no limit", least=0)
+    # The environment and the end of the run
+    agent: str = _field(
+        "dqn",
+        "The agent learns with a network and a replay buffer (dqn), or with a table (tabular).",
+        choices=("dqn", "tabular"),
+    )
+    env_id: str = _field(
+        "ALE/Pong-v5", "The environment is an Atari game (a ROM name or an ALE/ id) or any Gymnasium id."
+    )
+    num_envs: int = _field(8, "This many environments step together.", least=1, most=2**16)
+    seed: int = _field(0, "All random numbers of the run are drawn from this seed.")
+    total_steps: int = _field(
+        1_000_000, "The run ends after this many agent steps, counted over all environments.", least=1
+    )
+    total_episodes: int = _field(0, "The run ends after this many episodes; 0 means no limit.")
     max_episode_steps: int = _field(
-        0,
-        "a game is truncated after so many steps; 0 for the task's own limit, if any",
-        least=0,
+        0, "An episode is truncated after this many steps; 0 keeps the environment's limit.", bound_to="environment"
+    )
+    stop_return: float = _field(
+        math.inf, "The run ends when the mean return reaches this value.", least=-math.inf, bound_to="environment"
+    )
+    mean_episodes: int = _field(30, "The mean return is taken over this many recent episodes.", least=1)
+    stop_evaluation_return: float = _field(
+        math.inf,
+        "The run ends when the mean return of an evaluation reaches this value.",
+        least=-math.inf,
         bound_to="environment",
     )
-    stop_return: float = _field(math.inf, "end the run when the mean return reaches this", bound_to="environment")
-    mean_episodes: int = _field(30, "episodes in the reported mean return", least=1)
-    stop_evaluation_return: float = _field(
-        math.inf, "end the run when an evaluation's mean return reaches this", bound_to="environment"
-    )
     stop_successes: int = _field(
-        0, "end the run after so many successes in a row; 0 for never", least=0, bound_to="environment"
+        0, "The run ends after this many successes in a row (see success_steps); 0 means never.", bound_to="environment"
     )
     success_steps: int = _field(
         0,
-        "replace rewards: 1 at the end of a game of so many steps (a success), else 0; 0 leaves them",
-        least=0,
+        "If above 0, the reward is 1 at the end of an episode of at least this many steps (a success), and else 0.",
         bound_to="environment",
     )
     clip_rewards: bool | str = _field(
-        "auto", "the learner sees only the sign of a reward (auto: in Atari games)", kind=bool, bound_to="environment"
+        "auto", "The learner gets only the signs of rewards (auto: in Atari games).", kind=bool, bound_to="environment"
     )
 
     # Atari
-    frame_skip: int = _field(4, "emulator frames per step", least=1, most=_MOST_ATARI, bound_to="Atari")
+    frame_skip: int = _field(
+        4, "An action is repeated for this many emulator frames per step.", least=1, most=_MAX_ATARI, bound_to="Atari"
+    )
     frame_skip_max: int = _field(
         0,
-        "if above frame_skip, each step lasts a random number of frames up to this",
-        least=0,
+        "If above frame_skip, each step lasts a random number of frames, from frame_skip to this.",
         most=64,
         bound_to="Atari",
     )
-    max_pool: bool = _field(True, "a frame is the pixel-wise maximum of the last two", bound_to="Atari")
+    max_pool: bool = _field(
+        True, "A frame is the pixel-wise maximum of the last two emulator frames.", bound_to="Atari"
+    )
     sticky_actions: float = _field(
-        0.0, "probability that the emulator repeats the previous action", least=0, bound_to="Atari"
+        0.0, "The emulator repeats the previous action with this probability.", bound_to="Atari"
     )
     noop_max_frames: int = _field(
-        30, "up to this many no-ops at the start of a game", least=0, most=_MOST_ATARI, bound_to="Atari"
+        30, "An episode starts with a random number of no-ops, at most this many.", most=_MAX_ATARI, bound_to="Atari"
     )
-    fire_reset: bool = _field(False, "FIRE, then action 2 open a game, where the game has FIRE", bound_to="Atari")
+    fire_reset: bool = _field(
+        False, "An episode starts with FIRE and then action 2, in games that have FIRE.", bound_to="Atari"
+    )
     terminal_on_life_loss: bool = _field(
-        False, "a lost life is terminal for the learner (the game goes on)", bound_to="Atari"
+        False, "The loss of a life is terminal for the learner, while the episode goes on.", bound_to="Atari"
     )
-    full_action_space: bool = _field(False, "all 18 actions instead of the game's own", bound_to="Atari")
+    full_action_space: bool = _field(
+        False, "The agent has all 18 actions of the console instead of those that the game uses.", bound_to="Atari"
+    )
     max_episode_frames: int = _field(
-        108_000, "a game is truncated after this many frames", least=1, most=_MOST_ATARI, bound_to="Atari"
+        108_000, "An episode is truncated after this many emulator frames.", least=1, most=_MAX_ATARI, bound_to="Atari"
     )
     preprocess: str = _field(
-        "resize_area", "how frames become 84x84", choices=("resize_area", "crop_nearest", "crop_area"), bound_to="Atari"
+        "resize_area",
+        "Frames become 84x84: resize_area shrinks the whole screen, crop_nearest and crop_area show a part of it.",
+        choices=("resize_area", "crop_nearest", "crop_area"),
+        bound_to="Atari",
     )
 
     # Observations and the replay buffer
-    stack: int = _field(4, "successive frames in an observation", least=1, most=2**16)
-    padding: str = _field("zero", "what stands before an episode's first frame", choices=("zero", "first"))
-    replay_capacity_frames: int = _field(100_000, "frames held by the replay buffer, over all environments", least=1)
+    stack: int = _field(4, "An observation consists of this many successive frames.", least=1, most=2**16)
+    padding: str = _field(
+        "zero",
+        "Before the first frame of an episode, stacks hold zeros or copies of that frame.",
+        choices=("zero", "first"),
+    )
+    replay_capacity_frames: int = _field(
+        100_000, "The replay buffer holds this many frames over all environments.", least=1
+    )
     skip_first_steps: int = _field(
-        0, "steps at the start of an episode that are not stored", least=0, bound_to="environment"
+        0, "This many steps at the start of each episode are not stored.", bound_to="environment"
     )
-    prioritized: bool = _field(False, "transitions are drawn by their TD errors (proportional, Schaul et al. 2016)")
-    priority_alpha: float = _field(0.6, "how much priorities count: 0 (uniform) to 1", least=0)
+    prioritized: bool = _field(False, "Transitions are sampled in proportion to their TD errors (Schaul et al. 2016).")
+    priority_alpha: float = _field(0.6, "Priorities are raised to this power, from 0 (uniform sampling) to 1.")
     priority_beta: float = _field(
-        0.4, "how much importance weights undo that, at the start; rises to 1 at total_steps", least=0
+        0.4, "Importance weights are raised to this power at the start; it rises to 1 at total_steps."
     )
-    priority_epsilon: float = _field(1e-6, "added to the size of a TD error for its priority")
+    priority_epsilon: float = _field(1e-6, "This is added to the absolute value of a TD error for its priority.")
 
     # The network
     network: str = _field(
-        "nature", "convolutional torso (or none: mlp)", choices=("nature", "nature_7x7", "small", "mlp")
+        "nature",
+        "The network has this convolutional torso; mlp has none.",
+        choices=("nature", "nature_7x7", "small", "mlp"),
     )
     hidden_units: tuple[int, ...] = _field(
-        (512,), "units of the fully connected hidden layers, if any", least=1, most=2**16
+        (512,),
+        "The fully connected hidden layers have these numbers of units; without numbers there are none.",
+        least=1,
+        most=2**16,
     )
-    dueling: bool = _field(False, "separate value and advantage streams (Wang et al. 2016)")
-    pixel_mean: float = _field(0.0, "subtracted from pixels after they are scaled", bound_to="environment")
-    pixel_std: float = _field(1.0, "what pixels are divided by after that", least=0, bound_to="environment")
+    dueling: bool = _field(False, "The network has separate streams for values and advantages (Wang et al. 2016).")
+    pixel_mean: float = _field(
+        0.0, "This is subtracted from pixels after they are scaled.", least=-math.inf, bound_to="environment"
+    )
+    pixel_std: float = _field(1.0, "Pixels are divided by this after pixel_mean is subtracted.", bound_to="environment")
 
     # The loss
-    gamma: float = _field(0.99, "discount per step", least=0)
-    n_step: int = _field(1, "steps in a return", least=1, most=2**16)
-    double: bool = _field(False, "the online network chooses, the target network values (van Hasselt et al. 2016)")
-    loss: str = _field("huber", "of the TD error (huber: its gradient is the clipped error)", choices=("huber", "mse"))
+    gamma: float = _field(0.99, "Rewards are discounted by this factor per step.")
+    n_step: int = _field(1, "A target sums the rewards of this many steps before it bootstraps.", least=1, most=2**16)
+    double: bool = _field(
+        False, "The online network chooses the next action, the target network values it (van Hasselt et al. 2016)."
+    )
+    loss: str = _field(
+        "huber",
+        "The loss is this function of the TD error; huber's gradient is the clipped error.",
+        choices=("huber", "mse"),
+    )
 
     # The optimizer
     optimizer: str = _field(
         "adam",
-        "Adam, or RMSProp as PyTorch, TensorFlow or Mnih et al. 2015 (centered) define it",
+        "The optimizer is Adam, or RMSProp as in PyTorch, in TensorFlow or in Mnih et al. 2015 (centered).",
         choices=("adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"),
     )
-    learning_rate: float = _field(1e-4, "step size of the optimizer", least=0)
-    learning_rate_end: float = _field(0.0, "the same at the end of its linear decay", least=0)
-    learning_rate_decay_steps: int = _field(0, "steps over which it falls; 0 for a constant rate", least=0)
-    optimizer_epsilon: float = _field(1.5e-4, "added to the denominator of the optimizer", least=0)
-    rmsprop_decay: float = _field(0.95, "of the squared gradient's running mean (RMSProp)", least=0)
-    rmsprop_momentum: float = _field(0.0, "of RMSProp", least=0)
-    max_grad_norm: float = _field(10.0, "gradients are scaled down to this norm; 0 leaves them", least=0)
+    learning_rate: float = _field(1e-4, "The optimizer starts with this learning rate.")
+    learning_rate_end: float = _field(
+        0.0, "The learning rate falls linearly to this value over learning_rate_decay_steps."
+    )
+    learning_rate_decay_steps: int = _field(0, "The learning rate falls over this many steps; 0 keeps it constant.")
+    optimizer_epsilon: float = _field(1.5e-4, "The optimizer adds this to its denominator.")
+    rmsprop_decay: float = _field(0.95, "RMSProp averages squared gradients with this decay.")
+    rmsprop_momentum: float = _field(0.0, "RMSProp has this momentum.")
+    max_grad_norm: float = _field(10.0, "Gradients are scaled down to at most this norm; 0 leaves them as they are.")
 
-    # The loop
-    batch_size: int = _field(32, "transitions per update", least=1)
+    # The training loop
+    batch_size: int = _field(32, "An update learns from this many transitions.", least=1)
     learning_starts_steps: int = _field(
-        5_000, "steps before the first update (and not before a batch is stored)", least=1
+        5_000, "The first update comes after this many steps, and not before the buffer holds a batch.", least=1
     )
-    train_period_steps: float = _field(4.0, "steps per update (replay ratio = batch_size / train_period_steps)")
+    train_period_steps: float = _field(
+        4.0, "There is one update per this many steps; the replay ratio is batch_size / train_period_steps."
+    )
     target_update_period: int = _field(
-        500, "updates between copies of the online network to the target; 0 for none", least=0
+        500, "The online network is copied to the target network once per this many updates; 0 means never."
     )
-    target_update_period_episodes: int = _field(0, "whole games between such copies; 0 for none", least=0)
+    target_update_period_episodes: int = _field(
+        0, "The online network is copied to the target network once per this many episodes; 0 means never."
+    )
     epsilon_schedule: str = _field(
         "linear",
-        "a line, two lines (the second to epsilon_final at total_steps), or end + (start - end) exp(-t / decay)",
+        "Epsilon falls along one line, along two (piecewise), or as end + (start - end) exp(-t / decay).",
         choices=("linear", "piecewise", "exponential"),
     )
-    epsilon_hold_steps: int = _field(0, "steps before epsilon begins to fall", least=0)
-    epsilon_start: float = _field(1.0, "probability of a random action at the start", least=0)
-    epsilon_end: float = _field(0.01, "the same at the end of its decay", least=0)
-    epsilon_decay_steps: int = _field(60_000, "steps over which epsilon falls (exponential: by 1/e)", least=1)
-    epsilon_final: float = _field(0.01, "piecewise: the same at total_steps", least=0)
-    evaluation_every_steps: int = _field(0, "steps between evaluations; 0 for none while training", least=0)
-    evaluation_episodes: int = _field(10, "whole games per evaluation", least=1)
-    evaluation_epsilon: float = _field(0.001, "probability of a random action in evaluation", least=0)
+    epsilon_hold_steps: int = _field(0, "Epsilon begins to fall after this many steps.")
+    epsilon_start: float = _field(1.0, "Epsilon, the probability of a random action, starts with this value.")
+    epsilon_end: float = _field(0.01, "Epsilon falls to this value by the end of its decay.")
+    epsilon_decay_steps: int = _field(
+        60_000, "Epsilon falls over this many steps; exponentially, 1/e of the way is left after them.", least=1
+    )
+    epsilon_final: float = _field(0.01, "Epsilon reaches this value at total_steps in the piecewise schedule.")
+    evaluation_every_steps: int = _field(0, "There is one evaluation per this many steps; 0 means none while training.")
+    evaluation_episodes: int = _field(10, "An evaluation plays this many episodes.", least=1)
+    evaluation_epsilon: float = _field(0.001, "An action is random with this probability in evaluations.")
     evaluation_max_episode_steps: int = _field(
-        100_000,
-        "evaluation cuts a game after so many steps where nothing else limits it (with a warning); 0 for never",
-        least=0,
+        100_000, "An evaluation truncates an episode without another limit after this many steps; 0 means never."
     )
     evaluation_protocol: str = _field(
         "own",
-        "published settings that replace the run's own in evaluation",
+        "Evaluations use the run's own settings or published ones.",
         choices=("own", "nature", "machado2018"),
         bound_to="Atari",
     )
-    log_every_steps: int = _field(5_000, "steps between rows of progress.csv", least=1)
-    log_every_episodes: int = _field(0, "whole games between further rows, printed as lines; 0 for none", least=0)
-    checkpoint_every_steps: int = _field(50_000, "steps between checkpoints; 0 for none", least=0)
-    checkpoint_every_episodes: int = _field(0, "whole games between further checkpoints; 0 for none", least=0)
-    checkpoint_replay: bool = _field(
-        True, "checkpoints hold the replay buffer, too; games begin anew there, for a resumed run to be the same"
+    log_every_steps: int = _field(5_000, "There is one row of progress.csv per this many steps.", least=1)
+    log_every_episodes: int = _field(
+        0, "There is one more row of progress.csv, also printed, per this many episodes; 0 means none."
     )
-    video_every_episodes: int = _field(0, "whole games between recorded ones; 0 for no videos", least=0)
-    video_format: str = _field("mp4", "of recorded games", choices=("mp4", "gif", "html"))
+    checkpoint_every_steps: int = _field(50_000, "There is one checkpoint per this many steps; 0 means none.")
+    checkpoint_every_episodes: int = _field(0, "There is one more checkpoint per this many episodes; 0 means none.")
+    checkpoint_replay: bool = _field(
+        True,
+        "Checkpoints hold the replay buffer, and episodes start anew there: a resumed run is the uninterrupted one.",
+    )
+    video_every_episodes: int = _field(0, "One episode in this many is recorded as a video; 0 means none.")
+    video_format: str = _field("mp4", "Videos have this format.", choices=("mp4", "gif", "html"))
 
     # The machine
-    device: str = _field("auto", "auto, cpu, cuda or cuda:N")
+    device: str = _field("auto", "PyTorch computes on this device: auto, cpu, cuda or cuda:N.")
     precision: str = _field(
-        "auto", "of the network's arithmetic; weights stay float32", choices=("auto", "float32", "bfloat16")
+        "auto", "The network computes in this precision; weights stay float32.", choices=("auto", "float32", "bfloat16")
     )
     storage: str = _field(
-        "auto", "where frames are kept (auto: on a GPU if they fit)", choices=("auto", "host", "device")
+        "auto",
+        "Frames are kept on the host or on the device; auto keeps them on a GPU if they fit.",
+        choices=("auto", "host", "device"),
     )
     torch_threads: int = _field(
-        0,
-        "threads of PyTorch on the CPU; 0 for as many as suit the network and the cores (4 at most)",
-        least=0,
-        most=2**10,
+        0, "PyTorch has this many threads on the CPU; 0 chooses at most 4, by network and cores.", most=2**10
     )
     emulator_threads: int = _field(
-        0, "threads of the emulators; 0 for one per core that may be used", least=0, most=2**10
+        0, "The emulators have this many threads; 0 means one per available core.", most=2**10
     )
 
     def __post_init__(self) -> None:
@@ -224,7 +270,7 @@ class Config:
         for name in ("learning_rate", "train_period_steps", "pixel_std", "priority_epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        if ":" in self.env_id:  # Gymnasium would import what stands before it: a config must not run code
+        if ":" in self.env_id:  # Gymnasium would import the module before the colon: a config must not run code
             module, _, name = self.env_id.partition(":")
             raise ValueError(
                 f"env_id: expected an id without ':', got {self.env_id!r}: an id imports nothing. In Python, "
@@ -232,14 +278,13 @@ class Config:
             )
         if self.stop_successes and not self.success_steps:
             raise ValueError(
-                f"stop_successes: expected 0 without success_steps, which says what a success is, "
-                f"got {self.stop_successes}"
+                f"stop_successes: expected 0 without success_steps, which defines a success, got {self.stop_successes}"
             )
         if 0 < self.frame_skip_max < self.frame_skip:
             raise ValueError(
                 f"frame_skip_max: expected 0 or at least frame_skip = {self.frame_skip}, got {self.frame_skip_max}"
             )
-        # Every environment needs room for one whole transition, or nothing could ever be sampled.
+        # Without room for one whole transition of every environment, nothing could ever be sampled.
         least = self.num_envs * (self.stack + self.n_step)
         if self.replay_capacity_frames < least:
             raise ValueError(
@@ -253,27 +298,31 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON can hold them (infinity as a string)."""
+        """Return all fields in the form that JSON can hold: infinity is a string."""
         plain = dataclasses.asdict(self)
         return {name: "inf" if value == math.inf else value for name, value in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Config:
-        """Build a Config from what `to_dict` gave.
+        """Build a Config from the result of `to_dict`. Fields may have their old names (see `RENAMED`).
 
         Raises:
-            ValueError: an unknown field, or a value that does not fit one.
+            ValueError: a field is unknown or given twice, or its value is not valid.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(plain) - known)
-        if unknown:
-            raise ValueError(f"config: unknown field {unknown[0]!r}")
-        fields: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in plain.items()}
+        fields: dict[str, Any] = {}
+        for given, value in plain.items():
+            name = RENAMED.get(given, given)
+            if name not in known:
+                raise ValueError(f"config: unknown field {given!r}")
+            if name in fields:
+                raise ValueError(f"config: {name!r} is given twice, also by its old name")
+            fields[name] = math.inf if value == "inf" else value
         return cls(**fields)
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return `value` as the field's own type, or raise a ValueError that names the field."""
+    """Return `value` as the field's type, or raise a ValueError that names the field."""
     kind: Any = field.metadata["kind"]
     if value == field.default == "auto":
         return value
@@ -299,33 +348,34 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     return value
 
 
-# Where each part begins, for help pages.
+# Old names of fields, which `Config.from_dict` still reads.
+RENAMED = {
+    "full_action_set": "full_action_space",
+    "life_loss": "terminal_on_life_loss",
+    "steps_per_update": "train_period_steps",
+    "target_sync_episodes": "target_update_period_episodes",
+    "target_sync_updates": "target_update_period",
+}
+
+# The first field of each section of the help pages.
 SECTIONS = {
-    "agent": "the task",
+    "agent": "the environment and the end of the run",
     "frame_skip": "Atari only",
     "stack": "observations and the replay buffer",
     "network": "the network",
     "gamma": "the loss",
     "optimizer": "the optimizer",
-    "batch_size": "the loop",
+    "batch_size": "the training loop",
     "evaluation_every_steps": "evaluation",
-    "log_every_steps": "what a run leaves",
+    "log_every_steps": "logs, checkpoints and videos",
     "device": "the machine",
 }
 
-# What the transitions in a replay buffer depend on: under another value they are of another task, or seen or counted in
-# another way. (What a replay buffer is made with, such as gamma, is among its own settings, which are compared anyway.)
+# The fields that decide what transitions are. A run with other values must not go on with stored transitions. (The
+# settings of the replay buffer itself, such as gamma, are compared when it is loaded.)
 TRANSITIONS = (
-    *(
-        "env_id",
-        "clip_rewards",
-        "success_steps",
-        "terminal_on_life_loss",
-        "full_action_space",
-        "preprocess",
-        "max_pool",
-    ),
-    *("frame_skip", "frame_skip_max", "sticky_actions"),
+    *("env_id", "clip_rewards", "success_steps", "terminal_on_life_loss", "full_action_space", "preprocess"),
+    *("max_pool", "frame_skip", "frame_skip_max", "sticky_actions"),
 )
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "positive integers"}

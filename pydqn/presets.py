@@ -1,12 +1,13 @@
-"""The published and tuned settings: one entry each, with its source. A preset is data, never code."""
+"""Published and tuned settings, each with its source. A preset is data, never code."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from pydqn._util.hints import did_you_mean
 from pydqn.config import Config
 from pydqn.envs.tasks import with_overrides
 
@@ -19,7 +20,7 @@ class Preset(NamedTuple):
     source: str
 
 
-# What the write-ups share: one environment, one update per step, no clipping of gradients, one-step targets.
+# What the publications share: one environment, one update per step, no clipping of gradients, one-step targets.
 _PLAIN = Config(num_envs=1, train_period_steps=1.0, max_grad_norm=0.0, mean_episodes=100, log_every_steps=1_000)
 
 _BREAKOUT = dataclasses.replace(
@@ -58,20 +59,20 @@ PRESETS: dict[str, Preset] = {
             env_id="FrozenLake-v1",
             num_envs=1,
             total_steps=1_000_000,
-            stop_evaluation_return=0.85,  # the first mean of 20 games above 0.80
+            stop_evaluation_return=0.85,  # the lowest mean of 20 episodes above 0.80
             mean_episodes=100,
             stack=1,
             gamma=0.9,
             learning_rate=0.2,
-            epsilon_end=1.0,  # acts at random for good
+            epsilon_end=1.0,  # all actions are random
             evaluation_every_steps=1,
             evaluation_episodes=20,
             evaluation_epsilon=0.0,
-            evaluation_max_episode_steps=10_000,  # after every update, greedily: in CliffWalking into a wall for long
+            evaluation_max_episode_steps=10_000,  # a greedy policy may never end an episode (in CliffWalking)
             log_every_steps=1_000,
         ),
         "FrozenLake 4x4, slippery, to a mean test return above 0.80",
-        "tabular Q-learning of Lapan, Deep Reinforcement Learning Hands-On, chapter 5",
+        "Tabular Q-learning of Lapan, Deep Reinforcement Learning Hands-On, chapter 5",
     ),
     "cartpole": Preset(
         dataclasses.replace(
@@ -114,7 +115,7 @@ PRESETS: dict[str, Preset] = {
             network="small",
             hidden_units=(256,),
             dueling=True,
-            pixel_mean=0.34,  # the grey of Pong's background: the torso sees zeros but for ball, paddles and score
+            pixel_mean=0.34,  # Pong's background: the torso gets zeros except for ball, paddles and score
             pixel_std=0.15,
             n_step=5,
             double=True,
@@ -125,17 +126,17 @@ PRESETS: dict[str, Preset] = {
             train_period_steps=4.0,
             target_update_period=250,
             epsilon_decay_steps=30_000,
-            checkpoint_every_steps=250_000,  # rarely, since games are cut off there
+            checkpoint_every_steps=250_000,  # rarely, since episodes are cut off there
         ),
         "Atari Pong from pixels, to a mean return of 18",
-        "tuned by us for wall-clock on two CPU cores",
+        "Tuned by us for wall-clock time on two CPU cores",
     ),
     "pong-book": Preset(
         dataclasses.replace(
             _PLAIN,
             env_id="ALE/Pong-v5",
             total_steps=10_000_000,
-            stop_return=19.01,  # the first mean of 100 games above 19
+            stop_return=19.01,  # the lowest mean of 100 episodes above 19
             fire_reset=True,
             clip_rewards=False,
             preprocess="crop_area",
@@ -154,12 +155,12 @@ PRESETS: dict[str, Preset] = {
     "breakout": Preset(
         _BREAKOUT,
         "Atari Breakout from pixels",
-        "DQN with TensorFlow's RMSProp; the target network's own maximum",
+        "DQN with TensorFlow's RMSProp and the maximum of the target network",
     ),
     "breakout-double": Preset(
         dataclasses.replace(_BREAKOUT, double=True),
         "Atari Breakout from pixels",
-        "as breakout, with double Q-learning (van Hasselt et al. 2016)",
+        "The settings of breakout, with double Q-learning (van Hasselt et al. 2016)",
     ),
     "breakout-dueling": Preset(
         dataclasses.replace(
@@ -189,7 +190,7 @@ PRESETS: dict[str, Preset] = {
             video_format="gif",
         ),
         "Atari Breakout from pixels",
-        "dueling (Wang et al. 2016) and double Q-learning, without hidden layers or biases, and Adam",
+        "Dueling (Wang et al. 2016) and double Q-learning, without hidden layers or biases, and Adam",
     ),
     "nature": Preset(
         dataclasses.replace(
@@ -201,7 +202,7 @@ PRESETS: dict[str, Preset] = {
             optimizer="rmsprop_centered",
             learning_rate=2.5e-4,
             rmsprop_decay=0.95,
-            optimizer_epsilon=0.01 / 32**2,  # 0.01 for their sum over a batch of 32; ours is the mean
+            optimizer_epsilon=0.01 / 32**2,  # theirs is 0.01 for the sum over a batch of 32; ours is for the mean
             learning_starts_steps=50_000,
             train_period_steps=4.0,
             target_update_period=10_000,
@@ -214,7 +215,7 @@ PRESETS: dict[str, Preset] = {
             log_every_episodes=10,
             checkpoint_every_steps=250_000,
         ),
-        "any Atari game (--env-id) from pixels; Breakout unless told otherwise",
+        "Any Atari game (--env-id) from pixels; Breakout by default",
         "Mnih et al. 2015, extended data table 1",
     ),
 }
@@ -223,12 +224,12 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str, **overrides: Any) -> Config:
     """Return the named preset's `Config`, with fields replaced by `overrides`.
 
-    With another environment (`env_id`), the settings that belong to the preset's own are reset to neutral ones unless
-    they are overridden, too, and a UserWarning names them: rules of stopping, shaped and clipped rewards, limits of
-    steps, statistics of pixels; outside of Atari, Atari's options (`Config`'s fields say which: `bound_to`).
+    Another environment (`env_id`) resets the settings that do not apply to it, except those among the overrides, and a
+    UserWarning names them: goals at which runs end, shaped and clipped rewards, limits of steps, statistics of pixels,
+    and Atari options outside of Atari (see `bound_to` in `Config`).
 
     Raises:
-        ValueError: there is no such preset or field (near matches are named), or a value is out of range.
+        ValueError: there is no such preset or field (similar names are given), or a value is out of range.
     """
     config, note = preset_and_note(name, overrides)
     if note:
@@ -237,7 +238,7 @@ def preset(name: str, **overrides: Any) -> Config:
 
 
 def preset_and_note(name: str, overrides: dict[str, Any]) -> tuple[Config, str]:
-    """Return what `preset` does, and instead of a warning its text; empty where nothing was reset."""
+    """Return the result of `preset`, and the text of its warning ("" if nothing was reset) instead of the warning."""
     if name not in PRESETS:
         raise ValueError(f"preset: {_unknown(name, PRESETS)}")
     fields = [field.name for field in dataclasses.fields(Config)]
@@ -248,7 +249,6 @@ def preset_and_note(name: str, overrides: dict[str, Any]) -> tuple[Config, str]:
     return config, f"preset: {note}" if note else ""
 
 
-def _unknown(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-    return f"{name!r} is not known; {hint}"
+def _unknown(name: str, known: Iterable[str]) -> str:
+    hint = did_you_mean(name, {other: [other] for other in known}, likeness=0.5)
+    return f"{name!r} is not known; {hint or 'expected one of ' + ', '.join(known)}"

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures of several test files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from pydqn import preset
 from tests.helpers.odd_envs import ID, Counted, Odd
 
-# An episode is over after 400 frames, so that a run of a few hundred steps sees whole episodes.
+# Episodes end after 400 frames, so that a run of a few hundred steps has whole ones.
 TINY = {
     "num_envs": 2,
     "total_steps": 400,
@@ -33,13 +33,13 @@ TINY = {
 
 @pytest.fixture
 def tiny():
-    """A pong run that takes seconds."""
+    """The config of a pong run that takes seconds."""
     return preset("pong", **TINY)
 
 
 @pytest.fixture
 def odd():
-    """A kind of environment for one test alone."""
+    """A subclass of `Odd`, registered for one test."""
     Odd.made, Odd.rendered = 0, []
     kind = type("Odd", (Odd,), {})
     gymnasium.register(ID, kind)
@@ -49,6 +49,7 @@ def odd():
 
 @pytest.fixture
 def counted():
+    """A subclass of `Counted`, registered for one test."""
     Odd.made, Odd.rendered = 0, []
     Counted.made = Counted.alive = Counted.most = 0
     kind = type("Counted", (Counted,), {})

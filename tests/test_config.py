@@ -1,12 +1,15 @@
+"""`Config`, its presets and its help."""
+
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from pydqn import Config, preset
-from pydqn.config import SECTIONS
+from pydqn.config import RENAMED, SECTIONS
 from pydqn.presets import PRESETS
 
 
@@ -49,7 +52,7 @@ from pydqn.presets import PRESETS
         ("evaluation_protocol", "atari100k"),
         ("video_format", "avi"),
         ("stop_successes", -1),
-        ("stop_successes", 5),  # of what?
+        ("stop_successes", 5),  # without success_steps
         ("clip_rewards", "always"),
         ("clip_rewards", 1),
         ("hidden_units", (0,)),
@@ -60,14 +63,14 @@ from pydqn.presets import PRESETS
         ("precision", "float64"),
     ],
 )
-def test_nonsense_names_the_field(name, bad):
+def test_errors_name_the_field(name, bad):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         Config(**{name: bad})
 
 
-def test_every_field_has_help():
+def test_the_help_of_every_field_is_a_sentence():
     for field in dataclasses.fields(Config):
-        assert field.metadata["help"], field.name
+        assert re.fullmatch(r"[A-Z].*\.", field.metadata["help"]), field.name
 
 
 def test_configs_are_frozen_and_survive_json():
@@ -77,6 +80,22 @@ def test_configs_are_frozen_and_survive_json():
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="unknown field 'lr'"):
         Config.from_dict({"lr": 1})
+
+
+def test_old_names_of_fields_are_read():
+    old = {
+        **{"target_sync_updates": 9, "target_sync_episodes": 2, "steps_per_update": 2.5},
+        **{"life_loss": True, "full_action_set": True},
+    }
+    assert old.keys() == RENAMED.keys()
+    new = Config(
+        **{"target_update_period": 9, "target_update_period_episodes": 2, "train_period_steps": 2.5},
+        **{"terminal_on_life_loss": True, "full_action_space": True},
+    )
+    assert Config.from_dict(old) == new
+    assert not RENAMED.keys() & new.to_dict().keys()
+    with pytest.raises(ValueError, match="'train_period_steps' is given twice"):
+        Config.from_dict({"train_period_steps": 1.0, "steps_per_update": 2.0})
 
 
 def test_presets():
@@ -94,12 +113,12 @@ def test_presets():
 def test_every_section_begins_with_a_field():
     names = [field.name for field in dataclasses.fields(Config)]
     assert names[0] in SECTIONS
-    places = [names.index(name) for name in SECTIONS]
-    assert places == sorted(places)
+    starts = [names.index(name) for name in SECTIONS]
+    assert starts == sorted(starts)
 
 
 def test_an_id_that_would_import_a_module_is_refused():
-    """Gymnasium imports what stands before a colon; a config may come from anywhere."""
+    """Gymnasium imports the module before a colon, and a config may come from anywhere."""
     message = (
         r"^env_id: expected an id without ':', got 'antigravity:CartPole-v1'.* import antigravity and call .*'CartPole"
     )

@@ -1,4 +1,4 @@
-"""What can be typed after `pydqn`: commands, options, help."""
+"""The commands and options of `pydqn`, with their help."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydqn.config import SECTIONS, Config
 from pydqn.evaluation.protocols import PROTOCOLS
 from pydqn.presets import PRESETS
 
+# The same names are in `plotting.curves` and `evaluation.evaluate`, which are slow to import. A test compares them.
 _PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
 _WEIGHTS = ("best", "last", "checkpoint")
 
@@ -24,91 +25,123 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | None]]) -> argparse.ArgumentParser:
-    """Build the parser; each command's namespace gets its function as `run`."""
+    """Build the parser. The namespace of each command has its function as `run`."""
     parser = _Parser(prog="pydqn", description="Train, watch and evaluate DQN agents.")
     parser.add_argument("--version", action="version", version=f"pydqn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    command = commands.add_parser("presets", help="list the presets, or print one with all its settings")
-    command.add_argument("preset", nargs="?", metavar="PRESET")
-    command.set_defaults(run=commands_of["presets"])
+    def add(name: str, summary: str, details: str = "", **options: Any) -> argparse.ArgumentParser:
+        description = f"{summary} {details}".strip()
+        command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description, **options)
+        command.set_defaults(run=commands_of[name])
+        return command
 
-    command = commands.add_parser(
+    command = add("presets", "List the presets, or print all settings of one.")
+    command.add_argument("preset", nargs="?", metavar="PRESET", help="Print the settings of this preset.")
+
+    command = add(
         "train",
-        usage="pydqn train [options] PRESET | pydqn train [options] --resume RUN",  # too many to list twice
-        help="train a preset, or go on with a run",
-        description="Train a preset. Every setting of its Config is an option; defaults are the preset's "
-        "(pydqn presets PRESET prints them). Ctrl-C stops the run, which can be resumed.",
+        "Train a preset, or resume a run.",
+        "Every setting of a preset is an option; `pydqn presets PRESET` prints its values. Ctrl-C stops the run, which "
+        "can be resumed.",
+        usage="pydqn train [options] PRESET | pydqn train [options] --resume RUN",  # the options would fill a page
     )
-    command.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
-    command.add_argument("--logdir", help="folder of the run (default: runs/NAME-SEED, or the next free one)")
+    names = ", ".join(PRESETS)
+    command.add_argument("preset", nargs="?", metavar="PRESET", help=f"Train this preset, one of: {names}.")
     command.add_argument(
-        "--resume", metavar="RUN", help="go on with this run from its latest checkpoint (or from RUN/checkpoints/...)"
+        "--logdir", metavar="RUN", help="Write the run to this folder (default: runs/NAME-SEED, or the next free one)."
+    )
+    command.add_argument(
+        "--resume", metavar="RUN", help="Resume this run from its latest checkpoint, or from RUN/checkpoints/NAME."
     )
     _add_config_options(command)
-    command.set_defaults(run=commands_of["train"])
 
-    command = commands.add_parser("play", help="watch a trained agent play one episode, and record it")
+    command = add("play", "Watch a trained agent play one episode, and record it.")
     _add_run_options(command)
     command.add_argument(
-        "--record",
-        metavar="FILE",
-        help="write a video, .mp4 or .gif, or a page that plays the episode in a browser, .html",
+        "--record", metavar="FILE", help="Write a video (.mp4 or .gif), or a page that plays the episode (.html)."
     )
     command.add_argument(
         "--fps",
         type=int,
-        help="images per second (default: the environment's own, Atari's is 30; an episode of Atari makes 60 / frame-skip "
-        "steps a second)",
+        metavar="N",
+        help="Show this many images per second (default: as the environment says; 30 in Atari games, which themselves "
+        "run at 60 frames per second).",
     )
-    command.add_argument("--most-steps", type=int, metavar="N", help="stop after N steps")
-    command.add_argument("--q-values", action="store_true", help="draw the action values beside the image")
+    command.add_argument("--most-steps", type=int, metavar="N", help="Stop after this many steps.")
+    command.add_argument("--q-values", action="store_true", help="Draw the action values beside the image.")
     command.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
-        help="draw the episode in the terminal (as it does anyway when not recording); --no-show needs no images",
+        help="Draw the episode in the terminal (default: unless it is recorded). --no-show needs no images.",
     )
-    command.set_defaults(run=commands_of["play"])
 
-    command = commands.add_parser("evaluate", help="play whole episodes with a run's best weights")
+    command = add("evaluate", "Play whole episodes with a run's best weights, and print the returns.")
     _add_run_options(command)
     command.add_argument(
-        "--protocol", choices=list(PROTOCOLS), help="published rules of evaluation (default: the run's own choice)"
+        "--protocol",
+        choices=list(PROTOCOLS),
+        help="Evaluate under these published settings (default: those of the run).",
     )
-    command.add_argument("--episodes", type=int, help="whole episodes (default: as many as the protocol says)")
-    command.set_defaults(run=commands_of["evaluate"])
-
-    command = commands.add_parser("plot", help="draw the learning curves of one or more runs, or a value function")
-    command.add_argument("runs", nargs="+", metavar="RUN")
-    command.add_argument("-o", "--output", required=True, metavar="FILE", help="image to write: .png, .svg or .pdf")
-    command.add_argument("--panels", nargs="+", metavar="NAME", help="some of: " + ", ".join(_PANELS))
     command.add_argument(
-        "--each", action="store_true", help="every run is a curve of its own, also seeds of one setting"
+        "--episodes", type=int, metavar="N", help="Play this many episodes (default: as the protocol says)."
     )
-    command.add_argument("--values", action="store_true", help="draw the value function of a small task's run instead")
-    command.set_defaults(run=commands_of["plot"])
 
-    command = commands.add_parser(
-        "bench",
-        usage="pydqn bench [options] [PRESET]",
-        help="measure how fast this machine runs a preset",
-        description="Measure each stage of a preset alone, and the whole loop, on an otherwise idle machine. Every "
-        "setting of its Config is an option.",
+    command = add("plot", "Draw the learning curves of runs, or a value function.")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="Draw the runs in these folders.")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="Write this image: .png, .svg or .pdf.")
+    command.add_argument("--panels", nargs="+", metavar="NAME", help=f"Draw these panels: {', '.join(_PANELS)}.")
+    command.add_argument(
+        "--each", action="store_true", help="Draw a curve for each run, also for seeds of the same settings."
     )
-    command.add_argument("preset", nargs="?", default="pong", metavar="PRESET", help="(default: pong)")
-    command.add_argument("--seconds", type=float, default=3.0, metavar="X", help="for each stage (default: 3)")
-    command.add_argument("-o", "--output", metavar="FILE", help="also write the figures, versions and machine, .json")
+    command.add_argument("--values", action="store_true", help="Draw the value function of a small task's run instead.")
+
+    command = add(
+        "bench",
+        "Measure how fast this machine runs a preset.",
+        "It measures each stage alone and then the whole loop; the machine should be idle. Every setting of a preset "
+        "is an option.",
+        usage="pydqn bench [options] [PRESET]",
+    )
+    command.add_argument(
+        "preset", nargs="?", default="pong", metavar="PRESET", help="Measure this preset (default: pong)."
+    )
+    command.add_argument(
+        "--seconds", type=float, default=3.0, metavar="X", help="Measure each stage for so long (default: 3)."
+    )
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help="Also write the results, versions and machine to this .json file."
+    )
     _add_config_options(command)
-    command.set_defaults(run=commands_of["bench"])
     return parser
 
 
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of Config that were given as options."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def run_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a run's Config that the options of `play` and `evaluate` replace."""
+    given = {"device": arguments.device, "evaluation_epsilon": arguments.epsilon}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="RUN", help="folder of a run")
-    command.add_argument("--seed", type=int, default=0, help="of the environments and of exploration (default: 0)")
-    command.add_argument("--device", default=None, help="auto, cpu, cuda or cuda:N (default: the run's own)")
-    command.add_argument("--weights", choices=_WEIGHTS, help="which weights (default: best, or the newest there are)")
-    command.add_argument("--epsilon", type=float, default=None, help="probability of a random action")
+    command.add_argument("folder", metavar="RUN", help="Use the run in this folder.")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="Seed the environments and the exploration (default: 0)."
+    )
+    command.add_argument(
+        "--device", metavar="NAME", help="Compute on this device: auto, cpu, cuda or cuda:N (default: that of the run)."
+    )
+    command.add_argument(
+        "--weights", choices=_WEIGHTS, help="Use these weights (default: the best, or else the newest)."
+    )
+    command.add_argument(
+        "--epsilon", type=float, metavar="X", help="Act at random with this probability (default: as the run says)."
+    )
 
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
@@ -130,7 +163,7 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
 
 
 def _integer(text: str) -> int:
-    """Read an integer as people write it: 1000000 or 1e6."""
+    """Read an integer, also in the form 1e6."""
     try:
         return int(text)
     except ValueError:

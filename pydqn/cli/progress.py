@@ -14,11 +14,11 @@ class ProgressBar:
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
-        self._bar: Any = None  # until there is something to show
+        self._bar: Any = None  # made by the first `show`
         self._text = ""
 
     def show(self, report: Report) -> None:
-        """Redraw the line."""
+        """Draw the line for a report."""
         from tqdm import tqdm
 
         if self._bar is None:
@@ -42,7 +42,7 @@ class ProgressBar:
         self._bar.refresh()
 
     def saving(self, share: float) -> None:
-        """Say how much of the replay buffer has been saved; at 1, what was there before."""
+        """Show which share of the replay buffer has been saved; at 1, show the report again."""
         if self._bar is not None:
             self._bar.set_postfix_str(self._text if share >= 1 else f"saving the replay buffer: {share:.0%}")
 
@@ -53,7 +53,7 @@ class ProgressBar:
         tqdm.write(text)
 
     def _warn(self, *warning: Any, **options: Any) -> None:
-        """Show a warning above the line instead of within it."""
+        """Show a warning above the bar instead of within it."""
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stderr):
@@ -64,7 +64,7 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the line as it stands."""
+        """Leave the line as it is."""
         warnings.showwarning = self._show_warning
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""A Gymnasium environment whose mistakes are named: which environment, which step, what came, what was expected."""
+"""Checks of what a Gymnasium environment returns; errors name the environment, the step and the wrong value."""
 
 from __future__ import annotations
 
@@ -15,51 +15,52 @@ _INTERFACE = {
     "reset": "(observation, info)",
     "step": "(observation, reward, terminated, truncated, info)",
 }
-_FPS, _MOST_FPS = 30, 1_000
-WITHOUT_IMAGES = "without images it trains (video_every_episodes=0), is evaluated, and played (pydqn play --no-show)"
+_FPS, _MAX_FPS = 30, 1_000
+WITHOUT_IMAGES = "training (video_every_episodes=0), evaluation and pydqn play --no-show need no images"
 
 
 class CloseWarning(RuntimeWarning):
-    """An environment failed to close, when everything that was wanted of it was there."""
+    """An environment failed to close. Its results are complete: only closing it failed."""
 
 
 class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Passes on what one environment returns, once it is what Gymnasium's interface says.
+    """Checks that one environment returns what Gymnasium's interface says.
 
-    Infos may hold whatever they like. Observations come as arrays of the space's shape, rewards as finite floats.
+    Observations of Box spaces are returned as arrays of the space's shape, rewards as finite floats. The contents of
+    infos are not checked.
 
     Args:
         env: the environment.
-        env_id: for messages.
-        index: its env index, for messages.
-        seed: what it will be reset with, for messages.
+        env_id: its id, for messages.
+        env_index: its number among the environments, for messages.
+        seed: the seed with which it will be reset, for messages.
 
     Raises:
         RuntimeError: in `reset`, `step` and `image`: the environment failed, or returned something else. The message
-            names the id, the env index, the seed, the steps since the environment was seeded, what came and what was
+            names the id, the env index, the seed, the steps since the environment was seeded, the value and what was
             expected.
     """
 
-    def __init__(self, env: Any, env_id: str, index: int, seed: int) -> None:
+    def __init__(self, env: Any, env_id: str, env_index: int, seed: int) -> None:
         super().__init__(env)
         self.steps = 0
-        self._env_id, self._index, self._seed = env_id, index, seed
+        self._env_id, self._env_index, self._seed = env_id, env_index, seed
         self._box = self.observation_space if isinstance(self.observation_space, gymnasium.spaces.Box) else None
         space: Any = self.observation_space
         discrete = isinstance(space, gymnasium.spaces.Discrete)
         self._numbers = range(int(space.start), int(space.start + space.n)) if discrete else range(0)
-        self._dtype: np.dtype[Any] | None = None  # of observations, once one was good
+        self._dtype: np.dtype[Any] | None = None  # of the observations that were accepted
 
     @property
     def fps(self) -> int:
-        """Steps per second at which a person would watch: what the environment says (`render_fps`), or 30."""
+        """Steps per second in a video: the environment's `render_fps`, or 30."""
         metadata = self.env.metadata
         fps: Any = metadata.get("render_fps") if isinstance(metadata, dict) else None
-        known = isinstance(fps, (int, float, np.integer, np.floating)) and 0.5 < fps <= _MOST_FPS
+        known = isinstance(fps, (int, float, np.integer, np.floating)) and 0.5 < fps <= _MAX_FPS
         return round(float(fps)) if known else _FPS
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode; a seed begins the count of steps anew."""
+        """Start an episode. A seed sets the count of steps to 0."""
         if seed is not None:
             self._seed, self.steps = seed, 0
         given: dict[str, Any] = {"seed": seed} if options is None else {"seed": seed, "options": options}
@@ -87,26 +88,26 @@ class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
     def image(self) -> NDArray[np.uint8]:
-        """Return what a person would see, (H, W, 3) uint8."""
+        """Return the rendered image, (H, W, 3) uint8."""
         try:
             image: Any = self.env.render()
         except gymnasium.error.DependencyNotInstalled as error:
-            raise RuntimeError(f"render: {_one_line(error)}") from None  # names the pip command
+            raise RuntimeError(f"render: {_one_line(error)}") from None  # Gymnasium's message has the pip command
         except (Exception, SystemExit) as error:
             self.refuse(f"render() failed: {named(error)}; {WITHOUT_IMAGES}", error)
         good = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3
         if not good or not image.size or image.shape[2] != 3:
-            self.refuse(f"render() returned {_what(image)}, expected an image, (H, W, 3) uint8; {WITHOUT_IMAGES}")
+            self.refuse(f"render() returned {_describe(image)}, expected an image, (H, W, 3) uint8; {WITHOUT_IMAGES}")
         result: NDArray[np.uint8] = image
         return result
 
     def refuse(self, what: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise a RuntimeError that says of this environment what is wrong."""
+        """Raise a RuntimeError that names this environment and says `what` is wrong."""
         raise RuntimeError(f"{self.where()}: {what}") from cause
 
     def where(self) -> str:
-        """Say which environment this is, and how far it has come."""
-        return f"env_id: {self._env_id}, env index {self._index} (seed {self._seed}), step {self.steps:,}"
+        """Return the id, env index, seed and step for a message."""
+        return f"env_id: {self._env_id}, env index {self._env_index} (seed {self._seed}), step {self.steps:,}"
 
     def _failed(self, function: str, error: BaseException) -> NoReturn:
         hint = ""
@@ -115,22 +116,22 @@ class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
         self.refuse(f"{function}() failed: {named(error)}{hint}", error)
 
     def _values(self, function: str, result: Any) -> Any:
-        """Return the tuple of a step or a reset, once it has as many values as it should have."""
+        """Return the tuple of a step or a reset, if it has the right number of values."""
         expected = _INTERFACE[function]
         count = expected.count(",") + 1
         if isinstance(result, tuple) and len(result) == count:
             return result
-        came = f"{len(result)} values" if isinstance(result, tuple) else _what(result)
+        came = f"{len(result)} values" if isinstance(result, tuple) else _describe(result)
         old = {"reset": not isinstance(result, tuple), "step": isinstance(result, tuple) and len(result) == 4}
         hint = ", as it did before Gym 0.26" if old[function] and result is not None else ""
         self.refuse(f"{function}() returned {came}{hint}; expected {count}: {expected}")
 
     def _observation(self, function: str, observation: Any) -> Any:
         if self._box is None:
-            if type(observation) is int and observation in self._numbers:  # nearly always, and faster
+            if type(observation) is int and observation in self._numbers:  # the usual case, and faster
                 return observation
             if not self.observation_space.contains(observation):
-                came = _what(observation)
+                came = _describe(observation)
                 self.refuse(f"{function}() returned an observation of {came}, expected one of {self.observation_space}")
             return observation
         try:
@@ -141,7 +142,7 @@ class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
             whole = self._box.dtype == np.uint8
             fits = np.can_cast(array.dtype, np.uint8, "same_kind") if whole else array.dtype.kind in "biuf"
             if not fits:
-                came, expected = _what(observation), f"numbers of dtype {self._box.dtype}, shape {self._box.shape}"
+                came, expected = _describe(observation), f"numbers of dtype {self._box.dtype}, shape {self._box.shape}"
                 self.refuse(f"{function}() returned an observation of {came}, expected {expected}")
             self._dtype = array.dtype
         if array.shape != self._box.shape:
@@ -149,14 +150,14 @@ class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
         return array
 
     def _reward(self, reward: Any) -> float:
-        """Return a reward that is no plain float as one."""
+        """Return a reward of another type as a float."""
         try:
             array = np.asarray(reward)
             value = float(reward) if array.ndim == 0 and array.dtype.kind in "biufO" else None
         except (TypeError, ValueError, OverflowError):
             value = None
         if value is None:
-            self.refuse(f"step() returned a reward of {_what(reward)}, expected a number")
+            self.refuse(f"step() returned a reward of {_describe(reward)}, expected a number")
         if not math.isfinite(value):
             self.refuse(f"step() returned a reward that is not finite: {value}")
         return value
@@ -165,35 +166,35 @@ class Checked(gymnasium.Wrapper[Any, Any, Any, Any]):
         if value is True or value is False:
             return bool(value)
         if not isinstance(value, (np.bool_, np.ndarray)) or value.ndim or value.dtype != np.bool_:
-            self.refuse(f"step() returned {name} = {_what(value)}, expected a bool")
+            self.refuse(f"step() returned {name} = {_describe(value)}, expected a bool")
         return bool(value)
 
     def _require_info(self, function: str, info: Any) -> None:
-        """Nobody reads infos; one that is no dict tells of values in another order."""
+        """Infos are not used, but one that is not a dict shows that the values are in another order."""
         if not isinstance(info, dict):
-            self.refuse(f"{function}() returned an info of {_what(info)}, expected a dict as the last value")
+            self.refuse(f"{function}() returned an info of {_describe(info)}, expected a dict as the last value")
 
 
-def check(env: Any, env_id: str, index: int, seed: int) -> tuple[Any, Checked]:
-    """Put a `Checked` around the user's environment, inside the wrappers that `gymnasium.make` puts around all.
+def check(env: Any, env_id: str, env_index: int, seed: int) -> tuple[Any, Checked]:
+    """Put a `Checked` around the user's environment, inside the wrappers that `gymnasium.make` added.
 
-    Those would fail at a wrong answer with an error of their own.
+    Those wrappers would fail with errors of their own if a wrong value reached them.
 
     Returns:
         The whole environment, and the `Checked` in it.
     """
-    holder, inner = None, env
+    wrapper, inner = None, env
     while type(inner) in (TimeLimit, OrderEnforcing, PassiveEnvChecker):
-        holder, inner = inner, inner.env
-    checked = Checked(inner, env_id, index, seed)
-    if holder is None:
+        wrapper, inner = inner, inner.env
+    checked = Checked(inner, env_id, env_index, seed)
+    if wrapper is None:
         return checked, checked
-    holder.env = checked
+    wrapper.env = checked
     return env, checked
 
 
 def close(env: Any, checked: Checked) -> None:
-    """Release an environment. One that fails to, warns: nothing depends on it any more."""
+    """Close an environment. A failure is only a warning, since the environment is no longer needed."""
     try:
         env.close()
     except (Exception, SystemExit) as error:
@@ -209,8 +210,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _what(value: Any) -> str:
-    """Describe a value briefly: its type, and what else tells it from what was expected."""
+def _describe(value: Any) -> str:
+    """Describe a value briefly: its type, and its shape, length or text."""
     kind = type(value).__name__
     if value is None:
         return "None"

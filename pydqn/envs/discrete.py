@@ -1,4 +1,4 @@
-"""Single Gymnasium environments with numbered states, for tabular learning."""
+"""Gymnasium environments with numbered states, for tabular learning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydqn.envs.ids import rom_of
 from pydqn.envs.single import discrete_actions, open_env
 from pydqn.envs.spaces import States
 
-_MOST_VALUES = 2**28  # in a table, of 8 bytes each
+_MAX_VALUES = 2**28  # in a table, of 8 bytes each
 
 
 class Model(NamedTuple):
@@ -31,10 +31,10 @@ class Model(NamedTuple):
 
 
 class StateEnv:
-    """One Gymnasium environment with Discrete actions and numbered states: Discrete ones, or a Tuple of them.
+    """One Gymnasium environment with Discrete actions and Discrete observations, or a Tuple of Discrete ones.
 
     Raises:
-        ValueError: no such environment, or its spaces are others.
+        ValueError: there is no such environment, or it has other spaces.
     """
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -51,24 +51,24 @@ class StateEnv:
         self._seed: int | None = seed
 
     def _numbered(self, env_id: str) -> States:
-        """Return the states, if a table can hold their values."""
+        """Return the numbering of the states; a table must be able to hold their values."""
         states = States.of(self._env.observation_space)
         if states is None:
             raise ValueError(
                 f"env_id: {env_id} has {self._env.observation_space} observations; a table needs Discrete ones"
             )
-        if states.total * self.num_actions > _MOST_VALUES:
+        if states.total * self.num_actions > _MAX_VALUES:
             raise ValueError(
                 f"env_id: {env_id} has {states.total:,} states with {self.num_actions:,} actions; a table holds "
-                f"at most {_MOST_VALUES:,} values"
+                f"at most {_MAX_VALUES:,} values"
             )
         return states
 
     def model(self) -> Model | None:
-        """Return the transition probabilities, where the environment publishes them (as `P`).
+        """Return the transition probabilities, or None if the environment does not publish them as `P`.
 
         Raises:
-            RuntimeError: they are not those of its states and actions.
+            RuntimeError: they do not fit its states and actions.
         """
         bare = self._env.unwrapped
         if not isinstance(getattr(bare, "P", None), dict) or not hasattr(bare, "initial_state_distrib"):
@@ -92,29 +92,29 @@ class StateEnv:
             reward=np.array(reward, np.float64),
             terminated=np.array(terminated, np.bool_),
         )
-        # Compiled code looks states up without asking whether they are there.
+        # Compiled code uses these numbers as indices and does not check them.
         if not all(rows) or len(model.start) != self.num_states:
-            raise ValueError("some states or actions have no outcome, or initial_state_distrib is of other states")
+            raise ValueError("a state or action has no outcome, or initial_state_distrib has another number of states")
         low, high = model.next_state.min(), model.next_state.max()
         if low < 0 or high >= self.num_states:
             raise ValueError(f"expected next states from 0 to {self.num_states - 1}, got {low} to {high}")
         sums = np.append(model.chance[model.offset[1:] - 1], model.start[-1])
         if not np.allclose(sums, 1) or not np.isfinite(model.reward).all():
-            raise ValueError("expected probabilities whose sum is 1, and finite rewards")
+            raise ValueError("expected probabilities with the sum 1 and finite rewards")
         return model
 
     def reseed(self, seed: int) -> None:
-        """Let the next reset begin anew, as in an environment that is made with this seed."""
+        """Continue, from the next reset on, like an environment that was made with this seed."""
         self._seed = seed
 
     def reset(self) -> int:
-        """Open an episode and return its first state."""
+        """Start an episode and return its first state."""
         observation, _ = self._env.reset(seed=self._seed)
-        self._seed = None  # only once: later episodes go on with the same generator
+        self._seed = None  # only once: later episodes use the same generator
         return self._states.number(observation)
 
     def step(self, action: int) -> tuple[int, float, bool, bool]:
-        """Take one action; returns the state, the reward, and whether the episode terminated or was truncated."""
+        """Take one action; returns the state, the reward, and whether the episode was terminated or truncated."""
         observation, reward, terminated, truncated, _ = self._env.step(action + self._action_start)
         return self._states.number(observation), float(reward), bool(terminated), bool(truncated)
 

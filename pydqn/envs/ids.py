@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import warnings
 from typing import Any
 
-FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # to load one of them ends the process
-_NEAR = 0.75  # how alike two names must be for one to be a hint at the other
+from pydqn._util.hints import did_you_mean
+
+FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # loading one of them ends the process
 _OLD = re.compile(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]")  # Gym's ids of Atari games
 
 
 def rom_of(env_id: str) -> str | None:
     """Return the ROM that an id names, or None for an id of Gymnasium's.
 
-    Whatever is registered with Gymnasium is Gymnasium's, but for what ale_py itself registers. Of the other ids,
-    "ALE/Pong-v5", "PongNoFrameskip-v4", "PongDeterministic-v4" and the bare names "Pong" and "pong" are Atari games
-    (what Gym's old ids differ in are fields of `Config`).
+    Every id that is registered with Gymnasium is Gymnasium's, except those that ale_py itself registers. Of the other
+    ids, "ALE/Pong-v5", "PongNoFrameskip-v4", "PongDeterministic-v4" and the bare names "Pong" and "pong" name Atari
+    games. (The options in which Gym's old ids differ are fields of `Config`.)
 
     Raises:
-        ValueError: the id may mean two environments; or it has the form of an Atari game's, but ALE has no such game,
-            or none for one player.
+        ValueError: the id is ambiguous, or it has the form of an Atari game's and ALE has no such game for one player.
     """
     import gymnasium
 
@@ -48,22 +47,22 @@ def rom_of(env_id: str) -> str | None:
     if name not in games:
         raise ValueError(f"env_id: there is no Atari game {env_id!r}; {_hint_at_game(env_id, games)}")
     if games[name] in FOR_TWO:
-        raise ValueError(f"env_id: {env_id} needs two players; ALE plays it for nobody alone")
+        raise ValueError(f"env_id: {env_id} needs two players; pydqn plays games for one player")
     return games[name]
 
 
 def spec_of(env_id: str) -> Any:
-    """Return the `EnvSpec` with which Gymnasium makes an environment.
+    """Return the `EnvSpec` from which Gymnasium makes an environment.
 
     Raises:
-        ValueError: there is none; the message names near ones.
+        ValueError: no environment is registered by that id; the message names similar ids.
     """
     import gymnasium
 
     spec = gymnasium.registry.get(env_id)
     if spec is None:
-        near = _near_ids(env_id)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = _hint_at_registered(env_id)
+        hint = f"; {hint}" if hint else ""
         raise ValueError(
             f"env_id: Gymnasium knows no {env_id!r}{hint} (to use an environment of your own, import the module that "
             "registers it in Python and call pydqn.train, resume or evaluate there; Atari games are 'ALE/Name-v5')"
@@ -73,9 +72,9 @@ def spec_of(env_id: str) -> Any:
 
 @functools.cache
 def _games() -> dict[str, str]:
-    """Return the ROM of every name of an Atari game.
+    """Return a dictionary from the names of Atari games to their ROMs.
 
-    The first import of ale_py registers its games with Gymnasium. What was registered by then stays what it was.
+    The first import of ale_py registers its games with Gymnasium. Ids that were registered before keep their meaning.
     """
     import gymnasium
 
@@ -98,38 +97,36 @@ def _ale_id(rom: str) -> str:
 
 
 def _refuse_if_ambiguous(name: str, games: dict[str, str]) -> None:
-    """Refuse a game's bare name where somebody has registered an environment of that name in some version."""
+    """Refuse the bare name of a game if a registered environment has that name, in any version."""
     registered = [env_id for env_id in _own_ids() if _plain(env_id) == _plain(name)]
     if name in games and registered:
         raise ValueError(
             f"env_id: {name!r} may be Gymnasium's {registered[-1]!r} or the Atari game {_ale_id(games[name])!r}; "
-            "give the one that you mean"
+            "give the full id of one of them"
         )
 
 
 def _own_ids() -> list[str]:
-    """Return what is registered with Gymnasium, without ale_py's own."""
+    """Return the ids that are registered with Gymnasium, except ale_py's."""
     import gymnasium
 
     return [env_id for env_id, spec in gymnasium.registry.items() if not _is_ale(spec)]
 
 
 def _plain(env_id: str) -> str:
-    """Return an id without its version, capitals and underscores."""
+    """Return an id in lower case, without its version and underscores."""
     return re.sub(r"-v\d+$", "", env_id).lower().replace("_", "")
 
 
 def _hint_at_game(env_id: str, games: dict[str, str]) -> str:
-    roms = {_plain(rom): rom for rom in games.values()}
-    near = difflib.get_close_matches(_plain(env_id.removeprefix("ALE/")), roms, n=3, cutoff=_NEAR)
-    names = [_ale_id(roms[name]) if env_id.startswith("ALE/") else roms[name] for name in near] or _near_ids(env_id)
-    return f"did you mean {' or '.join(names)}?" if names else "ale_py.roms.get_all_rom_ids() lists them"
+    roms = {_plain(rom): [_ale_id(rom) if env_id.startswith("ALE/") else rom] for rom in games.values()}
+    hint = did_you_mean(_plain(env_id.removeprefix("ALE/")), roms)
+    return hint or _hint_at_registered(env_id) or "ale_py.roms.get_all_rom_ids() lists them"
 
 
-def _near_ids(env_id: str) -> list[str]:
-    """Return registered ids with nearly the same name; no Atari games, which are other tasks with similar names."""
-    names: dict[str, list[str]] = {}
-    for own in _own_ids():
-        names.setdefault(_plain(own), []).append(own)
-    near = difflib.get_close_matches(_plain(env_id), names, n=2, cutoff=_NEAR)
-    return [own for name in near for own in names[name]][:4]
+def _hint_at_registered(env_id: str) -> str:
+    """Name registered ids that are similar. Atari games are left out: they are other tasks with similar names."""
+    ids: dict[str, list[str]] = {}
+    for registered in _own_ids():
+        ids.setdefault(_plain(registered), []).append(registered)
+    return did_you_mean(_plain(env_id), ids, most=2)

@@ -1,4 +1,4 @@
-"""Making the environments that a config names."""
+"""Making the environments of a `Config`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False)
     """Make `num_envs` environments of `config.env_id`, each with its own seed derived from `seed`.
 
     Raises:
-        ValueError: no such environment (near matches are named), or its spaces do not fit DQN.
+        ValueError: there is no such environment (similar names are given), or its spaces do not fit DQN.
     """
     rom, config = rom_of(config.env_id), resolved(config)
     if rom is not None:
@@ -26,12 +26,17 @@ def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False)
 
 
 @contextmanager
-def beside_learning() -> Iterator[None]:
-    """Let environments for evaluation that cannot be made beside those that learn say how to train without them."""
+def advise_evaluating_after_training() -> Iterator[None]:
+    """Add to the errors of making environments for evaluation, besides those of training, how to train without them."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
         raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
-            f"{error} (this one was for evaluation, beside those that learn: where no more can exist, train with "
-            "--evaluation-every-steps 0, in Python evaluation_every_steps=0, and evaluate the run when it is over)"
+            f"{error} (this environment is for evaluation, besides those of training; if no more can be made, train "
+            "with --evaluation-every-steps 0, in Python evaluation_every_steps=0, and evaluate the run afterwards)"
         ) from error
+
+
+beside_learning = (
+    advise_evaluating_after_training  # the old name, until training/loop.py and training/tabular.py follow
+)

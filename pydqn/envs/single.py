@@ -1,4 +1,4 @@
-"""One Gymnasium environment, opened and checked."""
+"""Making one Gymnasium environment, with checks of what it returns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from pydqn.envs.checked import Checked
 
 
-def open_env(config: Config, index: int, num_envs: int, seed: int, *, render: bool = False) -> tuple[Any, Checked]:
-    """Make one environment of `num_envs`; its episodes end by its own limit of steps, or the config's, or none.
+def open_env(config: Config, env_index: int, num_envs: int, seed: int, *, render: bool = False) -> tuple[Any, Checked]:
+    """Make one environment of `num_envs`. The config's limit of steps replaces the environment's own.
 
-    Returns the environment, and the part of it that names its mistakes.
+    Returns:
+        The environment, and the `Checked` in it.
     """
     import gymnasium
 
@@ -28,9 +29,9 @@ def open_env(config: Config, index: int, num_envs: int, seed: int, *, render: bo
         options["max_episode_steps"] = config.max_episode_steps
     if render:
         options["render_mode"] = "rgb_array"
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # images are drawn in memory, and no display is missed
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # images are drawn in memory, without a display
     spec = spec_of(env_id)
-    which = f"env index {index} of {num_envs} (seed {seed})"
+    which = f"env index {env_index} of {num_envs} (seed {seed})"
     try:
         env = gymnasium.make(spec, **options)
     except (gymnasium.error.Error, ImportError) as error:
@@ -41,15 +42,15 @@ def open_env(config: Config, index: int, num_envs: int, seed: int, *, render: bo
     try:
         for name in ("observation_space", "action_space"):
             getattr(env, name)
-        return check(env, env_id, index, seed)
+        return check(env, env_id, env_index, seed)
     except Exception as error:
         with suppress(Exception):
             env.close()
-        raise RuntimeError(f"env_id: {env_id}, {which} is no Gymnasium environment: {named(error)}") from error
+        raise RuntimeError(f"env_id: {env_id}, {which} is not a Gymnasium environment: {named(error)}") from error
 
 
 def discrete_actions(env_id: str, space: Any) -> tuple[int, int]:
-    """Return the first action and how many there are."""
+    """Return the first action and the number of actions."""
     from gymnasium import spaces
 
     if not isinstance(space, spaces.Discrete):

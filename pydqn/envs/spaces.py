@@ -1,4 +1,4 @@
-"""Gymnasium's observation spaces: what a frame of one is, and which of its values a network takes as they are."""
+"""How observations of Gymnasium's spaces become frames, and which of their values a network maps to 0 and 1."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 from pydqn.envs.base import UNIT_RANGE
 
-_MOST_ONE_HOT = 2**16  # numbers in a one-hot frame
-_UNBOUNDED = 1e30  # some spaces write their dtype's largest value for no bound
+_MAX_ONE_HOT = 2**16  # numbers in a one-hot frame
+_UNBOUNDED = 1e30  # some spaces give their dtype's largest value instead of infinity
 
 
 class States(NamedTuple):
-    """How Discrete observations, or tuples of them, are numbered: the last one counts fastest."""
+    """How Discrete observations, or tuples of them, are numbered: the last part changes fastest."""
 
     sizes: tuple[int, ...]
     starts: tuple[int, ...]
 
     @classmethod
     def of(cls, space: Any) -> States | None:
-        """Return the numbering of a space, or None where it has none."""
+        """Return the numbering of a space, or None if its observations cannot be numbered."""
         from gymnasium import spaces
 
         parts: Any = space.spaces if isinstance(space, spaces.Tuple) else (space,)
@@ -32,11 +32,11 @@ class States(NamedTuple):
 
     @property
     def total(self) -> int:
-        """How many states there are."""
+        """The number of states."""
         return math.prod(self.sizes)
 
     def number(self, observation: Any) -> int:
-        """Return the number of the state that an observation shows: a number, or several in any sequence."""
+        """Return the number of the state of an observation, which is one number or a sequence of several."""
         several = isinstance(observation, (tuple, list)) or getattr(observation, "ndim", 0) > 0
         parts = observation if several else (observation,)
         total = 0
@@ -46,28 +46,28 @@ class States(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """What observations are stored as."""
+    """The form in which observations are stored."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    input_range: tuple[float, float]  # which values networks map to 0 and 1
-    states: States | None  # where frames are the one-hot numbers of states
+    input_range: tuple[float, float]  # the values that networks map to 0 and 1
+    states: States | None  # the numbering of states, if frames are one-hot
 
 
 def frames_of(env_id: str, space: Any) -> Frames:
-    """Return what observations of `space` are stored as: uint8 as such, other numbers and one-hot states as float32.
+    """Return how observations of `space` are stored: uint8 stays, other numbers and one-hot states are float32.
 
     Raises:
-        ValueError: the space is neither Box nor Discrete nor a Tuple of Discrete ones, or has too many states.
+        ValueError: the space is neither Box nor Discrete nor a Tuple of Discrete ones, or it has too many states.
     """
     from gymnasium import spaces
 
     states = States.of(space)
     if states is not None:
-        if states.total > _MOST_ONE_HOT:
+        if states.total > _MAX_ONE_HOT:
             raise ValueError(
                 f"env_id: {env_id} has {states.total:,} states ({space}); as one-hot frames a network takes at most "
-                f"{_MOST_ONE_HOT:,}: describe them in numbers, a Box, with a wrapper of your own"
+                f"{_MAX_ONE_HOT:,}. Describe them by numbers (a Box space) in a wrapper of your own"
             )
         return Frames((states.total,), np.dtype(np.float32), UNIT_RANGE, states)
     if not isinstance(space, spaces.Box) or not space.shape:
@@ -77,20 +77,20 @@ def frames_of(env_id: str, space: Any) -> Frames:
 
 
 def _input_range(low: NDArray[Any], high: NDArray[Any], dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Return which values networks map to 0 and 1, for observations between these bounds.
+    """Return the values that networks map to 0 and 1, for observations between these bounds.
 
-    Images (two axes or more) and bytes are mapped from their bounds to 0..1. They are taken as they are where they lie
-    within -1..1, or have no bounds; and so are vectors of other numbers, whose bounds say little.
+    Images (two axes or more) and bytes are mapped from their bounds to 0..1, except where their bounds are within
+    -1..1 or infinite. Vectors of other numbers stay as they are: their bounds say little about usual values.
     """
-    least, most = float(low.min()), float(high.max())
+    lowest, highest = float(low.min()), float(high.max())
     numbers = low.ndim == 1 and dtype != np.uint8
-    if numbers or max(-least, most) > _UNBOUNDED or not least < most or (least >= -1 and most <= 1):
+    if numbers or max(-lowest, highest) > _UNBOUNDED or not lowest < highest or (lowest >= -1 and highest <= 1):
         return UNIT_RANGE
-    return least, most
+    return lowest, highest
 
 
 def bounds_of(space: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Return the lowest and the highest observation of a Box space, or None for another space."""
+    """Return the lowest and the highest observation of a Box space, or None for other spaces."""
     from gymnasium import spaces
 
     return (space.low, space.high) if isinstance(space, spaces.Box) else None

@@ -1,4 +1,4 @@
-"""What the settings of a run mean for the environment that its `env_id` names."""
+"""What the settings of a `Config` mean for its environment, and which of them are for that environment alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydqn.envs.ids import rom_of, spec_of
 
 
 def resolved(config: Config) -> Config:
-    """Return `config` with what "auto" means for its environment: rewards are clipped in Atari games alone.
+    """Return `config` with "auto" replaced by its meaning for the environment: only Atari rewards are clipped.
 
     Raises:
         ValueError: see `rom_of`.
@@ -21,11 +21,12 @@ def resolved(config: Config) -> Config:
     return dataclasses.replace(config, clip_rewards=rom_of(config.env_id) is not None)
 
 
-def unbound(config: Config, env_id: str) -> dict[str, Any]:
-    """Return the settings of `config` that belong to its own environment and not to `env_id`, with neutral values.
+def settings_to_reset(config: Config, env_id: str) -> dict[str, Any]:
+    """Return the fields of `config` that do not apply to another environment, with their default values.
 
-    They are fields of `Config` that are `bound_to` their environment, or to Atari games where `env_id` is of another
-    kind; but for `clip_rewards` where it is already what "auto" means there. Two ids of one game name one environment.
+    These are the fields that are `bound_to` their environment and, if `env_id` is not an Atari game, those that are
+    `bound_to` Atari games. `clip_rewards` stays if it is what "auto" means for `env_id`. Nothing is reset if both ids
+    name the same game.
 
     Raises:
         ValueError: see `rom_of`.
@@ -35,31 +36,31 @@ def unbound(config: Config, env_id: str) -> dict[str, Any]:
     rom = rom_of(env_id)
     if rom is not None and rom == rom_of(config.env_id):
         return {}
-    lost = ("environment", "Atari") if rom is None else ("environment",)
-    fields = (field for field in dataclasses.fields(Config) if field.metadata["bound_to"] in lost)
-    reset = {field.name: field.default for field in fields if getattr(config, field.name) != field.default}
-    if config.clip_rewards == (rom is not None):  # as `resolved` has it
-        reset.pop("clip_rewards", None)
-    return reset
+    bound_to = ("environment", "Atari") if rom is None else ("environment",)
+    fields = (field for field in dataclasses.fields(Config) if field.metadata["bound_to"] in bound_to)
+    defaults = {field.name: field.default for field in fields if getattr(config, field.name) != field.default}
+    if config.clip_rewards == (rom is not None):  # the value that `resolved` would give
+        defaults.pop("clip_rewards", None)
+    return defaults
 
 
-def with_overrides(own: Config, whose: str, overrides: dict[str, Any]) -> tuple[Config, str]:
-    """Return `own` with fields replaced, and what was reset with that, for a person: "" where nothing was.
+def with_overrides(config: Config, whose: str, overrides: dict[str, Any]) -> tuple[Config, str]:
+    """Return `config` with fields replaced, and a note for people that says what was reset ("" if nothing was).
 
-    With another environment (`env_id`), settings that belong to its own become neutral ones, unless they are replaced,
-    too (see `unbound`).
+    Another environment (`env_id`) resets the settings that do not apply to it (see `settings_to_reset`), except those
+    that are among the overrides.
 
     Args:
-        own: the settings so far.
-        whose: they are, as in "the run's".
-        overrides: by the fields' names.
+        config: the settings so far.
+        whose: their owner, for the note: "the run's", for example.
+        overrides: new values by field name.
     """
     env_id = overrides.get("env_id")
-    reset = unbound(own, env_id) if isinstance(env_id, str) and ":" not in env_id else {}
-    reset = {field: value for field, value in reset.items() if field not in overrides}
-    changes = ", ".join(f"{field} {_text(getattr(own, field))} -> {_text(value)}" for field, value in reset.items())
-    note = f"{env_id} is another environment than {whose} {own.env_id}, whose settings were reset: {changes}"
-    return dataclasses.replace(own, **reset, **overrides), note if reset else ""
+    reset = settings_to_reset(config, env_id) if isinstance(env_id, str) and ":" not in env_id else {}
+    reset = {name: value for name, value in reset.items() if name not in overrides}
+    changes = ", ".join(f"{name} {_text(getattr(config, name))} -> {_text(value)}" for name, value in reset.items())
+    note = f"{env_id} is another environment than {whose} {config.env_id}, whose settings were reset: {changes}"
+    return dataclasses.replace(config, **reset, **overrides), note if reset else ""
 
 
 def _text(value: Any) -> str:
@@ -67,12 +68,12 @@ def _text(value: Any) -> str:
 
 
 def episode_limit(config: Config) -> int | None:
-    """Return after how many steps an episode is truncated; None where neither the config nor Gymnasium limits it.
+    """Return the number of steps after which an episode is truncated, or None if there is no limit.
 
-    (An Atari game is limited in frames, too: `config.max_episode_frames`.)
+    In an Atari game, `max_episode_frames` is a limit, too.
 
     Raises:
-        ValueError: no such environment.
+        ValueError: there is no such environment.
     """
     if rom_of(config.env_id) is not None:
         frames = max(1, config.max_episode_frames // config.frame_skip)
@@ -82,7 +83,7 @@ def episode_limit(config: Config) -> int | None:
 
 
 def inputs_of(config: Config, envs: Envs) -> str:
-    """Return for a person what a network makes of frames before its first layer."""
+    """Describe for people the shape of frames and how a network scales them before its first layer."""
     shape, (low, high) = "x".join(map(str, envs.frame_shape)), envs.input_range
     scaled = f"/ {high:g}" if low == 0 else f"from {low:g}..{high:g} to 0..1"
     scaled = "as they are" if envs.input_range == UNIT_RANGE else scaled
@@ -92,25 +93,24 @@ def inputs_of(config: Config, envs: Envs) -> str:
 
 
 def described(config: Config, inputs: str) -> dict[str, str]:
-    """Return for a person what the id was taken for, what becomes of frames and rewards, and what limits an episode.
+    """Describe for people the kind of environment, its inputs (see `inputs_of`), rewards and limit of an episode.
 
     Raises:
-        ValueError: no such environment.
+        ValueError: there is no such environment.
     """
     rom, limit, cut = rom_of(config.env_id), episode_limit(config), config.evaluation_max_episode_steps
-    rewards = "as they are"  # in a table always
+    rewards = "as they are"  # always so in tabular learning
     if config.agent != "tabular" and config.success_steps:
         rewards = f"1 at the end of an episode of at least {config.success_steps:,} steps, else 0"
     elif config.agent != "tabular" and resolved(config).clip_rewards:
         rewards = "clipped to their sign"
     if rom is not None:
-        most = [f"{config.max_episode_steps:,} steps"] if config.max_episode_steps else []
-        episodes = "of at most " + " or ".join([*most, f"{config.max_episode_frames:,} frames"])
+        steps = [f"{config.max_episode_steps:,} steps"] if config.max_episode_steps else []
+        episodes = "of at most " + " or ".join([*steps, f"{config.max_episode_frames:,} frames"])
     elif limit is not None:
         episodes = f"of at most {limit:,} steps"
     else:
         episodes = "without a limit of steps"
         episodes += f" (in evaluation {cut:,}: evaluation_max_episode_steps)" if cut else ""
-    kind = "Gymnasium" if rom is None else "Atari"
-    environment = f"{config.env_id} ({kind})"
+    environment = f"{config.env_id} ({'Gymnasium' if rom is None else 'Atari'})"
     return {"environment": environment, "inputs": inputs, "rewards": rewards, "episodes": episodes}

@@ -1,4 +1,4 @@
-"""Which environment an id names: Gymnasium's registry comes first."""
+"""The environments that ids name: Gymnasium's registry comes first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydqn.envs.make import make_envs
 
 
 class Blocks(gymnasium.Env):
-    """Somebody's own environment, which has the name of an Atari game."""
+    """A user's environment with the name of an Atari game."""
 
     observation_space = spaces.Box(-1, 1, (3,), np.float32)
     action_space = spaces.Discrete(2)
@@ -31,11 +31,11 @@ class Blocks(gymnasium.Env):
 
 @pytest.fixture
 def register():
-    """Registers `Blocks` by some id, for this test alone."""
+    """Registers `Blocks` by an id, for one test."""
     before = dict(gymnasium.registry)
 
     def register(env_id):
-        gymnasium.registry.pop(env_id, None)  # ale_py's, of which Gymnasium would warn
+        gymnasium.registry.pop(env_id, None)  # Gymnasium would warn about replacing ale_py's
         gymnasium.register(env_id, entry_point=Blocks)
 
     yield register
@@ -71,7 +71,7 @@ def test_names_of_games(env_id, rom):
 @pytest.mark.parametrize(
     "env_id", ["Tetris-v0", "Tetris-v4", "Pong-v0", "PongNoFrameskip-v4", "ALE/Tetris-v5", "ALE/Blocks-v0", "pong"]
 )
-def test_what_is_registered_comes_before_games(register, env_id):
+def test_registered_ids_come_before_games(register, env_id):
     register(env_id)
     assert rom_of(env_id) is None
     envs = make_envs(Config(env_id=env_id, network="mlp"), 1, 0)
@@ -80,7 +80,7 @@ def test_what_is_registered_comes_before_games(register, env_id):
 
 
 def test_importing_ale_leaves_what_was_registered():
-    """ale_py registers Pong-v0 when it is imported, and would replace one that is there; nothing is said of it."""
+    """When it is imported, ale_py registers Pong-v0 and would replace an existing one. There is no warning."""
     program = (
         "import sys, gymnasium\n"
         "gymnasium.register('Pong-v0', entry_point='somewhere:Pong')\n"
@@ -103,7 +103,7 @@ def test_a_name_that_means_two_environments_is_refused(register, name):
 
 
 def test_an_old_id_that_nobody_registered_names_both(register):
-    """It may be somebody's own whose module was not imported, or Gym's old id of a game."""
+    """It may be a user's environment whose module was not imported, or Gym's old id of a game."""
     with pytest.raises(ValueError, match=r"^env_id: Gymnasium knows no 'Tetris-v0'.*register.*'ALE/Tetris-v5'"):
         rom_of("Tetris-v0")
 
@@ -126,7 +126,7 @@ def test_hints(env_id, hints):
 
 
 @pytest.mark.parametrize("env_id", ["Tetri-v0", "Heroes-v0", "MyGrid-v0", "Pong-v1", "PongDuel-v0", "Carnivale-v1"])
-def test_no_game_is_proposed_for_an_id_of_gymnasiums_form(env_id):
+def test_no_game_is_proposed_for_an_id_in_gymnasiums_form(env_id):
     rom_of("pong")  # ale_py has registered its games
     with pytest.raises(ValueError, match=f"^env_id: Gymnasium knows no '{env_id}'") as caught:
         make_envs(Config(env_id=env_id), 1, 0)

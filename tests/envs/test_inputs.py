@@ -1,4 +1,4 @@
-"""What a network sees of observations: scaled by the space's dtype and bounds, whole, or refused by name."""
+"""How observations reach a network: scaled by dtype and bounds of their space, and never changed without an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pydqn.replay.frames import FrameReplay
 
 SIDE = 36
 SIDES = (SIDE, SIDE)
-IMAGES = {  # name: (space, input range, what the first line says)
+IMAGES = {  # name: (space, input range, description)
     "bytes": (spaces.Box(0, 255, SIDES, np.uint8), (0, 255), "uint8 / 255"),
     "few bytes": (spaces.Box(0, 10, SIDES, np.uint8), (0, 10), "uint8 / 10"),
     "bits": (spaces.Box(0, 1, SIDES, np.uint8), (0, 1), "uint8 as they are"),
@@ -55,16 +55,16 @@ VECTORS = {
 }
 
 
-class Shown(gymnasium.Env):
-    """Shows fixed observations in turn; action `steps % 2` pays 1; episodes of four steps."""
+class Cycle(gymnasium.Env):
+    """Cycles through given observations. Action `steps % 2` gets the reward 1. Episodes have four steps."""
 
     action_space = spaces.Discrete(2)
 
-    def __init__(self, space, shown, render_mode=None):
-        self.observation_space, self._shown = space, shown
+    def __init__(self, space, observations, render_mode=None):
+        self.observation_space, self._observations = space, observations
 
     def _observation(self):
-        return self._shown[self._steps % len(self._shown)].copy()
+        return self._observations[self._steps % len(self._observations)].copy()
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -78,18 +78,17 @@ class Shown(gymnasium.Env):
 
 @pytest.fixture
 def register():
-    def register(space, shown):
-        gymnasium.register(
-            "Shown-v0", entry_point=Shown, kwargs={"space": space, "shown": shown}, disable_env_checker=True
-        )
+    def register(space, observations):
+        kwargs = {"space": space, "observations": observations}
+        gymnasium.register("Cycle-v0", entry_point=Cycle, kwargs=kwargs, disable_env_checker=True)
         return Config(
-            env_id="Shown-v0",
+            env_id="Cycle-v0",
             **{"num_envs": 1, "network": "small", "hidden_units": (16,), "stack": 2, "device": "cpu"},
             **{"torch_threads": 1, "replay_capacity_frames": 500, "checkpoint_every_steps": 0, "precision": "float32"},
         )
 
     yield register
-    gymnasium.registry.pop("Shown-v0", None)
+    gymnasium.registry.pop("Cycle-v0", None)
 
 
 def examples(space, count=3):
@@ -115,8 +114,8 @@ def test_ranges_of_vectors(name):
 
 @pytest.mark.parametrize("network", ["small", "mlp"])
 @pytest.mark.parametrize("name", IMAGES)
-def test_what_the_first_layer_sees(register, name, network):
-    """Against plain PyTorch on observations that were scaled by hand, with pixel_mean and pixel_std behind it."""
+def test_the_first_layer_gets_scaled_observations(register, name, network):
+    """Compared with plain PyTorch on observations that are scaled by hand, with pixel_mean and pixel_std."""
     space, (low, high), _ = IMAGES[name]
     config = register(space, examples(space))
     config = dataclasses.replace(config, network=network, pixel_mean=0.25, pixel_std=0.5)
@@ -145,7 +144,7 @@ def test_bytes_are_divided_by_255_bit_for_bit():
 
 @pytest.mark.parametrize("name", ["bytes", "bits", "0..1", "-1..1", "0..255", "-5..15"])
 def test_learning_and_acting_on_every_kind_of_image(register, tmp_path, name):
-    """A run learns, goes on, and is evaluated and watched with the same scale; its first line says it."""
+    """A run is trained, resumed and evaluated with the same scale, and describes it."""
     space, _, text = IMAGES[name]
     config = register(space, examples(space))
     config = dataclasses.replace(config, total_steps=120, learning_starts_steps=20, batch_size=8)
@@ -157,7 +156,7 @@ def test_learning_and_acting_on_every_kind_of_image(register, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["bytes", "0..1", "-5..15"])
 def test_bfloat16_on_every_kind_of_image(name):
-    """A lowered network takes prepared and unprepared frames; frames of reals keep their digits in the first layer."""
+    """A lowered network takes prepared and unprepared frames; the first layer takes real frames as float32."""
     space, input_range, _ = IMAGES[name]
     network = make_network("small", 2, SIDES, 3, hidden_units=(16,), input_range=input_range, seed=0)
     low = lowered(network, torch.bfloat16)
@@ -195,7 +194,7 @@ def test_a_policy_of_float64_frames():
     np.testing.assert_allclose(values, network(torch.from_numpy(obs).float()).detach().numpy(), rtol=1e-5)
 
 
-# --- what float32 cannot hold ---
+# --- numbers that float32 does not hold ---
 
 LARGE = {
     "int64": (spaces.Box(-(2**40), 2**40, (3,), np.int64), [0, 2**24 + 1, 1], "16777217"),
@@ -208,11 +207,11 @@ LARGE = {
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("name", LARGE)
 def test_a_number_that_would_change_is_refused(register, name, at):
-    """In the first observation, and in a later one."""
+    """It is in the first observation, or in a later one."""
     space, numbers, text = LARGE[name]
-    shown = [np.ones(3, space.dtype)] * 4
-    shown[at] = np.array(numbers, space.dtype)
-    envs = make_envs(register(space, shown), 1, 0)
+    observations = [np.ones(3, space.dtype)] * 4
+    observations[at] = np.array(numbers, space.dtype)
+    envs = make_envs(register(space, observations), 1, 0)
     frames = np.zeros((1, 3), np.float32)
     with pytest.raises(RuntimeError) as caught:
         envs.reset(frames)
@@ -220,7 +219,7 @@ def test_a_number_that_would_change_is_refused(register, name, at):
             envs.send(np.zeros(1, np.int64))
             envs.recv(frames)
     message = str(caught.value)
-    assert message.startswith("env_id: Shown-v0, env index 0 (seed ")
+    assert message.startswith("env_id: Cycle-v0, env index 0 (seed ")
     assert f"step {at}: returned an observation: expected dtype float32" in message
     assert text in message
     assert "would change; scale it in a wrapper" in message
@@ -237,7 +236,7 @@ def test_numbers_that_float32_holds_stay(register, dtype):
     assert frames[0].tolist() == [most, most - 1]
 
 
-def test_words_in_a_space_of_bytes_are_refused(register):
+def test_uint16_values_in_a_space_of_bytes_are_refused(register):
     envs = make_envs(register(spaces.Box(0, 255, (2,), np.uint8), [np.array([1, 300], np.uint16)]), 1, 0)
     with pytest.raises(RuntimeError, match=r"expected dtype uint8.* with the value 300, which would change"):
         envs.reset(np.zeros((1, 2), np.uint8))
@@ -246,16 +245,16 @@ def test_words_in_a_space_of_bytes_are_refused(register):
 @pytest.mark.parametrize("space", [spaces.Discrete(10**9), spaces.Tuple([spaces.Discrete(2**20)] * 4)])
 def test_too_many_states_are_refused(register, space):
     config = register(space, [np.zeros(1)])
-    with pytest.raises(ValueError, match=r"^env_id: Shown-v0 has [\d,]+ states .* a network takes at most 65,536"):
+    with pytest.raises(ValueError, match=r"^env_id: Cycle-v0 has [\d,]+ states .* a network takes at most 65,536"):
         make_envs(config, 1, 0)
-    with pytest.raises(ValueError, match=r"^env_id: Shown-v0 has [\d,]+ states with 2 actions; a table holds at most"):
+    with pytest.raises(ValueError, match=r"^env_id: Cycle-v0 has [\d,]+ states with 2 actions; a table holds at most"):
         StateEnv(config, 0)
 
 
 def test_a_reward_beyond_float32_is_refused(register, monkeypatch):
     config = register(spaces.Box(0, 1, (2,), np.float32), [np.zeros(2, np.float32)])
-    real = Shown.step
-    monkeypatch.setattr(Shown, "step", lambda self, action: (real(self, action)[0], -1e300, False, False, {}))
+    real = Cycle.step
+    monkeypatch.setattr(Cycle, "step", lambda self, action: (real(self, action)[0], -1e300, False, False, {}))
     envs = make_envs(config, 1, 0)
     frames = np.zeros((1, 2), np.float32)
     envs.reset(frames)

@@ -1,4 +1,4 @@
-"""Settings of one environment do not follow to another; only Atari clips rewards; runs say why they end."""
+"""Another environment resets settings; only Atari rewards are clipped; results say why their runs ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from gymnasium import spaces
 
 from pydqn import Config, evaluate, preset, resume, train
 from pydqn.cli.main import main
-from pydqn.envs.make import make_envs
 from pydqn.envs.tasks import described, resolved
 from pydqn.evaluation.play import play_episode
 from pydqn.presets import PRESETS
@@ -36,7 +35,7 @@ OTHER = {bool: lambda value: not value, int: lambda value: value + 4, float: lam
 
 
 class Coins(gymnasium.Env):
-    """Action 1 pays 10 and action 0 pays 1, for five steps."""
+    """Action 1 gets the reward 10 and action 0 the reward 1, for five steps."""
 
     observation_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space = spaces.Discrete(2)
@@ -58,7 +57,7 @@ def coins():
     del gymnasium.registry["Coins-v0"]
 
 
-def silently(name, **overrides):
+def preset_without_warning(name, **overrides):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return preset(name, **overrides)
@@ -69,13 +68,13 @@ def silently(name, **overrides):
 
 @pytest.mark.parametrize("env_id", ["Acrobot-v1", "seaquest"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_is_bound_to_an_environment_does_not_follow_to_another(name, env_id):
+def test_another_environment_resets_what_is_bound_to_the_first(name, env_id):
     own = PRESETS[name].config
-    lost = ("environment",) if env_id == "seaquest" else ("environment", "Atari")
+    bound_to = ("environment",) if env_id == "seaquest" else ("environment", "Atari")
     changed = [
         field.name
         for field in BOUND
-        if field.metadata["bound_to"] in lost
+        if field.metadata["bound_to"] in bound_to
         and getattr(own, field.name) != field.default
         and (field.name != "clip_rewards" or own.clip_rewards != (env_id == "seaquest"))
     ]
@@ -85,8 +84,8 @@ def test_what_is_bound_to_an_environment_does_not_follow_to_another(name, env_id
         text = str(caught[0].message)
         assert [change.split()[0] for change in text.partition("were reset: ")[2].split(", ")] == changed
     else:
-        config = silently(name, env_id=env_id)
-    neutral = {field.name: field.default for field in BOUND if field.metadata["bound_to"] in lost}
+        config = preset_without_warning(name, env_id=env_id)
+    neutral = {field.name: field.default for field in BOUND if field.metadata["bound_to"] in bound_to}
     assert resolved(config) == resolved(dataclasses.replace(own, **neutral, env_id=env_id))
 
 
@@ -102,8 +101,8 @@ def test_what_is_bound_to_an_environment_does_not_follow_to_another(name, env_id
         ({"env_id": "pong", "clip_rewards": False}, "seaquest", True),
     ],
 )
-def test_a_choice_that_means_the_same_there_is_not_reset(tmp_path, own, env_id, reset):
-    """A run's config holds what "auto" meant."""
+def test_clipping_is_not_reset_if_it_is_the_default_of_the_other_environment(tmp_path, own, env_id, reset):
+    """The config of a run holds the meaning of "auto"."""
     (tmp_path / "config.json").write_text(json.dumps(resolved(Config(**own)).to_dict()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -112,36 +111,37 @@ def test_a_choice_that_means_the_same_there_is_not_reset(tmp_path, own, env_id, 
     assert resolved(config).clip_rewards is (env_id in ("pong", "seaquest"))
 
 
-def test_what_is_given_stays(coins):
-    """Field by field, and all at once without a warning."""
+def test_overrides_are_not_reset(coins):
     given = {}
     for field in BOUND:
         kind, choices = field.metadata["kind"], field.metadata["choices"]
         value = choices[-1] if choices else OTHER[kind](0 if field.default == "auto" else field.default)
         given[field.name] = value
     given["frame_skip_max"] = given["frame_skip"] + 1
-    config = silently("cartpole", env_id=coins, **given)
+    config = preset_without_warning("cartpole", env_id=coins, **given)
     assert {name: getattr(config, name) for name in given} == given
     assert not math.isinf(config.stop_return)
 
 
 @pytest.mark.parametrize("env_id", ["pong", "Pong-v4", "PongNoFrameskip-v4", "ALE/Pong-v5"])
 def test_another_id_of_the_same_game_changes_nothing(env_id):
-    config = silently("pong", env_id=env_id)
+    config = preset_without_warning("pong", env_id=env_id)
     assert dataclasses.replace(config, env_id="ALE/Pong-v5") == PRESETS["pong"].config
 
 
-def test_nature_is_for_any_game():
-    assert silently("nature", env_id="seaquest") == dataclasses.replace(PRESETS["nature"].config, env_id="seaquest")
+def test_nature_fits_any_game():
+    assert preset_without_warning("nature", env_id="seaquest") == dataclasses.replace(
+        PRESETS["nature"].config, env_id="seaquest"
+    )
 
 
-def test_rules_of_stopping_are_bound():
+def test_goals_are_bound_to_their_environment():
     assert all(Config.__dataclass_fields__[name].metadata["bound_to"] == "environment" for name in STOPS)
     assert preset("cartpole", env_id="Acrobot-v1").success_steps == 0
     assert preset("pong", env_id="CartPole-v1").stop_return == math.inf
 
 
-def test_the_command_says_in_one_line_what_was_reset(tmp_path, capsys):
+def test_the_command_line_prints_one_line_of_what_was_reset(tmp_path, capsys):
     tiny = ["--total-steps", "40", "--device", "cpu", "--torch-threads", "1"]
     assert main(["train", "cartpole", "--env-id", "Acrobot-v1", *tiny, "--logdir", str(tmp_path / "a")]) == 0
     out, err = capsys.readouterr()
@@ -155,7 +155,7 @@ def test_the_command_says_in_one_line_what_was_reset(tmp_path, capsys):
     assert "preset: " not in capsys.readouterr().err
 
 
-def test_weights_keep_the_statistics_of_pixels_that_they_learned_with(tmp_path):
+def test_weights_keep_the_statistics_of_pixels_with_which_they_were_trained(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(preset("pong").to_dict()))
     with pytest.warns(UserWarning, match="^run: breakout is another environment.*: stop_return 18 -> inf$"):
         config = load_run(tmp_path, env_id="breakout")
@@ -181,30 +181,20 @@ def test_weights_keep_the_statistics_of_pixels_that_they_learned_with(tmp_path):
 )
 def test_rewards_are_clipped_in_atari_games_alone(name, env_id, clips):
     assert resolved(preset(name, env_id=env_id)).clip_rewards is clips
-    for asked in (True, False):
-        config = resolved(preset(name, env_id=env_id, clip_rewards=asked))
-        assert config.clip_rewards is asked
-        assert (
-            "clipped" in described(dataclasses.replace(config, stop_successes=0, success_steps=0), "")["rewards"]
-        ) is asked
+    for chosen in (True, False):
+        config = resolved(preset(name, env_id=env_id, clip_rewards=chosen))
+        assert config.clip_rewards is chosen
+        description = described(dataclasses.replace(config, stop_successes=0, success_steps=0), "")
+        assert ("clipped" in description["rewards"]) is chosen
 
 
-@pytest.mark.parametrize(("asked", "expected"), [({}, 10.0), ({"clip_rewards": True}, 1.0)])
-def test_what_the_learner_sees(coins, asked, expected):
-    envs = make_envs(Config(env_id=coins, **asked), 1, 0)
-    frames = np.zeros((1, 2), np.float32)
-    envs.reset(frames)
-    envs.send(np.array([1]))
-    assert envs.recv(frames).reward[0] == expected
-
-
-def test_the_choice_is_written_down_and_older_choices_can_be_read(coins, tmp_path):
+def test_the_config_of_a_run_says_whether_rewards_are_clipped(coins, tmp_path):
     train(Config(env_id=coins, total_steps=40, **QUICK), tmp_path)
     path = tmp_path / "config.json"
     plain = json.loads(path.read_text())
     assert plain["clip_rewards"] is False
     assert json.loads((tmp_path / "environment.json").read_text())["rewards"] == "as they are"
-    path.write_text(json.dumps({**plain, "clip_rewards": True}))  # as it was for every environment once
+    path.write_text(json.dumps({**plain, "clip_rewards": True}))
     assert load_run(tmp_path).clip_rewards is True
 
 
@@ -225,7 +215,7 @@ def test_clipping_on_the_command_line(tmp_path, option, written, capsys):
         ({"success_steps": 190, "agent": "tabular"}, "as they are"),
     ],
 )
-def test_what_is_said_of_rewards(options, rewards):
+def test_descriptions_of_rewards(options, rewards):
     assert described(Config(env_id="FrozenLake-v1", num_envs=1, **options), "")["rewards"] == rewards
 
 
@@ -237,7 +227,7 @@ def test_what_is_said_of_rewards(options, rewards):
     [
         ({}, None),
         ({"steps": 100}, "total_steps: 100 steps were taken"),
-        ({"episodes": 7}, "total_episodes: 7 games were played"),
+        ({"episodes": 7}, "total_episodes: 7 episodes were played"),
         ({"successes": 2}, "stop_successes: 2 successes in a row"),
         ({"mean_return": 5.0}, "stop_return: the mean return 5.00 reached 4.5"),
         ({"mean_return": 5.0, "updates": 0}, "stop_return: the mean return 5.00 reached 4.5, before the first update"),
@@ -246,7 +236,7 @@ def test_what_is_said_of_rewards(options, rewards):
         ({"evaluation_return": math.nan, "mean_return": -math.inf}, None),
     ],
 )
-def test_reasons(now, reason):
+def test_reasons_to_end(now, reason):
     config = Config(
         **{"total_steps": 100, "total_episodes": 7, "stop_successes": 2, "success_steps": 9, "stop_return": 4.5},
         stop_evaluation_return=8.0,
@@ -264,11 +254,10 @@ def test_a_result_says_why_its_run_ended(coins, tmp_path):
     assert resume(tmp_path, stop_return=math.inf, total_steps=60).reason == "total_steps: 60 steps were taken"
 
 
-# --- an environment that only this process knows ---
+# --- an environment that is registered in this process only ---
 
 
 def test_a_registered_environment_from_python(coins, tmp_path):
-    """Trained, resumed, evaluated and watched where it is registered."""
     train(preset("cartpole", env_id=coins, total_steps=50, **QUICK), tmp_path)
     assert resume(tmp_path, total_steps=100).steps == 100
     returns = evaluate(tmp_path, 2)
@@ -276,7 +265,7 @@ def test_a_registered_environment_from_python(coins, tmp_path):
     assert set(returns) <= {5.0, 14.0, 23.0, 32.0, 41.0, 50.0}
 
 
-def test_elsewhere_it_is_not_known_and_what_works_is_named(coins, tmp_path, capsys):
+def test_the_error_of_an_id_that_is_not_registered_says_what_to_do(coins, tmp_path, capsys):
     train(preset("cartpole", env_id=coins, total_steps=50, **QUICK), tmp_path)
     spec = gymnasium.registry.pop(coins)
     try:

@@ -1,4 +1,4 @@
-"""Environments of the tests' own: wrong where a test says so, and counted."""
+"""Environments for tests that return wrong values on demand and count themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ID = "pydqn-test/Odd-v0"
 
 
 class Odd(gymnasium.Env):
-    """Five steps to an episode; `answers` says what reset and step return from the third step of env index 1 on."""
+    """Episodes of five steps; from step 3 of env index 1 on, `reset_answer` and `step_answer` change results."""
 
     action_space = Discrete(2)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
@@ -47,7 +47,7 @@ class Odd(gymnasium.Env):
 
 
 class Counted(Odd):
-    """Counts those that are alive; its rewards and ends are drawn from its own generator."""
+    """Counts the environments that are not closed. Rewards and ends of episodes are random."""
 
     made = alive = most = 0
     limit = 1_000

@@ -1,4 +1,4 @@
-"""How many environments are made, which of them are drawn, and what happens when one fails to close."""
+"""How many environments are made, and what happens when one fails to close."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 TABLE = {"agent": "tabular", "num_envs": 1, "evaluation_every_steps": 20, "evaluation_episodes": 2}
 
 
-# --- how many there are ---
+# --- how many are made ---
 
 
 def test_environments_are_made_once(counted, tmp_path):
@@ -43,16 +43,16 @@ def test_environments_are_made_once(counted, tmp_path):
     assert np.isfinite(read_csv(tmp_path / "progress.csv")["evaluation_return"][-1])
 
 
-@pytest.mark.parametrize(("num_envs", "games", "made"), [(1, 5, 1), (3, 5, 3), (3, 2, 2), (40, 100, 16)])
-def test_an_evaluation_makes_no_more_than_the_run_has(counted, tmp_path, num_envs, games, made):
+@pytest.mark.parametrize(("num_envs", "episodes", "made"), [(1, 5, 1), (3, 5, 3), (3, 2, 2), (40, 100, 16)])
+def test_an_evaluation_makes_no_more_than_the_run_has(counted, tmp_path, num_envs, episodes, made):
     train(config_of(num_envs=num_envs, total_steps=40, replay_capacity_frames=400), tmp_path)
     Counted.made = Counted.most = 0
-    assert len(evaluate(tmp_path, games)) == games
+    assert len(evaluate(tmp_path, episodes)) == episodes
     assert (Counted.made, Counted.most, Counted.alive) == (made, made, 0)
 
 
-def test_atari_evaluates_as_before(tiny):
-    """Of its emulators any number can exist, and the more, the faster."""
+def test_an_evaluation_of_atari_may_make_more(tiny):
+    """Any number of emulators can exist, and more of them are faster."""
     from pydqn.evaluation.evaluate import evaluation_envs
 
     envs = evaluation_envs(dataclasses.replace(tiny, num_envs=1), 5, 0)
@@ -62,7 +62,7 @@ def test_atari_evaluates_as_before(tiny):
 
 @pytest.mark.parametrize("kind", ["dqn", "tabular"])
 def test_a_run_in_used_environments_is_the_run_in_new_ones(counted, tmp_path, kind):
-    """Cut off and resumed, with environments made anew each time; bit for bit."""
+    """A run that is killed and resumed makes its environments anew each time; results are equal bit for bit."""
     settings = {"checkpoint_every_steps": 70, "evaluation_every_steps": 90, "evaluation_episodes": 4}
     if kind == "tabular":
         counted.space, counted.good = Discrete(3), 0
@@ -83,21 +83,21 @@ def test_a_run_in_used_environments_is_the_run_in_new_ones(counted, tmp_path, ki
 
 
 def test_one_simulator_is_enough(counted, tmp_path):
-    """To train, to evaluate afterwards, to watch; not to evaluate while training, which is told before any step."""
+    """It is enough to train, then evaluate and play. Evaluation while training is refused before the first step."""
     counted.limit = 1
     config = config_of(num_envs=1, checkpoint_every_steps=20)
     train(config, tmp_path / "run")
     assert len(evaluate(tmp_path / "run", 3)) == 3
-    *_, game = play_episode(tmp_path / "run")
-    assert game.steps > 0
+    *_, episode = play_episode(tmp_path / "run")
+    assert episode.steps > 0
     with pytest.raises(RuntimeError) as raised:
         train(dataclasses.replace(config, evaluation_every_steps=20), tmp_path / "both")
-    require_way_on(str(raised.value))
+    require_hint(str(raised.value))
     assert not (tmp_path / "both" / "progress.csv").exists()
     assert Counted.alive == 0
 
 
-def require_way_on(message):
+def require_hint(message):
     assert "env index 0 of 1 (seed " in message
     assert "could not be made: OSError: there are 1 already" in message
     assert "train with --evaluation-every-steps 0, in Python evaluation_every_steps=0, and evaluate" in message
@@ -111,7 +111,7 @@ def test_one_simulator_is_enough_for_a_table(counted, tmp_path):
     assert Counted.made == 1
     with pytest.raises(RuntimeError) as raised:
         train(config_of(**TABLE), tmp_path / "both")
-    require_way_on(str(raised.value))
+    require_hint(str(raised.value))
     assert Counted.alive == 0
 
 
@@ -140,7 +140,7 @@ def publish(change):
     return prepare
 
 
-def of_other_states(kind):
+def too_few_first_states(kind):
     kind.initial_state_distrib = [1.0]
 
 
@@ -157,12 +157,12 @@ BROKEN = {
     "a sum of 0.5": (publish(lambda kind: kind.P[1].update({1: [(0.5, 1, 0.0, False)]})), RuntimeError),
     "no number": (publish(lambda kind: kind.P[1].update({1: [(1.0, 1, np.nan, False)]})), RuntimeError),
     "three of four": (publish(lambda kind: kind.P[1].update({1: [(1.0, 1, 0.0)]})), RuntimeError),
-    "another start": (publish(of_other_states), RuntimeError),
+    "another start": (publish(too_few_first_states), RuntimeError),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_table_that_cannot_begin_holds_no_environment(counted, tmp_path, name):
+def test_a_table_that_cannot_start_leaves_no_environment_open(counted, tmp_path, name):
     counted.space, counted.good = Discrete(3), 0
     prepare, kind = BROKEN[name]
     prepare(counted)
@@ -178,7 +178,7 @@ def test_a_table_makes_its_environments_once(counted, tmp_path):
     assert (Counted.made, Counted.alive) == (2, 0)
 
 
-# --- one that fails to close ---
+# --- environments that fail to close ---
 
 CLOSING = r"env_id: pydqn-test/Odd-v0, env index \d \(seed \d+\), step \d+: close\(\) failed: ConnectionError: the"
 
@@ -195,7 +195,7 @@ def test_training_outlives_a_close_that_fails(counted, tmp_path):
     with pytest.warns(CloseWarning, match=CLOSING) as warned:
         result = train(config_of(evaluation_every_steps=20), tmp_path)
     assert result.steps >= 60
-    assert sum(warning.category is CloseWarning for warning in warned) == 3 + 3  # all of them are closed
+    assert sum(warning.category is CloseWarning for warning in warned) == 3 + 3  # for training and evaluation
     assert Counted.alive == 0
 
 
@@ -210,10 +210,10 @@ def test_scores_outlive_a_close_that_fails(trained):
         assert len(score(trained, 4).returns) == 4
 
 
-def test_watching_outlives_a_close_that_fails(trained):
+def test_playing_outlives_a_close_that_fails(trained):
     with pytest.warns(CloseWarning, match=CLOSING):
-        *_, game = play_episode(trained)
-    assert game.steps > 0
+        *_, episode = play_episode(trained)
+    assert episode.steps > 0
 
 
 def test_values_outlive_a_close_that_fails(counted, tmp_path):
@@ -234,7 +234,7 @@ def test_an_error_is_not_hidden_by_a_close_that_fails(counted, tmp_path):
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "play", "resume"])
 def test_the_command_line_shows_the_result_first(counted, trained, command, capsys):
-    """And ends with the exit code of the result."""
+    """The exit code is that of the result, too."""
     options = ["--env-id", ID, "--network", "mlp", "--stack", "1", "--device", "cpu", "--total-steps", "30"]
     folder = str(trained)
     code = main(
@@ -254,7 +254,7 @@ def test_the_command_line_shows_the_result_first(counted, trained, command, caps
 
 
 def test_warnings_of_closing_come_after_the_result(trained, capsys):
-    """In one stream, as in a terminal."""
+    """Both are in one stream here, as in a terminal."""
     with contextlib.redirect_stderr(sys.stdout):
         main(["evaluate", str(trained), "--episodes", "2"])
     text = capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_a_state_env_can_be_used_again(counted):
     assert second == trace(StateEnv(config_of(agent="tabular", num_envs=1), 6)) != first
 
 
-def test_atari_with_another_seed_begins_as_new(tiny):
+def test_atari_with_another_seed_starts_as_new(tiny):
     config = dataclasses.replace(tiny, noop_max_frames=30, sticky_actions=0.25)
 
     def trace(envs, seed=None):

@@ -1,4 +1,4 @@
-"""Whatever an environment does wrongly is named: env index, seed, step, what came, what was expected."""
+"""Errors of environments name the env index, the seed, the step, the value and what was expected."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pydqn.envs.discrete import StateEnv
 from pydqn.envs.make import make_envs
 from tests.helpers.odd_envs import ID, Odd, config_of
 
-# Gymnasium's own checker warns of some of these, too, which is fine.
+# Gymnasium's own checker warns of some of these errors, too.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:updates take")
 
 
 def play(steps=12):
-    """Step three environments as training does; returns their seeds and what they were seen to do."""
+    """Step three environments as training does; returns their frames and steps."""
     envs = make_envs(config_of(), 3, 7)
     out = np.zeros((3, *envs.frame_shape), envs.dtype)
     try:
         envs.reset(out)
-        seen = []
+        results = []
         for _ in range(steps):
             envs.send(np.zeros(3, np.int64))
-            seen.append((out.copy(), envs.recv(out)))
-        return seen
+            results.append((out.copy(), envs.recv(out)))
+        return results
     finally:
         envs.close()
 
 
-class Later:
-    """An observation of a type of its own."""
+class Strange:
+    """A type that no space has."""
 
 
 def step_with(**changes):
@@ -50,7 +50,7 @@ def step_with(**changes):
 
 BOX, BYTE_RANGE, PAIR = Box(-10, 10, (3,), np.float32), Box(0, 255, (3,), np.uint8), Tuple((Discrete(3), Discrete(2)))
 HUGE = 10**400
-# What is wrong in a step: the observation space, a good observation, the step's answer, and what the error has to say.
+# Wrong steps: the observation space, the step's result, and the end of the error.
 STEPS = {
     "shape": (BOX, step_with(observation=np.zeros(2)), "observation of shape (2,), expected (3,)"),
     "a matrix": (BOX, step_with(observation=np.zeros((3, 1))), "observation of shape (3, 1), expected (3,)"),
@@ -58,7 +58,7 @@ STEPS = {
     "none": (BOX, step_with(observation=None), "observation of None, expected numbers of dtype float32, shape (3,)"),
     "dict": (BOX, step_with(observation={"a": 1}), "observation of a dict of 1, expected numbers"),
     "text": (BOX, step_with(observation="abc"), "observation of abc (str), expected numbers"),
-    "type": (BOX, step_with(observation=Later()), "observation of a Later, expected numbers"),
+    "type": (BOX, step_with(observation=Strange()), "observation of a Strange, expected numbers"),
     "ragged": (BOX, step_with(observation=[[1.0], [2.0, 3.0], 4.0]), "observation of a list of 3, expected numbers"),
     "complex": (BOX, step_with(observation=np.zeros(3, complex)), "shape (3,), dtype complex128, expected numbers"),
     "objects": (BOX, step_with(observation=np.array([None] * 3)), "shape (3,), dtype object, expected numbers"),
@@ -146,29 +146,29 @@ def seed_of(index):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_wrong_step_is_named(odd, name):
-    space, answer, what = STEPS[name]
+    space, answer, message = STEPS[name]
     prepare(odd, space, step_answer=answer)
     with pytest.raises(RuntimeError) as raised:
         play()
     assert str(raised.value).startswith(f"env_id: {ID}, env index 1 (seed {seed_of(1)}), step 3: ")
-    assert what in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300
 
 
 @pytest.mark.parametrize("name", RESETS)
 def test_a_wrong_reset_is_named(odd, name):
-    """The second one: at the end of an episode of five steps."""
-    space, answer, what = RESETS[name]
+    """The wrong reset is the second one, after an episode of five steps."""
+    space, answer, message = RESETS[name]
     prepare(odd, space, reset_answer=answer)
     with pytest.raises(RuntimeError) as raised:
         play()
     assert str(raised.value).startswith(f"env_id: {ID}, env index 1 (seed {seed_of(1)}), step 5: ")
-    assert what in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_reset_without_a_seed_is_told_what_is_expected(odd):
+def test_the_error_of_a_reset_without_a_seed_names_the_signature(odd):
     odd.reset = lambda self: (self.good, {})
     with pytest.raises(RuntimeError, match=r"env index 0 .*TypeError.*expected reset\(self, \*, seed=None"):
         play()
@@ -181,10 +181,10 @@ def test_a_reset_without_a_seed_is_told_what_is_expected(odd):
         lambda env: {"number": np.zeros(3) if env.index else "text"},
         lambda env: {"_number": 1, "number": 2} if env.index else {"number": None},
         lambda env: {str(env.index): {"deep": [env.index] * env.index}},
-        lambda env: {env.index: Later()},
+        lambda env: {env.index: Strange()},
     ],
 )
-def test_infos_that_nobody_reads_end_nothing(odd, infos):
+def test_infos_may_have_any_contents(odd, infos):
     step = Odd.step
     odd.step = lambda self, action: (*step(self, action)[:4], infos(self))
     odd.reset = lambda self, *, seed=None, options=None: (self.good, infos(self))
@@ -195,7 +195,7 @@ def test_infos_that_nobody_reads_end_nothing(odd, infos):
     ("reward", "value"),
     [(2, 2.0), (np.float32(0.5), 0.5), (np.int64(-3), -3.0), (True, 1.0), (np.array(1.5), 1.5), (np.bool_(False), 0.0)],
 )
-def test_numbers_of_any_type_are_rewards(odd, reward, value):
+def test_rewards_may_be_numbers_of_any_type(odd, reward, value):
     prepare(odd, BOX, step_answer=step_with(reward=reward, terminated=np.bool_(False), truncated=np.array(False)))
     odd.wrong_step = 0
     envs = make_envs(config_of(clip_rewards=False), 3, 7)
@@ -216,11 +216,11 @@ def test_numbers_of_any_type_are_rewards(odd, reward, value):
         (Discrete(4), np.array(3), [0, 0, 0, 1]),
         (Discrete(3, start=-1), -1, [1, 0, 0]),
         (PAIR, (2, 0), [0, 0, 0, 0, 1, 0]),
-        (PAIR, [2, 0], [0, 0, 0, 0, 1, 0]),  # Gymnasium takes these for tuples
+        (PAIR, [2, 0], [0, 0, 0, 0, 1, 0]),  # Gymnasium accepts lists and arrays as tuples
         (PAIR, np.array([2, 0]), [0, 0, 0, 0, 1, 0]),
     ],
 )
-def test_observations_that_fit_are_taken(odd, space, observation, frame):
+def test_observations_that_fit_are_accepted(odd, space, observation, frame):
     prepare(odd, space, step_answer=step_with(observation=observation))
     odd.good = -1 if space == Discrete(3, start=-1) else odd.good
     odd.wrong_step = 0
@@ -229,7 +229,7 @@ def test_observations_that_fit_are_taken(odd, space, observation, frame):
 
 
 def test_environments_step_as_those_of_gymnasium_do():
-    """In lockstep with Gymnasium's SyncVectorEnv, bit for bit, over the ends of episodes."""
+    """In lockstep with Gymnasium's SyncVectorEnv, bit for bit, across the ends of episodes."""
     for env_id, count in (("CartPole-v1", 3), ("MountainCar-v0", 2), ("FrozenLake-v1", 4)):
         envs = make_envs(preset("pong", env_id=env_id, clip_rewards=False), count, 3)
         theirs = gymnasium.make_vec(env_id, num_envs=count, vectorization_mode="sync")
@@ -255,8 +255,7 @@ def test_environments_step_as_those_of_gymnasium_do():
         theirs.close()
 
 
-def test_a_seed_begins_all_anew():
-    """As environments do that were made with that seed."""
+def test_a_reset_with_a_seed_equals_new_environments():
     config = preset("pong", env_id="CartPole-v1")
 
     def trace(envs, seed):
@@ -307,7 +306,7 @@ def test_a_constructor_that_fails_is_named_and_the_others_are_closed(odd):
 
 
 class Bare(gymnasium.Env):
-    """Whoever registers it without Gymnasium's checker is told by nobody else what it lacks."""
+    """Registered without Gymnasium's checker, which would report the missing space."""
 
     closed = 0
 
@@ -330,7 +329,7 @@ def test_an_environment_without_a_space_is_named_and_closed(monkeypatch, name, m
     assert Bare.closed == 1
 
 
-def test_a_table_names_what_its_environment_did(odd):
+def test_tabular_environments_are_checked(odd):
     prepare(odd, Discrete(4), step_answer=step_with(observation=9))
     odd.wrong_index = 0
     env = StateEnv(config_of(agent="tabular", num_envs=1), 5)
@@ -342,9 +341,9 @@ def test_a_table_names_what_its_environment_did(odd):
 
 
 @pytest.mark.parametrize("name", ["shape", "old step", "reward none"])
-def test_the_command_line_says_it_in_one_line(odd, name, tmp_path, capsys):
-    """And what came before the step is saved."""
-    space, answer, what = STEPS[name]
+def test_the_command_line_prints_the_error_as_one_line(odd, name, tmp_path, capsys):
+    """The steps before the error are saved."""
+    space, answer, message = STEPS[name]
     prepare(odd, space, step_answer=answer)
     odd.wrong_step = 15
     options = ["--env-id", ID, "--num-envs", "2", "--network", "mlp", "--stack", "1", "--device", "cpu"]
@@ -353,12 +352,12 @@ def test_the_command_line_says_it_in_one_line(odd, name, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pydqn: error: ")]
     assert len(lines) == 1
     assert re.match(rf"pydqn: error: env_id: {ID}, env index 1 \(seed \d+\), step 15: ", lines[0])
-    assert what in lines[0]
+    assert message in lines[0]
     with open(run / "progress.csv") as file:
         assert int(list(csv.DictReader(file))[-1]["steps"]) > 20
 
 
-def test_training_says_it_in_python(odd, tmp_path):
+def test_training_raises_the_error(odd, tmp_path):
     prepare(odd, BOX, reset_answer=lambda o, i: o)
     with pytest.raises(RuntimeError, match=r"env index 1 \(seed \d+\), step 5: reset\(\) returned an array"):
         train(config_of(), tmp_path)

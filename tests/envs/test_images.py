@@ -1,4 +1,4 @@
-"""What a person sees of an environment: images, videos and their pace; one that has none is told so."""
+"""Images of environments, videos and their frame rate; the errors of environments that have no images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ IMAGES = {
     "alpha": (np.zeros((4, 4, 4), np.uint8), "returned an array of shape (4, 4, 4), dtype uint8, expected an image"),
     "empty": (np.zeros((0, 4, 3), np.uint8), "returned an array of shape (0, 4, 3), dtype uint8, expected an image"),
 }
-WAY_ON = "without images it trains (video_every_episodes=0), is evaluated, and played (pydqn play --no-show)"
+HINT = "training (video_every_episodes=0), evaluation and pydqn play --no-show need no images"
 
 
-def blind(self):
+def without_render_mode(self):
     Odd.__init__(self)
     self.closed = False
 
@@ -37,16 +37,16 @@ def fail(self):
 
 
 @pytest.mark.parametrize("name", [*IMAGES, "an error", "no render_mode", "no rgb_array"])
-def test_what_cannot_be_drawn_is_told_and_trains_all_the_same(counted, tmp_path, name, capsys):
+def test_an_environment_without_images_trains_and_the_error_says_why(counted, tmp_path, name, capsys):
     if name in IMAGES:
-        counted.image, what = IMAGES[name]
+        counted.image, expected = IMAGES[name]
     elif name == "an error":
-        counted.render, what = fail, "render() failed: OSError: no display"
+        counted.render, expected = fail, "render() failed: OSError: no display"
     elif name == "no render_mode":
-        counted.__init__, what = blind, "could not be made: TypeError: "
+        counted.__init__, expected = without_render_mode, "could not be made: TypeError: "
     else:
         counted.metadata, counted.image = {"render_modes": ["human"]}, None
-        what = "render() returned None"
+        expected = "render() returned None"
     train(config_of(), tmp_path / "run")
     assert len(evaluate(tmp_path / "run", 2)) == 2
     for command in (
@@ -59,25 +59,25 @@ def test_what_cannot_be_drawn_is_told_and_trains_all_the_same(counted, tmp_path,
         error = [line for line in lines_of(capsys)[1] if "error" in line]
         assert len(error) == 1
         assert error[0].startswith(f"pydqn: error: env_id: {ID}, env index 0 ")
-        assert what in error[0]
-        assert WAY_ON in error[0]
+        assert expected in error[0]
+        assert HINT in error[0]
     assert not (tmp_path / "a.gif").exists()
     assert main(["play", str(tmp_path / "run"), "--no-show"]) == 0
     assert "total reward" in capsys.readouterr().out
-    assert main(["play", str(tmp_path / "run")]) == 0  # not a terminal: only the total is wanted
-    *scenes, game = play_episode(tmp_path / "run", images=False)
-    assert len(scenes) == game.steps
-    assert scenes[0].image is None
+    assert main(["play", str(tmp_path / "run")]) == 0  # not a terminal: only the total is printed
+    *steps, episode = play_episode(tmp_path / "run", images=False)
+    assert len(steps) == episode.steps
+    assert steps[0].image is None
 
 
-def test_only_what_is_filmed_is_drawn(counted, tmp_path):
+def test_only_the_environment_in_videos_is_rendered(counted, tmp_path):
     train(config_of(num_envs=8, video_every_episodes=1, video_format="gif", total_steps=300), tmp_path)
     assert set(Odd.rendered) == {0}
     assert list((tmp_path / "videos").glob("frame-*.gif"))
 
 
 @pytest.mark.parametrize(("fps", "expected"), [(12, 12), (4.4, 4), (None, 30), ("50", 30), (0, 30), (np.int64(20), 20)])
-def test_films_play_at_the_environments_own_pace(counted, tmp_path, fps, expected):
+def test_videos_have_the_frame_rate_of_the_environment(counted, tmp_path, fps, expected):
     counted.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
     train(config_of(video_every_episodes=1, video_format="html", total_steps=100), tmp_path / "run")
     pages = list((tmp_path / "run" / "videos").glob("frame-*.html"))
@@ -90,14 +90,14 @@ def test_films_play_at_the_environments_own_pace(counted, tmp_path, fps, expecte
     assert '"fps":7,' in page.read_text()
 
 
-def test_a_video_of_cartpole_has_its_pace(tmp_path):
+def test_a_video_of_cartpole_has_its_frame_rate(tmp_path):
     train(config_of(env_id="CartPole-v1", total_steps=60), tmp_path / "run")
     assert main(["play", str(tmp_path / "run"), "--record", str(tmp_path / "a.mp4"), "--most-steps", "5"]) == 0
     assert imageio.immeta(tmp_path / "a.mp4", plugin="FFMPEG")["fps"] == 50
 
 
-def test_a_film_that_fails_ends_no_run(counted, tmp_path):
-    """The environment changes the size of its images; and then there is no folder for videos."""
+def test_a_run_outlives_a_video_that_fails(counted, tmp_path):
+    """First the size of the images changes, then there is no folder for videos."""
     sizes = iter(range(1, 10_000))
     counted.render = lambda self: np.zeros((next(sizes), 5, 3), np.uint8)
     config = config_of(video_every_episodes=1, video_format="gif")
@@ -111,7 +111,7 @@ def test_a_film_that_fails_ends_no_run(counted, tmp_path):
     assert run.steps >= 60
 
 
-def test_a_recording_that_fails_is_told_below_the_total(counted, tmp_path, monkeypatch, capsys):
+def test_the_error_of_a_recording_comes_after_the_total(counted, tmp_path, monkeypatch, capsys):
     train(config_of(), tmp_path / "run")
     program = tmp_path / "ffmpeg"
     program.write_text("#!/bin/sh\ncat > /dev/null\necho 'no trailer' >&2\nexit 2\n")
