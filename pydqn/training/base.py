@@ -38,6 +38,7 @@ from pydqn.runs.resuming import advice_for_damaged, changes, transition_settings
 from pydqn.runs.stopping import Progress, end_reason
 
 Self = TypeVar("Self", bound="BaseRun")
+NUMBERS = Statistics._fields[:-1]  # of an update's statistics: all but the samples, which no checkpoint holds
 
 
 class BaseRun:
@@ -104,9 +105,7 @@ class BaseRun:
         if resume:
             path = latest if resume is True else resume
             if path is None:
-                raise ValueError(
-                    f"run: {str(self.logdir)!r} has no checkpoint to resume from; train anew in another folder"
-                )
+                raise ValueError(f"run: {str(self.logdir)!r} has no checkpoint to resume from; train anew elsewhere")
             return path
         if any((self.logdir / name).exists() for name in (CONFIG, PROGRESS, CHECKPOINTS, BEST_WEIGHTS.parent)):
             advice = "resume it" if latest else "remove it: it has no checkpoint"
@@ -210,9 +209,7 @@ class BaseRun:
             if missing := self.episodes - len(self.returns):
                 lost = f"{self.logdir / EPISODES} lacks {missing:,} of the {self.episodes:,} episodes so far"
                 warnings.warn(lost, stacklevel=2)
-        self._recent.extend(
-            Episode(int(env_index), float(total), int(steps)) for env_index, total, steps in state["recent"]
-        )
+        self._recent.extend(Episode(int(env), float(total), int(steps)) for env, total, steps in state["recent"])
         self._successes = integer("successes", state["successes"], 0)
         best = state.get("best_test", state["best"])  # "best_test" in older checkpoints of tables
         self._best = -math.inf if best is None else float(best)
@@ -381,10 +378,7 @@ class BaseRun:
             last_return=totals[-1] if totals else math.nan,
             mean_length_steps=float(np.mean(lengths)) if lengths else math.nan,
             last_length_steps=lengths[-1] if lengths else math.nan,
-            loss=statistics.loss,
-            mean_q=statistics.mean_q,
-            max_q=statistics.max_q,
-            grad_norm=statistics.grad_norm,
+            **{name: getattr(statistics, name) for name in NUMBERS},
             frames_per_second=(self.frames - before.frames) / elapsed if before else math.nan,
             updates_per_second=(self.updates - before.updates) / elapsed if before else math.nan,
             evaluation_return=self._evaluation,

@@ -40,13 +40,12 @@ from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import Report
 from pydqn.runs.result import Result
 from pydqn.runs.resuming import require_unchanged, suggest_empty_replay
-from pydqn.training.base import BaseRun
+from pydqn.training.base import NUMBERS, BaseRun
 from pydqn.training.episode_videos import EpisodeVideos
 from pydqn.training.seeds import Seeds
 from pydqn.training.signals import deferred
 from pydqn.training.tabular import TabularRun
 
-_STATISTICS = Statistics._fields[:-1]  # the numbers: samples are not saved
 _METRICS = ("loss", "mean_q", "grad_norm", "max_q")  # their order in older checkpoints
 
 
@@ -349,7 +348,7 @@ class Run(BaseRun):
             "generator": self._generator.bit_generator.state,
             "evaluation_seed": self._evaluation_seed,
             "evaluated_at": self._evaluated_at,
-            "statistics": {name: getattr(statistics, name) for name in _STATISTICS},
+            "statistics": {name: getattr(statistics, name) for name in NUMBERS},
             "device": self._device.type,
             "precision": self.arithmetic()["precision"],
             "learning_since": self._learning_since,
@@ -366,7 +365,7 @@ class Run(BaseRun):
         updates = torch.tensor(integer("updates", state["updates"], 0))
         self.learner.load_state_dict({"updates": updates, **checkpoint.tensors})
         numbers = state["statistics"] if "statistics" in state else dict(zip(_METRICS, state["metrics"], strict=True))
-        loss, mean_q, max_q, grad_norm = (float(numbers[name]) for name in _STATISTICS)
+        loss, mean_q, max_q, grad_norm = (float(numbers[name]) for name in NUMBERS)
         self._restored_statistics = Statistics(loss, mean_q, max_q, grad_norm, {})
         if checkpoint.replay is None or not self.config.checkpoint_replay:  # the buffer has to be filled again
             self.count_updates_from(self.steps + self.config.learning_starts_steps)

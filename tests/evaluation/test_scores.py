@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import dataclasses
 from itertools import product
 
 import pytest
 from ale_py import roms
 
-from pydqn import Config, preset
 from pydqn.evaluation.protocols import PROTOCOLS
 from pydqn.evaluation.scores import PUBLISHED, SOURCE, human_normalized
 
@@ -111,19 +109,6 @@ def test_human_normalized_by_hand():
 @pytest.mark.parametrize("rom", ["berzerk", "Pong", "ALE/Pong-v5", ""])
 def test_other_games_have_no_percentage(rom):
     assert human_normalized(rom, 1.0) is None
-
-
-@pytest.mark.parametrize("name", PROTOCOLS)
-def test_protocols_apply_to_a_config(name):
-    protocol, config = PROTOCOLS[name], preset("pong")
-    fields = {field.name for field in dataclasses.fields(Config)}
-    assert set(protocol.settings) <= fields
-    evaluated = dataclasses.replace(config, **protocol.settings)
-    for field in fields:
-        assert getattr(evaluated, field) == protocol.settings.get(field, getattr(config, field))
-    assert protocol.episodes == 30
-    assert protocol.summary
-    assert protocol.source
 
 
 def test_protocols_are_as_published():

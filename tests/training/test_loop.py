@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pydqn import Learner, preset, resume, train
 from pydqn._util.weights import load_weights
-from pydqn.config import Config
 from pydqn.envs.base import Episode
 from pydqn.evaluation.evaluate import evaluate, evaluate_policy
 from pydqn.evaluation.play import PolicyStep, start_episodes
@@ -277,11 +276,6 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny, tmp_path):
     train(dataclasses.replace(tiny, total_steps=20), tmp_path)
     with pytest.raises(ValueError, match="logdir"):
         train(tiny, tmp_path)
-
-
-def test_a_config_survives_its_file(tiny):
-    assert Config.from_dict(tiny.to_dict()) == tiny
-    assert Config.from_dict(preset("pong", stop_return=float("inf")).to_dict()).stop_return == float("inf")
 
 
 def test_the_learning_rate_decays(tiny, tmp_path):

@@ -135,8 +135,8 @@ def test_episodes_that_a_checkpoint_counts_are_in_the_log(tiny, tmp_path):
 @pytest.mark.parametrize("found", ["float32", "bfloat16"])
 def test_the_precision_that_was_found_is_kept(tiny, tmp_path, monkeypatch, found):
     """Also on a processor for which "auto" chooses another precision: that would be another run."""
-    for pays in (found == "bfloat16", found != "bfloat16"):
-        monkeypatch.setattr("pydqn.learning.policy._bfloat16_pays", lambda pays=pays: pays)
+    for faster in (found == "bfloat16", found != "bfloat16"):
+        monkeypatch.setattr("pydqn.learning.policy._bfloat16_is_faster", lambda faster=faster: faster)
         with Run(
             dataclasses.replace(tiny, total_steps=60), tmp_path, resume=(tmp_path / "config.json").exists()
         ) as run:
