@@ -350,7 +350,8 @@ class FrameSampler(PrioritizedSampler):
         self._frame_storage, self.reduction = storage, "max"
 
     def __repr__(self) -> str:
-        return f"FrameSampler(prioritized={self._frame_storage.frame_replay.prioritized}, alpha={self.alpha}, beta={self.beta})"
+        prioritized = self._frame_storage.frame_replay.prioritized
+        return f"FrameSampler(prioritized={prioritized}, alpha={self.alpha}, beta={self.beta})"
 
     @property
     def alpha(self) -> float:

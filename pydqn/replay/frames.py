@@ -172,6 +172,11 @@ class FrameReplay(Stored):
         self._core.set_alpha(self._alpha)
 
     @property
+    def largest_priority(self) -> float:
+        """Largest so far."""
+        return float(self._core.largest_priority ** (1 / (self._alpha or 1)))
+
+    @property
     def beta(self) -> float:
         """How far importance weights undo the bias of prioritized sampling, from 0 to 1."""
         return self._beta

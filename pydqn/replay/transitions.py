@@ -97,8 +97,8 @@ class TransitionReplay:
 
     def __init__(
         self,
-        capacity: int,
-        shape: tuple[int, ...],
+        max_transitions: int,
+        obs_shape: tuple[int, ...],
         dtype: DTypeLike = "uint8",
         *,
         num_envs: int = 1,
@@ -107,26 +107,26 @@ class TransitionReplay:
         **settings: Any,
     ) -> None:
         self.num_envs = integer("num_envs", num_envs, 1)
-        self.capacity = integer("capacity", capacity, self.num_envs)
-        self.shape = tuple(shape)
+        self.max_transitions = integer("max_transitions", max_transitions, self.num_envs)
+        self.obs_shape = tuple(obs_shape)
         self._dtype = number_dtype("dtype", dtype)
         self._settings = settings
         self._begun = np.zeros(self.num_envs, bool)
         self._all = np.arange(self.num_envs)
         self._padding = padding  # None: not known yet
         self._stack_is_sure = stack is not None
-        self.stacks = Stacks.of(self.shape, self._dtype, stack)
-        self._hidden = None if self._stack_is_sure else _hidden(self.shape, self._dtype, self.stacks)
+        self.stacks = Stacks.of(self.obs_shape, self._dtype, stack)
+        self._hidden = None if self._stack_is_sure else _hidden(self.obs_shape, self._dtype, self.stacks)
         self._shifts = 0  # steps that moved on by one frame of such a stack
         self.frame_replay = self._make_frame_replay()
-        self._last = np.zeros((self.num_envs, *self.shape), self._dtype)  # observations that steps have led to
+        self._last = np.zeros((self.num_envs, *self.obs_shape), self._dtype)  # observations that steps have led to
         # Refuses what the memory would: before the first frames of an episode push older ones out of that.
         self._trial = FrameReplay(2 * self.num_envs, (1,), stack=1, num_envs=self.num_envs, dtype="bool")
         nothing = np.zeros(self.num_envs, np.int64)
         self._trial.append(nothing[:, None] > 0, nothing, nothing, nothing > 0, nothing > 0, nothing == 0)
 
     def _make_frame_replay(self) -> FrameReplay:
-        per_lane = self.capacity // self.num_envs
+        per_lane = self.max_transitions // self.num_envs
         small = math.prod(self.stacks.frame_shape) * self._dtype.itemsize <= _SMALL
         spare = per_lane if small else max(per_lane // _SPARE, 16)
         per_lane += spare + self.stacks.stack + int(self._settings.get("n_step", 1))
@@ -136,7 +136,7 @@ class TransitionReplay:
             dtype=self._dtype,
             num_envs=self.num_envs,
             stack=self.stacks.stack,
-            max_transitions=self.capacity,
+            max_transitions=self.max_transitions,
             padding=self._padding or "zero",
             **self._settings,
         )
@@ -150,7 +150,7 @@ class TransitionReplay:
         """Bytes held when full."""
         return self.frame_replay.nbytes
 
-    def add(
+    def append(
         self,
         obs: ArrayLike,
         next_obs: ArrayLike,
@@ -222,7 +222,7 @@ class TransitionReplay:
             return np.ones(len(obs), bool)
         moved = _same(self.stacks.split(next_obs)[:, :-1], self.stacks.split(obs)[:, 1:])
         if not self._stack_is_sure and (not moved.any() or self._moved_on_by_gray(obs, next_obs)):
-            self.stacks = Stacks.of(self.shape, self._dtype, 1)
+            self.stacks = Stacks.of(self.obs_shape, self._dtype, 1)
             self.clear()
             moved = np.ones(len(obs), bool)
         self._stack_is_sure = True
@@ -285,11 +285,11 @@ class TransitionReplay:
         names = ["num_envs", "n_step", "gamma", "prioritized", "max_transitions", "dtype"]
         names += ["stack", "frame_shape"] if self._stack_is_sure else []
         found = FrameReplay.load(path, {name: before.settings[name] for name in names})
-        stacks = Stacks.of(self.shape, self._dtype, found.stack)
+        stacks = Stacks.of(self.obs_shape, self._dtype, found.stack)
         if stacks.frame_shape != found.frame_shape:
             raise ValueError(
                 f"{path}: the replay buffer has stacks of {found.stack} frames of shape {found.frame_shape}, which "
-                f"observations of shape {self.shape} are not"
+                f"observations of shape {self.obs_shape} are not"
             )
         self.frame_replay, self.stacks, self._padding = found, stacks, found.padding
         self._stack_is_sure, self._hidden = True, None
@@ -307,8 +307,8 @@ class TransitionReplay:
 
     def _observations(self, name: str, value: ArrayLike, count: int) -> NDArray[Any]:
         array = np.asarray(value)
-        if array.shape != (count, *self.shape):
-            raise ValueError(f"{name}: expected shape {(count, *self.shape)}, got shape {array.shape}")
+        if array.shape != (count, *self.obs_shape):
+            raise ValueError(f"{name}: expected shape {(count, *self.obs_shape)}, got shape {array.shape}")
         return converted(name, array, self._dtype)
 
     def _moved_on_by_gray(self, obs: NDArray[Any], next_obs: NDArray[Any]) -> bool | None:
@@ -330,7 +330,7 @@ class TransitionReplay:
         if self._shifts >= hidden.stack:
             self._hidden = None
             warnings.warn(
-                f"observations of shape {self.shape} look like stacks of {hidden.stack} frames, but each is stored as "
+                f"observations of shape {self.obs_shape} look like stacks of {hidden.stack} frames, but each is stored as "
                 f"{self.stacks.stack}; pass stack={hidden.stack} to store each frame once, which takes about "
                 f"1/{hidden.stack // self.stacks.stack} of the memory (or stack={self.stacks.stack} to keep it so)",
                 stacklevel=3,
@@ -355,7 +355,7 @@ class TransitionReplay:
             )
 
     def _joined(self, batch: Batch) -> Batch:
-        join, shape = self.stacks.join, self.shape
+        join, shape = self.stacks.join, self.obs_shape
         return batch._replace(obs=join(batch.obs, shape), next_obs=join(batch.next_obs, shape))
 
 
