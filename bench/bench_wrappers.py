@@ -1,6 +1,6 @@
-"""Steps of Breakout through the Gymnasium wrappers: ours, Gymnasium's pair, and ALE's own 84x84 stacks.
+"""Steps of Breakout through Gymnasium wrappers: ours, Gymnasium's pair, and ALE's own 84x84 stacks.
 
-`python bench/bench_wrappers.py` lets them take turns and prints ratios; `--quick` sees that it runs.
+`python bench/bench_wrappers.py` runs them in turns and prints ratios; `--quick` is a short trial.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ACTIONS = np.random.default_rng(0).integers(4, size=(STEPS, NUM_ENVS))
 NATIVE = {"img_height": 210, "img_width": 160, "stack_num": 1}
 
 
-def bare():
-    return gymnasium.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0)
+def bare(obs_type="rgb"):
+    return gymnasium.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0, obs_type=obs_type)
 
 
-def ours():
-    return AtariPreprocessing(bare(), noop_max=0, stack=4)
+def ours(obs_type="ram"):
+    return AtariPreprocessing(bare(obs_type), noop_max=0, stack=4)
 
 
 def gymnasiums():
@@ -42,7 +42,7 @@ def ales(**options):
     return AtariVectorEnv("breakout", NUM_ENVS, noop_max=0, use_fire_reset=False, reward_clipping=False, **options)
 
 
-SINGLE = {"ours": ours, "gymnasium": gymnasiums}
+SINGLE = {"ours": ours, "ours_over_rgb": lambda: ours("rgb"), "gymnasium": gymnasiums}
 VECTOR = {
     "ours_over_ale": lambda: AtariVectorFrames(ales(**NATIVE), stack=4),
     "ours_sync": lambda: SyncVectorEnv([ours] * NUM_ENVS),
@@ -52,36 +52,36 @@ VECTOR = {
 
 
 def play(env):
-    """Take STEPS steps; returns the observations."""
+    """Take STEPS steps; return the observations."""
     if isinstance(env, gymnasium.vector.VectorEnv):
         return [env.step(actions)[0] for actions in ACTIONS]
-    seen = []
+    observations = []
     for action in ACTIONS[:, 0]:
         observation, _, terminated, truncated, _ = env.step(action)
-        seen.append(observation)
+        observations.append(observation)
         if terminated or truncated:
             env.reset()
-    return seen
+    return observations
 
 
-def opened(cases, name):
-    """Make an environment and see that it shows what Gymnasium's shows, while nothing ends."""
-    env, judge = cases[name](), cases.get("gymnasium", cases.get("gymnasium_sync"))()
-    observation, expected = env.reset(seed=0)[0], judge.reset(seed=0)[0]
+def checked(cases, name):
+    """Return an environment whose observations equal Gymnasium's as long as no episode ends."""
+    env, reference = cases[name](), cases.get("gymnasium", cases.get("gymnasium_sync"))()
+    observation, expected = env.reset(seed=0)[0], reference.reset(seed=0)[0]
     if name != "ale_84x84":  # which pads with zeros
         np.testing.assert_array_equal(observation, expected)
-        np.testing.assert_array_equal(play(env), play(judge))
+        np.testing.assert_array_equal(play(env), play(reference))
     return env
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def bench_one(benchmark, name):
-    assert len(benchmark(play, opened(SINGLE, name))) == STEPS
+    assert len(benchmark(play, checked(SINGLE, name))) == STEPS
 
 
 @pytest.mark.parametrize("name", VECTOR)
 def bench_eight(benchmark, name):
-    assert len(benchmark(play, opened(VECTOR, name))) == STEPS
+    assert len(benchmark(play, checked(VECTOR, name))) == STEPS
 
 
 def main(rounds):
@@ -93,7 +93,7 @@ def main(rounds):
             play(env)
             return num_envs * STEPS / (time.perf_counter() - started)
 
-        envs = {name: opened(kind, name) for name in kind}
+        envs = {name: checked(kind, name) for name in kind}
         rates = rates_in_turns({name: lambda env=env: rate(env) for name, env in envs.items()}, rounds)
         first = next(iter(rates.values()))
         for name, value in rates.items():

@@ -1,10 +1,11 @@
-"""Other people's trainers with their buffers and with ours, in turns, each in a process of its own: ratios of medians.
+"""Other libraries' trainers with their own buffers and with ours, in turns, each in its own process: ratios of medians.
 
     pip install -c constraints.txt -e '.[adapters,test]'
     python bench/embedding.py -o rows.json               # all four: half an hour on a quiet machine, 4 GB of memory
-    python bench/embedding.py sb3 --steps 200 --capacity 2000 --rounds 1   # to see that it runs
+    python bench/embedding.py sb3 --steps 200 --capacity 2000 --rounds 1   # a quick trial
 
-Prints, for each of their buffers, ours by theirs: memory and sampling below 1 and steps per second above 1 are good.
+Prints, for each of their buffers, ours divided by theirs: below 1 is good for memory and sampling, above 1 for steps
+per second.
 """
 
 from __future__ import annotations

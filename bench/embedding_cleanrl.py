@@ -1,4 +1,4 @@
-"""A DQN in one file in CleanRL's manner, with Stable-Baselines3's buffer (CleanRL has a copy) and with ours.
+"""A DQN in one file like CleanRL's, with Stable-Baselines3's buffer (of which CleanRL has a copy) and with ours.
 
 Nothing but the buffer's class differs. Prints one line of JSON.
 
@@ -10,7 +10,7 @@ Nothing but the buffer's class differs. Prints one line of JSON.
 from __future__ import annotations
 
 import ale_py
-import embedded
+import embedding_common
 import gymnasium as gym
 import numpy as np
 import torch
@@ -58,14 +58,14 @@ def network(task, actions):
 
 
 def main():
-    chosen = embedded.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
+    chosen = embedding_common.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
     gym.register_envs(ale_py)
     cartpole = chosen.task == "cartpole"
     torch.manual_seed(chosen.seed)
     np.random.seed(chosen.seed)  # noqa: NPY002
     random = np.random.default_rng(chosen.seed)
     envs = SyncVectorEnv([make_cartpole if cartpole else make_atari], autoreset_mode=AutoresetMode.SAME_STEP)
-    meter = embedded.Meter()
+    meter = embedding_common.Meter()
     capacity, starts, steps = (
         (10_000, 10_000, 100_000) if cartpole else (chosen.capacity, chosen.capacity, chosen.steps)
     )
@@ -82,7 +82,7 @@ def main():
     online, target = (network(chosen.task, actions_in_all) for _ in range(2))
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.Adam(online.parameters(), 2.5e-4 if cartpole else 1e-4)
-    batch_size, every, sync = (128, 10, 500) if cartpole else (32, 4, 1000)
+    batch_size, train_period, target_period = (128, 10, 500) if cartpole else (32, 4, 1000)
     obs, _ = envs.reset(seed=chosen.seed)
     returns = []
     for step in range(starts + steps):
@@ -102,7 +102,7 @@ def main():
         if step < starts:
             continue
         meter.learning()
-        if step % every == 0:
+        if step % train_period == 0:
             data = buffer.sample(batch_size)
             with torch.no_grad():
                 best = target(data.next_observations).max(1).values
@@ -111,7 +111,7 @@ def main():
             optimizer.zero_grad()
             F.mse_loss(values, expected).backward()
             optimizer.step()
-        if step % sync == 0:
+        if step % target_period == 0:
             target.load_state_dict(online.state_dict())
     if chosen.buffer == "pydqn":
         nbytes = buffer.transitions.nbytes

@@ -1,4 +1,4 @@
-"""Stable-Baselines3's DQN with its own buffers and with ours; nothing else differs. Prints one line of JSON.
+"""Stable-Baselines3's DQN with its own buffers and with ours. Nothing else differs. Prints one line of JSON.
 
 python bench/embedding_sb3.py --buffer own        # two stacks per transition
 python bench/embedding_sb3.py --buffer optimized  # one stack per transition; no time limits
@@ -8,7 +8,7 @@ python bench/embedding_sb3.py --buffer pydqn
 from __future__ import annotations
 
 import ale_py
-import embedded
+import embedding_common
 import gymnasium as gym
 import numpy as np
 from stable_baselines3 import DQN
@@ -52,9 +52,9 @@ class Learning(BaseCallback):
 
 
 def main():
-    chosen = embedded.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
+    chosen = embedding_common.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
     gym.register_envs(ale_py)
-    meter = embedded.Meter()
+    meter = embedding_common.Meter()
     if chosen.task == "cartpole":
         steps, starts, batch = 50_000, 1_000, 64
         model = DQN("MlpPolicy", make_vec_env("CartPole-v1"), **CARTPOLE, **BUFFERS[chosen.buffer], seed=chosen.seed)

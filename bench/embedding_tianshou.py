@@ -12,7 +12,7 @@ The buffer is filled with random actions before the clock starts. Try it with `-
 from __future__ import annotations
 
 import ale_py
-import embedded
+import embedding_common
 import gymnasium as gym
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ BUFFERS = {
 }
 CARTPOLE = {"envs": 10, "lr": 1e-3, "gamma": 0.95, "n_step": 3, "target": 100, "batch": 64, "updates": 0.2}
 ATARI = {"envs": 4, "lr": 1e-4, "gamma": 0.99, "n_step": 3, "target": 500, "batch": 32, "updates": 0.1}
-COLLECT = {"cartpole": 10, "atari": 12}  # steps from one look at the buffer to the next; the examples have 10
+COLLECT = {"cartpole": 10, "atari": 12}  # steps between updates; the examples have 10
 
 
 def make(task):
@@ -54,13 +54,13 @@ def nbytes(columns):
 
 
 def main():
-    chosen = embedded.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
+    chosen = embedding_common.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
     gym.register_envs(ale_py)
     task, settings = chosen.task, CARTPOLE if chosen.task == "cartpole" else ATARI
     steps, capacity, fill = (20_000, 20_000, 640) if task == "cartpole" else (chosen.steps, *[chosen.capacity] * 2)
     np.random.seed(chosen.seed)  # noqa: NPY002  # Tianshou explores with it
     torch.manual_seed(chosen.seed)
-    meter = embedded.Meter()
+    meter = embedding_common.Meter()
     count = settings["envs"]
     envs = DummyVectorEnv([lambda: make(task) for _ in range(count)])
     envs.seed(chosen.seed)

@@ -3,8 +3,8 @@
 python bench/embedding_torchrl.py --buffer own    # two stacks per transition
 python bench/embedding_torchrl.py --buffer pydqn
 
-What it does is what TorchRL's sota-implementations/dqn does, with its settings, but that frames are uint8 (its Atari
-example keeps floats, normalized anew in each step) and that exploration takes as large a share of fewer steps.
+It does what TorchRL's sota-implementations/dqn does, with its settings, except that frames are uint8 (its Atari example
+keeps floats, normalized anew in each step) and that exploration takes the same share of fewer steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 
 import ale_py
-import embedded
+import embedding_common
 import gymnasium as gym
 import torch
 from tensordict.nn import TensorDictSequential
@@ -38,8 +38,15 @@ BUFFERS = {
     "own": lambda size, batch: TensorDictReplayBuffer(storage=LazyTensorStorage(size), batch_size=batch),
     "pydqn": lambda size, batch: ReplayBuffer(size, batch_size=batch),
 }
-CARTPOLE = {"batch": 128, "frames_per_batch": 1000, "updates": 100, "sync": 50, "eps_end": 0.05, "clip": float("inf")}
-ATARI = {"batch": 32, "frames_per_batch": 400, "updates": 100, "sync": 10_000, "eps_end": 0.01, "clip": 10.0}
+CARTPOLE = {
+    "batch": 128,
+    "frames_per_batch": 1000,
+    "updates": 100,
+    "target_period": 50,
+    "eps_end": 0.05,
+    "clip": float("inf"),
+}
+ATARI = {"batch": 32, "frames_per_batch": 400, "updates": 100, "target_period": 10_000, "eps_end": 0.01, "clip": 10.0}
 
 
 class Nature(nn.Module):
@@ -73,10 +80,10 @@ def atari():
 
 
 def main():
-    chosen = embedded.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it would write to where the JSON goes
+    chosen = embedding_common.arguments(__doc__, tuple(BUFFERS), 2_000, 20_000)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it would write to standard output
     torch.manual_seed(chosen.seed)
-    meter = embedded.Meter()
+    meter = embedding_common.Meter()
     if chosen.task == "cartpole":
         (env, net), settings, capacity, random, total = cartpole(), CARTPOLE, 10_000, 2_000, chosen.total
     else:
@@ -89,7 +96,7 @@ def main():
     buffer = BUFFERS[chosen.buffer](capacity, settings["batch"])
     loss = DQNLoss(actor, loss_function="l2", delay_value=True, action_space=env.action_spec)
     loss.make_value_estimator(gamma=0.99)
-    target = HardUpdate(loss, value_network_update_interval=settings["sync"])
+    target = HardUpdate(loss, value_network_update_interval=settings["target_period"])
     optimizer = torch.optim.Adam(loss.parameters(), lr=2.5e-4)
     collector = Collector(
         env,

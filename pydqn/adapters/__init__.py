@@ -1,1 +1,1 @@
-"""Parts of pydqn in the clothes of other libraries: each room knows one of them."""
+"""pydqn's replay buffers and Atari preprocessing behind the interfaces of other libraries, one module for each."""

@@ -1,4 +1,4 @@
-"""Parts of `pydqn.adapters.tianshou`: an environment's own counts, and transitions that come from elsewhere."""
+"""Private parts of `pydqn.adapters.tianshou`: per-environment counts, refusals, and transitions of other buffers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _ROWS = 1024  # of a dataset at a time
 
 
 class NoColumn:
-    """What has no columns of observations."""
+    """A buffer without columns of observations."""
 
     @property
     def obs(self) -> NDArray[Any]:
-        """Say that there is no such column: observations are put together for the positions that are asked for."""
+        """Raise ValueError: there is no such column; observations are put together for given positions."""
         raise ValueError('obs: no such column is kept; use buffer[index].obs or buffer.get(index, "obs")')
 
     obs_next = obs
 
 
 class Refusals(NoColumn):
-    """What of Tianshou's interface a buffer that stores each frame once has not."""
+    """The parts of Tianshou's interface that a buffer which stores each frame once cannot have."""
 
     stack_num: int
 
@@ -45,39 +45,39 @@ class Refusals(NoColumn):
         super().__setattr__(key, value)
 
     def __iter__(self) -> Any:
-        """Not possible: NumPy would take the buffer for a list; Tianshou's managers of buffers make arrays of them."""
+        """Raise ValueError: NumPy would take the buffer for a list, as Tianshou's managers make arrays of buffers."""
         raise ValueError(
             "buffer: cannot be iterated over or put into an array. buffer[:] has its transitions; VectorReplayBuffer "
             "is for several environments; CachedReplayBuffer and other managers take Tianshou's own buffers only"
         )
 
     def set_batch(self, *_: Any) -> None:
-        """Not possible: frames are stored once, in the order in which they came, and holes would tear their stacks."""
+        """Raise NotImplementedError: frames are stored once and in order, and gaps would break their stacks."""
         raise NotImplementedError("frames are stored once: expected transitions to be given to add, one by one")
 
     dropnull = set_batch
 
     def update(self, buffer: Any) -> Any:
-        """Not possible: Tianshou's buffers of several environments do not take over another's, either."""
+        """Raise NotImplementedError: Tianshou's buffers of several environments cannot do it, either."""
         raise NotImplementedError("update: expected a ReplayBuffer of one environment to take over transitions")
 
     @classmethod
     def from_data(cls, *_: Any, **__: Any) -> Any:
-        """Not possible: nothing says which environment a row is of, or what exponents priorities have."""
+        """Raise NotImplementedError: the rows name no environments, and priorities would need exponents."""
         raise NotImplementedError("from_data: expected ReplayBuffer.from_data; other classes take transitions by add")
 
 
-class Lane(NoColumn, theirs.ReplayBuffer):
-    """What Tianshou counts of one environment: where its next transition goes, how long its episode is."""
+class EnvBuffer(NoColumn, theirs.ReplayBuffer):
+    """Tianshou's counts of one environment: the position of its next transition, the length of its episode."""
 
     def get(self, index: Any, key: str, *rest: Any, **others: Any) -> Any:
-        """Return a column as Tianshou does, but for observations: only the whole buffer has them."""
-        if key in SEEN and self._meta.get_keys():  # an empty one has to say so itself, or NumPy takes it for a list
+        """Return a column as Tianshou does, except observations, which only the whole buffer has."""
+        if key in SEEN and self._meta.get_keys():  # if empty, Tianshou's error stops NumPy from taking it for a list
             raise ValueError(f"buffers: expected the whole buffer to be asked for {key}, not one environment's part")
         return super().get(index, key, *rest, **others)
 
     def set_batch(self, batch: Any) -> None:
-        """Be a part of the whole buffer's columns, whatever they are called."""
+        """Use a part of the whole buffer's columns, with any names."""
         self._meta = batch
 
 
@@ -90,7 +90,7 @@ def odd_columns(columns: Any) -> list[Any]:
 
 
 def exactly(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bool = False) -> NDArray[Any]:
-    """Return values in the dtype of the first ones; ValueError where they would change (`rounded`: see `converted`)."""
+    """Return values in the dtype of the first ones; ValueError if they would change (`rounded`: see `converted`)."""
     try:
         return converted(name, array, dtype, rounded=rounded)
     except ValueError:
@@ -99,7 +99,7 @@ def exactly(name: str, array: NDArray[Any], dtype: np.dtype[Any], *, rounded: bo
 
 
 def add_others(buffer: Any, positions: NDArray[Any], rows: Any) -> None:
-    """Put what Tianshou has no name for into columns of its own."""
+    """Store entries that Tianshou has no name for in columns of their own."""
     names = [key for key in rows.get_keys() if key not in (*buffer._reserved_keys, *SEEN)]
     if not names:
         return
@@ -112,19 +112,19 @@ def add_others(buffer: Any, positions: NDArray[Any], rows: Any) -> None:
 
 
 def take(buffer: Any, other: Any) -> NDArray[np.int64]:
-    """Add another buffer's transitions to a buffer of one environment; its episode's statistics stay as they are."""
+    """Add another buffer's transitions to a buffer of one environment, whose episode statistics stay unchanged."""
     for name, one in (("buffer", other), ("self", buffer)):
         if one.stack_num > 1 or one._save_only_last_obs or getattr(one, "_newest_alone", False):
             raise ValueError(f"update: expected neither stack_num nor save_only_last_obs, got one in {name}")
     positions = other.sample_indices(0) if len(other) else np.zeros(0, np.int64)
     own, added = buffer.buffers[0], []
     statistics = own._ep_return, own._ep_len, own._ep_start_idx
-    part = _ROWS if other is not buffer else max(len(positions), 1)  # which would write over what is still to be read
+    part = _ROWS if other is not buffer else max(len(positions), 1)  # or it would overwrite what is still to be read
     try:
         for start in range(0, len(positions), part):
             some = positions[start : start + part]
             rows = other[some]
-            rows.__dict__.pop("weight", None)  # a prioritized buffer's, for a batch
+            rows.__dict__.pop("weight", None)  # which prioritized buffers add
             added += [buffer.add(rows[number])[0][0] for number in range(len(some))]
     finally:
         own._ep_return, own._ep_len, own._ep_start_idx = statistics
@@ -132,7 +132,7 @@ def take(buffer: Any, other: Any) -> NDArray[np.int64]:
 
 
 def fill(make: Any, columns: dict[str, Any]) -> Any:
-    """Return a buffer, made with its size, of rows."""
+    """Return `make(number of rows)`, filled with the rows of the columns."""
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"from_data: expected columns of one length, got {lengths}")

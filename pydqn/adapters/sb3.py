@@ -1,4 +1,4 @@
-"""pydqn's replay buffer in Stable-Baselines3: `DQN(..., replay_buffer_class=ReplayBuffer)`."""
+"""pydqn's replay buffer for Stable-Baselines3: `DQN(..., replay_buffer_class=ReplayBuffer)`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from torch.nn import functional as F
 
-from pydqn._util.checks import converted, flags, integer
+from pydqn._util.checks import flags, integer
+from pydqn.adapters._common import check_spaces, column, make_transitions, observations, size_per_env, timeouts
 from pydqn.replay.frames import Batch
 from pydqn.replay.transitions import TransitionReplay
 
@@ -26,46 +27,48 @@ except ImportError as error:
 
 
 class _Step(NamedTuple):
-    """What `ReplayBuffer.add` was given."""
+    """One step of all environments."""
 
     obs: NDArray[Any]  # (n_envs, *obs_shape)
-    next_obs: NDArray[Any]
+    next_obs: NDArray[Any]  # (n_envs, *obs_shape)
     action: NDArray[Any]  # (n_envs,)
-    reward: NDArray[Any]
+    reward: NDArray[Any]  # (n_envs,)
 
 
 class ReplayBuffer(TheirBuffer):
     """Stable-Baselines3's replay buffer with every frame stored once, and time limits told from terminations.
 
-    Give it to `DQN` or sb3-contrib's `QRDQN` as `replay_buffer_class`. What `sample` returns is SB3's own tuple and
-    equals what SB3's buffers return for the same transitions, but for this:
+    Pass it to `DQN` or sb3-contrib's `QRDQN` as `replay_buffer_class`. `sample` returns SB3's own tuple. Its contents
+    equal what SB3's buffers return for the same transitions, with these differences:
 
     * With `n_steps`, a transition is sampled once its whole window is known, while SB3 cuts the newest windows short.
-      (As long as no window is whole, they are cut short here, too.)
-    * With `n_steps` and a `VecNormalize` that normalizes rewards, it is their discounted sum that is normalized (and
-      clipped), not each of them.
-    * SB3's `optimize_memory_usage=True` cannot tell time limits and returns, after the end of each episode, the first
-      observation of the next; here it changes nothing.
+      (Until the first window is whole, this buffer cuts them short, too.)
+    * With `n_steps` and a `VecNormalize` that normalizes rewards, the discounted sum of the rewards is normalized (and
+      clipped), not each reward.
+    * SB3's `optimize_memory_usage=True` ignores time limits and returns, after the end of each episode, the first
+      observation of the next one. Here the argument changes nothing.
 
-    `save_replay_buffer` and `load_replay_buffer` work; the file is SB3's: a pickle, to be loaded only from those whom
+    `save_replay_buffer` and `load_replay_buffer` work. They write SB3's format, a pickle: load it only from people whom
     you trust. `buffer.save(folder)` and `buffer.restore(folder)` use pydqn's own format, which never runs code.
 
     Args:
-        buffer_size: transitions, over all environments (see `pydqn.TransitionReplay` on very short episodes).
-        observation_space: anything that SB3 makes one array of; images as (C, H, W) or (H, W, C). No `Dict`.
+        buffer_size: transitions over all environments. (Very short episodes may leave room for fewer; see
+            `pydqn.TransitionReplay`.)
+        observation_space: any space whose observations SB3 turns into one array; images as (C, H, W) or (H, W, C). A
+            `Dict` is refused.
         action_space: a `Discrete`.
-        device: where samples go; PyTorch's name, or "auto".
-        n_envs: environments that step together.
-        optimize_memory_usage: accepted and not needed.
-        handle_timeout_termination: whether `infos[i]["TimeLimit.truncated"]` makes a `done` no termination.
-        n_steps: steps in a return (SB3 wants it here, in `replay_buffer_kwargs`, together with `gamma`).
-        gamma: discount per step of n-step returns, that of the model; needed with `n_steps` above 1.
-        stack: frames in an observation; None to tell by its shape (`pydqn.replay.transitions.Stacks.of`).
-        settings: all others of `pydqn.TransitionReplay`: prioritized, alpha, beta, padding, seed (drawn from NumPy's
-            global generator otherwise, which SB3 seeds).
+        device: where sampled tensors are put: a device of PyTorch, or "auto".
+        n_envs: how many environments step together.
+        optimize_memory_usage: accepted and ignored.
+        handle_timeout_termination: whether `infos[i]["TimeLimit.truncated"]` turns a `done` into a truncation.
+        n_steps: steps in a return. SB3 passes it here by `replay_buffer_kwargs`, together with `gamma`.
+        gamma: discount per step of n-step returns, equal to the model's; required with `n_steps` above 1.
+        stack: frames in an observation; None to tell by its shape (see `pydqn.TransitionReplay`).
+        settings: all other arguments of `pydqn.TransitionReplay`: prioritized, alpha, beta, padding, seed. Without
+            `seed`, one is drawn from NumPy's global generator, which SB3 seeds.
 
     Raises:
-        ValueError: an argument is out of range, or a space is not one that fits.
+        ValueError: an argument is out of range, or a space does not fit; the message names it.
     """
 
     transitions: TransitionReplay
@@ -87,10 +90,7 @@ class ReplayBuffer(TheirBuffer):
         stack: int | None = None,
         **settings: Any,
     ) -> None:
-        if not isinstance(action_space, spaces.Discrete):
-            raise ValueError(f"action_space: expected Discrete, got {action_space}")
-        if isinstance(observation_space, spaces.Dict):
-            raise ValueError("observation_space: expected one array, got Dict (use SB3's DictReplayBuffer for those)")
+        self._num_actions = check_spaces(observation_space, action_space, " (SB3's DictReplayBuffer takes a Dict)")
         if integer("n_steps", n_steps, 1) > 1 and gamma is None:
             given = f'replay_buffer_kwargs={{"n_steps": {n_steps}, "gamma": ...}}'
             raise ValueError(f"gamma: expected the model's discount, since n_steps is {n_steps}, got None ({given})")
@@ -99,27 +99,25 @@ class ReplayBuffer(TheirBuffer):
                 f"n_steps: expected 1, as this release of Stable-Baselines3 has no n-step returns, got {n_steps}; "
                 "update it: pip install -U stable-baselines3"
             )
-        # Not TheirBuffer's, which takes memory for two stacks per transition.
+        # SB3's ReplayBuffer.__init__ would allocate two stacks per transition.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
-        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.buffer_size = size_per_env(buffer_size, n_envs)
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
-        self._num_actions = int(action_space.n)
         self.n_steps = n_steps
         self.gamma = 1.0 if gamma is None else gamma
-        self._open: list[_Step] = []  # as long as no window is whole, of which SB3 samples nevertheless
-        settings.setdefault("seed", int(np.random.randint(2**31)))  # noqa: NPY002
-        self.transitions = TransitionReplay(
+        self._open: list[_Step] = []  # the steps until the first window is whole: SB3 samples them already
+        self.transitions = make_transitions(
             self.buffer_size * n_envs,
             self.obs_shape,
-            observation_space.dtype or np.float32,
+            observation_space.dtype,
             num_envs=n_envs,
             stack=stack,
             n_step=n_steps,
-            gamma=self.gamma if n_steps > 1 else 1.0,  # then 0 says terminated, whatever SB3's gamma
+            gamma=self.gamma if n_steps > 1 else 1.0,  # so that a discount of 0 always means terminated
             **settings,
         )
-        # SB3 writes to `dones` when `learn` is called again; `timeouts` go with them. Neither is read here.
+        # SB3 writes to `dones` and `timeouts` when `learn` is called again. This class does not read them.
         self.dones = np.zeros((self.buffer_size, n_envs), np.float32)
         self.timeouts = np.zeros((self.buffer_size, n_envs), np.float32)
 
@@ -136,44 +134,48 @@ class ReplayBuffer(TheirBuffer):
         done: NDArray[Any],
         infos: list[dict[str, Any]],
     ) -> None:
-        """Store a transition of each environment; leading axis n_envs on all.
+        """Store one transition of each environment.
 
         Args:
-            obs: what the actions were chosen for, stacks and all. Reals are rounded to the observation space's dtype.
-            next_obs: what they led to: the terminal observation where `done`.
+            obs: (n_envs, *obs_shape): the observations for which the actions were chosen. Reals are rounded to the
+                observation space's dtype.
+            next_obs: (n_envs, *obs_shape): the observations that followed; the terminal ones where `done`.
             action: (n_envs,) or (n_envs, 1) integers of the action space.
-            reward: (n_envs,), rounded to float32.
+            reward: (n_envs,) real numbers, rounded to float32.
             done: (n_envs,) whether the episode is over: booleans, or numbers that are 0 or 1.
-            infos: one each; "TimeLimit.truncated" tells that it was cut off.
+            infos: n_envs dictionaries; "TimeLimit.truncated" says that a time limit cut the episode off.
 
         Raises:
-            ValueError: an argument has the wrong shape, dtype or range (see `pydqn.TransitionReplay.add`).
+            ValueError: an argument has the wrong shape, dtype or range (see `pydqn.TransitionReplay.append`).
         """
         step = _Step(
-            self._observations("obs", obs),
-            self._observations("next_obs", next_obs),
-            self._column("action", action),
-            self._column("reward", reward),
+            observations(self.transitions, "obs", obs),
+            observations(self.transitions, "next_obs", next_obs),
+            column(self.n_envs, "action", action),
+            column(self.n_envs, "reward", reward),
         )
-        ends, timeout = flags("done", self._column("done", done)), np.zeros(self.n_envs, bool)
+        ends, timeout = flags("done", column(self.n_envs, "done", done)), np.zeros(self.n_envs, bool)
         if step.action.dtype.kind in "iu" and max(step.action.tolist()) >= self._num_actions:
             raise ValueError(f"action: expected integers of {self.action_space}, got {step.action}")
         if self.handle_timeout_termination:
-            timeout = self._column("infos", [bool(info.get("TimeLimit.truncated", False)) for info in infos])
-        self.transitions.add(*step, ends & ~timeout, timeout)
+            timeout = column(self.n_envs, "infos", timeouts(infos))
+        self.transitions.append(*step, ends & ~timeout, timeout)
         if self.n_steps > 1:
-            self._open = [] if len(self.transitions) else [*self._open, _Step(*(column.copy() for column in step))]
+            self._open = [] if len(self.transitions) else [*self._open, _Step(*(part.copy() for part in step))]
         self.dones[self.pos], self.timeouts[self.pos] = ends, timeout
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full, self.pos = True, 0
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        """Draw transitions: SB3's tuple of tensors on the device, (batch_size, ...).
+        """Draw transitions, by priority if the buffer is prioritized.
 
         Args:
             batch_size: how many.
-            env: normalizes observations and rewards.
+            env: normalizes observations and rewards; None to return them as they are.
+
+        Returns:
+            SB3's tuple of tensors on the device, (batch_size, ...) each.
 
         Raises:
             RuntimeError: nothing has been added yet.
@@ -185,9 +187,11 @@ class ReplayBuffer(TheirBuffer):
     def sample_weighted(
         self, batch_size: int, env: VecNormalize | None = None
     ) -> tuple[ReplayBufferSamples, torch.Tensor, NDArray[np.int64]]:
-        """Draw transitions, with their importance weights, (batch_size, 1), and their indices for their priorities.
+        """Draw transitions as `sample` does.
 
-        Indices are -1 as long as no window is whole: transitions have no priorities of their own then.
+        Returns:
+            The samples; float32 importance weights, (batch_size, 1); and int64 indices for `update_priorities`,
+            (batch_size,). Until the first window is whole, transitions have no priorities, and indices are -1.
         """
         if self._open:
             samples = self._cut_short(*self._draw_open(batch_size), env)
@@ -197,12 +201,12 @@ class ReplayBuffer(TheirBuffer):
         return self._tensors(batch, env), weight, batch.index
 
     def update_priorities(self, index: ArrayLike, priority: ArrayLike) -> None:
-        """Set the priorities of sampled transitions: positive numbers (see `pydqn.FrameReplay.update_priorities`)."""
+        """Set the priorities of sampled transitions to positive numbers (see `pydqn.FrameReplay.update_priorities`)."""
         known = np.asarray(index) != -1
         self.transitions.update_priorities(np.asarray(index)[known], np.asarray(priority)[known])
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all transitions."""
         super().reset()
         self.transitions.clear()
         self._open = []
@@ -212,9 +216,9 @@ class ReplayBuffer(TheirBuffer):
         self.transitions.save(path)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over what `save` wrote, in a buffer that was made with the same arguments.
+        """Take over what `save` wrote, into a buffer that was made with the same arguments.
 
-        Episodes that were going on when it was saved end there (see `pydqn.TransitionReplay.restore`).
+        Episodes that had not ended when it was saved end there, as environments are not saved.
 
         Raises:
             ValueError: the folder is damaged, or was written by a buffer with other arguments.
@@ -224,36 +228,20 @@ class ReplayBuffer(TheirBuffer):
         self.pos, self.full = held % self.buffer_size, held >= self.buffer_size
         self._open = []
 
-    def _observations(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
-        array, shape = np.asarray(value), (self.n_envs, *self.obs_shape)
-        if array.shape == (self.n_envs,) and self.obs_shape == (1,):  # Discrete
-            array = array[:, None]
-        if array.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got shape {array.shape}")
-        return converted(name, array, self.transitions.frame_replay.dtype, rounded=True)
-
-    def _column(self, name: str, value: ArrayLike) -> NDArray[Any]:
-        array = np.asarray(value)
-        if array.shape == (self.n_envs,):
-            return array
-        if array.size != self.n_envs:
-            raise ValueError(f"{name}: expected shape ({self.n_envs},), got shape {array.shape}")
-        return array.reshape(self.n_envs)
-
     def _get_samples(self, batch_inds: NDArray[Any], env: VecNormalize | None = None) -> ReplayBufferSamples:
-        """Return the named transitions; the indices are those of `transitions`."""
+        """Return the transitions with these indices, which are those of `transitions`."""
         return self._tensors(self.transitions.gather(batch_inds, apart=True), env)
 
     def _draw_open(self, batch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Draw steps, and environments, from those that no window is whole of."""
+        """Draw steps and environments, (batch_size,) each, before the first window is whole."""
         size = integer("batch_size", batch_size, 1)
         return np.random.randint(len(self._open), size=size), np.random.randint(self.n_envs, size=size)  # noqa: NPY002
 
     def _cut_short(
         self, start: NDArray[np.int64], env_index: NDArray[np.int64], env: VecNormalize | None
     ) -> ReplayBufferSamples:
-        """Return transitions whose windows end at the newest step, as SB3 does."""
-        obs, next_obs, action, reward = (np.stack(column) for column in zip(*self._open, strict=True))
+        """Return transitions whose windows end at the newest step, as SB3 cuts them."""
+        obs, next_obs, action, reward = (np.stack(parts) for parts in zip(*self._open, strict=True))
         discounts = self.gamma ** np.arange(len(self._open) + 1)
         steps = len(self._open) - start
         window = np.arange(len(self._open)) - start[:, None]
@@ -263,7 +251,7 @@ class ReplayBuffer(TheirBuffer):
             self._tensor(self._normalize_obs(obs[start, env_index], env)),
             self._tensor(action[start, env_index].astype(self.action_space.dtype, copy=False)[:, None]),
             self._tensor(self._normalize_obs(next_obs[-1, env_index], env)),
-            self._tensor(np.zeros((len(start), 1), np.float32)),  # an episode's end would make windows whole
+            self._tensor(np.zeros((len(start), 1), np.float32)),  # the end of an episode would have made a window whole
             self._tensor(self._normalize_reward(total.astype(np.float32)[:, None], env)),
             self._tensor(discounts[steps].astype(np.float32)[:, None]),
         )
@@ -284,18 +272,18 @@ class ReplayBuffer(TheirBuffer):
         )
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
-        return torch.as_tensor(array, device=self.device)  # the memory is the batch's own: nobody writes to it again
+        return torch.as_tensor(array, device=self.device)  # may share the array, which belongs to this batch alone
 
 
 class PrioritizedDQN(DQN):
     """SB3's `DQN` with prioritized replay (Schaul et al. 2016, https://arxiv.org/abs/1511.05952).
 
-    The losses are weighted, the sizes of the TD errors become the priorities, and beta rises from where the buffer has
-    it (`replay_buffer_kwargs={"beta": 0.4, "alpha": 0.6}`) to 1 at the end of training. All arguments are `DQN`'s.
-    `n_steps` and `gamma` are those of the returns that the buffer makes, too.
+    Losses are weighted, absolute TD errors become the priorities, and beta rises from the buffer's initial value
+    (`replay_buffer_kwargs={"beta": 0.4, "alpha": 0.6}`) to 1 at the end of training. All arguments are those of `DQN`;
+    `n_steps` and `gamma` also apply to the returns that the buffer makes.
 
     Raises:
-        ValueError: `replay_buffer_class` is not `ReplayBuffer` (or made of it), or `replay_buffer_kwargs` contradict an
+        ValueError: `replay_buffer_class` is not `ReplayBuffer` or a subclass, or `replay_buffer_kwargs` contradict an
             argument of the model.
     """
 
@@ -310,16 +298,16 @@ class PrioritizedDQN(DQN):
             raise ValueError(
                 f"replay_buffer_class: expected pydqn's ReplayBuffer, got {kind.__name__} of {kind.__module__}"
             )
-        given, n_steps = self.replay_buffer_kwargs, getattr(self, "n_steps", 1)  # older releases have none
+        given, n_steps = self.replay_buffer_kwargs, getattr(self, "n_steps", 1)  # older releases lack it
         ours: dict[str, Any] = {"prioritized": True, "gamma": self.gamma}
-        if n_steps > 1:  # 1 may be what nobody said
+        if n_steps > 1:  # 1 is the default, which replay_buffer_kwargs may replace
             ours["n_steps"] = n_steps
         for name in [name for name in ours if name in given and given[name] != ours[name]]:
             instead = "use SB3's DQN" if name == "prioritized" else f"give {name} to the model"
-            expected = f"expected {name}={ours[name]!r}, as of the model, got {given[name]!r}"
+            expected = f"expected {name}={ours[name]!r}, as in the model, got {given[name]!r}"
             raise ValueError(f"replay_buffer_kwargs: {expected}; {instead}")
         self.priority_beta = float(given.get("beta", 0.4))
-        # SB3 says that a buffer of another class ignores `n_steps`. This one does not.
+        # SB3 warns that a buffer of another class ignores `n_steps`. This one does not, so SB3 is told 1.
         self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = kind, {**given, **ours}, 1
         try:
             super()._setup_model()
@@ -327,7 +315,7 @@ class PrioritizedDQN(DQN):
             self.replay_buffer_kwargs, self.n_steps = given, n_steps
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """Take gradient steps, as SB3's `DQN` does, weighted."""
+        """Take gradient steps as SB3's `DQN` does, on weighted losses."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         buffer, losses = self.replay_buffer, []
@@ -337,7 +325,7 @@ class PrioritizedDQN(DQN):
             batch, weight, index = buffer.sample_weighted(batch_size, self._vec_normalize_env)
             with torch.no_grad():
                 following = self.q_net_target(batch.next_observations).amax(dim=1, keepdim=True)
-                discounts = getattr(batch, "discounts", None)  # older releases have none
+                discounts = getattr(batch, "discounts", None)  # older releases lack them
                 discount = self.gamma if discounts is None else discounts
                 target = batch.rewards + (1 - batch.dones) * discount * following
             values = self.q_net(batch.observations).gather(1, batch.actions.long())

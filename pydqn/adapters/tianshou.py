@@ -1,4 +1,4 @@
-"""pydqn's replay buffer in Tianshou: the buffers of `tianshou.data` by their own names (see `VectorReplayBuffer`)."""
+"""pydqn's replay buffers for Tianshou, under the names of `tianshou.data` (see `VectorReplayBuffer`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydqn._util.checks import integer
-from pydqn.adapters._tianshou import SEEN, Lane, Refusals, add_others, exactly, fill, odd_columns, take
+from pydqn.adapters._tianshou import SEEN, EnvBuffer, Refusals, add_others, exactly, fill, odd_columns, take
 from pydqn.replay.transitions import TransitionReplay
 
 try:
@@ -26,33 +26,33 @@ _Positions = NDArray[np.int64]
 
 
 class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
-    """Tianshou's replay buffer of several environments with every frame stored once, and observations as they were.
+    """Tianshou's replay buffer of several environments, with every frame stored once and exact observations.
 
-    Positions, columns, statistics and what comes out are Tianshou's own, but for this:
+    Positions, columns, statistics and batches are Tianshou's own, with these differences:
 
-    * `obs_next` is always what a step led to. With `ignore_obs_next`, Tianshou returns `obs` once more where an episode
-      was cut off, and at each environment's newest step.
-    * With `stack_num`, stacks are those that a wrapper around the environment would give. Tianshou's begin anew at the
-      oldest step that is left, and those of `obs_next` at an episode's second observation.
-    * An episode ends where the next one begins, even if nobody said so: a trainer resets its collector, for example,
-      after random steps have been collected. `next`, `prev` and `unfinished_index` know, and so n-step returns do.
-    * `random_seed` counts. Tianshou's own draws the same steps from environments of equal length.
-    * `sample_indices(None)` is all in random order; slices of a buffer that is not full hold transitions only.
-    * `hasnull`, which a trainer calls after each collection, makes no copy of everything.
-    * A copy, pickled or not, goes on as the buffer would.
+    * `obs_next` is always what a step led to. With `ignore_obs_next`, Tianshou returns `obs` again where an episode was
+      truncated, and at each environment's newest step.
+    * With `stack_num`, stacks are those that a wrapper around the environment would return. Tianshou's are padded at
+      the oldest step that is left, and those of `obs_next` at an episode's second observation.
+    * An episode ends where the next one begins, even if no flag said so: a trainer resets its collector, for example,
+      after random steps have been collected. `next`, `prev`, `unfinished_index` and n-step returns respect that.
+    * `random_seed` is used. Tianshou's own buffer draws the same steps from environments of equal length.
+    * `sample_indices(None)` returns all in random order. Slices of a buffer that is not full hold only transitions.
+    * `hasnull`, which a trainer calls after each collection, does not copy the whole buffer.
+    * A copy, pickled or not, behaves as the buffer itself would.
 
-    Where episodes are shorter than 32 steps, images may fall out before their positions are used again (see
-    `pydqn.TransitionReplay`); those are neither drawn nor counted. Files and pickles are Tianshou's own kind, which
-    runs what it holds: load only those of people whom you trust.
+    Where episodes are shorter than 32 steps, images may be overwritten before their positions are used again (see
+    `pydqn.TransitionReplay`). Such transitions are neither drawn nor counted. Files and pickles are of Tianshou's own
+    kind, which runs the code in it: load them only from people whom you trust.
 
     Args:
         total_size: transitions over all environments; each keeps its newest `ceil(total_size / buffer_num)`.
         buffer_num: how many environments there are.
         stack_num: observations in a stack; 1 to return them as they come.
-        save_only_last_obs: observations come as stacks along their first axis, and the newest of each is what counts.
-            Where they come `stack_num` at a time they are returned as they came.
-        ignore_obs_next, sample_avail: accepted and not needed, as observations are exact and stacks whole.
-        random_seed: of the generator that draws.
+        save_only_last_obs: observations come as stacks along their first axis, and only the newest of each is needed.
+            Stacks of exactly `stack_num` are returned as they came.
+        ignore_obs_next, sample_avail: accepted and ignored, as observations are exact and stacks complete.
+        random_seed: of the sampler's own generator.
         stack: frames in an observation, where `stack_num` is 1; None to tell by its shape and the first step (see
             `pydqn.TransitionReplay`).
 
@@ -61,7 +61,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
     """
 
     transitions: TransitionReplay | None = None
-    """Where the frames are, from the first `add` on. `_meta.obs` holds the indices there, or -1."""
+    """Holds the observations, from the first `add` on. `_meta.obs` holds their indices, or -1."""
 
     def __init__(
         self,
@@ -75,14 +75,14 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         *,
         stack: int | None = None,
     ) -> None:
-        self._lane_size = integer("total_size", math.ceil(total_size / integer("buffer_num", buffer_num, 1)), 1)
+        self._size_per_env = integer("total_size", math.ceil(total_size / integer("buffer_num", buffer_num, 1)), 1)
         options = (integer("stack_num", stack_num, 1), ignore_obs_next, save_only_last_obs, sample_avail)
-        theirs.ReplayBufferManager.__init__(self, [Lane(self._lane_size, *options) for _ in range(buffer_num)])
+        theirs.ReplayBufferManager.__init__(self, [EnvBuffer(self._size_per_env, *options) for _ in range(buffer_num)])
         self._random_state = np.random.RandomState(random_seed)  # Tianshou's kind
         self._stack = stack
-        self._newest_alone, self._save_only_last_obs = save_only_last_obs, False  # it would cut indices, too
-        self._breaks = np.zeros(self.maxsize, bool)  # where episodes end though nobody said so
-        self._least = np.zeros(self.buffer_num, np.int64)  # the index, per environment, from which on all is held
+        self._newest_alone, self._save_only_last_obs = save_only_last_obs, False  # Tianshou would cut indices, too
+        self._breaks = np.zeros(self.maxsize, bool)  # positions at which episodes end without a flag
+        self._least = np.zeros(self.buffer_num, np.int64)  # per environment: all indices from here on are held
         self._seen_nan = False
 
     def __len__(self) -> int:
@@ -94,16 +94,19 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return f"<{type(self).__name__}: {len(self)} of {self.maxsize} transitions in {self.buffer_num} environments>"
 
     def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
-        """Store a transition of each environment; return Tianshou's positions, and returns, lengths, starts of ended episodes.
+        """Store one transition of each environment.
 
         Args:
-            batch: n rows of obs, obs_next (at the end of an episode its last), act, rew, terminated and truncated;
-                info and policy, if there are any. Observations are arrays of numbers.
+            batch: n rows of obs, obs_next (at the end of an episode its last observation), act, rew, terminated and
+                truncated; info and policy are optional. Observations are arrays of numbers.
             buffer_ids: (n,) different environments; None for all.
 
+        Returns:
+            As Tianshou: positions, and returns, lengths and start positions of the episodes that ended, (n,) each.
+
         Raises:
-            ValueError: observations are missing, no arrays of numbers, of another shape than the first ones, or
-                `obs_next` is not `obs` moved on by a frame (then make the buffer with `stack=1`).
+            ValueError: observations are missing, no arrays of numbers or of another shape than the first ones, or
+                `obs_next` is not `obs` moved on by a frame (in that case, make the buffer with `stack=1`).
         """
         env_indices = np.arange(self.buffer_num) if buffer_ids is None else np.asarray(buffer_ids)
         obs, obs_next = (self._observations(batch, name, len(env_indices)) for name in SEEN)
@@ -140,26 +143,26 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return array
 
     def _make(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Take memory for observations like the first ones."""
+        """Allocate memory for observations like the first ones."""
         if self._newest_alone and not shape:
             raise ValueError("obs: expected stacks, as save_only_last_obs says, got single numbers")
         depth, frame = self.stack_num, shape[1:] if self._newest_alone else shape
         self._shape, self._out = shape, (depth, *frame) if depth > 1 else frame
-        # Stacks come as they are to be returned, or are made here of the newest observations.
+        # Stacks come as they have to be returned, or are made here from the newest observations.
         self._stacks_here = depth > 1 and not (self._newest_alone and shape[0] == depth)
         kept, stack = ((depth, math.prod(frame)), depth) if depth > 1 or self._newest_alone else (shape, self._stack)
         padding = "first" if self._stacks_here else None
         num_envs = self.buffer_num
         self.transitions = TransitionReplay(self.maxsize, kept, dtype, num_envs=num_envs, stack=stack, padding=padding)
-        self._latest = np.zeros((num_envs, *self._out), dtype)  # stacks that the environments' latest steps led to
-        self._open = np.zeros(num_envs, bool)  # whether episodes go on from there
+        self._latest = np.zeros((num_envs, *self._out), dtype)  # stacks to which the environments' latest steps led
+        self._open = np.zeros(num_envs, bool)  # whether these episodes have not ended
 
     def _store(
         self, obs: NDArray[Any], obs_next: NDArray[Any], done: NDArray[Any], env_indices: NDArray[Any]
     ) -> _Positions:
-        """Hand observations to the memory; return the transitions' indices there, (n,)."""
-        memory, count = self.transitions, len(env_indices)
-        assert memory is not None
+        """Store observations; return the transitions' indices in `transitions`, (n,)."""
+        transitions, count = self.transitions, len(env_indices)
+        assert transitions is not None
         if self._newest_alone and (self._stacks_here or self.stack_num == 1):
             obs, obs_next = obs[:, -1], obs_next[:, -1]
         if self._stacks_here:
@@ -167,19 +170,20 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
             follows = self._open[env_indices] & (obs == before[:, -1]).reshape(count, -1).all(axis=1)
             before[~follows] = obs[~follows, None]
             obs, obs_next = before, np.concatenate([before[:, 1:], obs_next[:, None]], axis=1)
-        obs, obs_next = obs.reshape(count, *memory.shape), obs_next.reshape(count, *memory.shape)
-        nothing, no = np.zeros(count, np.int64), np.zeros(count, bool)  # Tianshou's columns hold whatever there is
+        shape = (count, *transitions.obs_shape)
+        nothing, no = np.zeros(count, np.int64), np.zeros(count, bool)  # Tianshou's own columns hold these
         every = np.array_equal(env_indices, np.arange(self.buffer_num))
-        index = memory.add(obs, obs_next, nothing, nothing, no, no, None if every else env_indices)
-        if self._stacks_here:  # behind what may refuse them
+        chosen = None if every else env_indices
+        index = transitions.append(obs.reshape(shape), obs_next.reshape(shape), nothing, nothing, no, no, chosen)
+        if self._stacks_here:  # only now, as `append` may have refused them
             self._latest[env_indices], self._open[env_indices] = obs_next.reshape(count, *self._out), ~done
-        # Frames fall out one by one. What is newer by less than a stack may still be whole, but need not.
-        lost = index // self.buffer_num + 2 - memory.frame_replay.capacity // self.buffer_num
-        self._least[env_indices] = np.where(lost > 0, (lost + memory.stacks.stack - 1) * self.buffer_num, 0)
+        # Frames are overwritten one by one. Transitions newer by less than a stack may still be complete, or not.
+        lost = index // self.buffer_num + 2 - transitions.frame_replay.capacity // self.buffer_num
+        self._least[env_indices] = np.where(lost > 0, (lost + transitions.stacks.stack - 1) * self.buffer_num, 0)
         return index
 
     def __getitem__(self, index: Any) -> Any:
-        """Return the transitions at some positions, as Tianshou does; the arrays are the caller's own.
+        """Return the transitions at some positions, as Tianshou does, in new arrays.
 
         Raises:
             ValueError: no transition is held at one of them.
@@ -191,7 +195,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return Batch({"obs": obs, "obs_next": obs_next, **columns, **others})
 
     def get(self, index: Any, key: str, default_value: Any = None, stack_num: int | None = None) -> Any:
-        """Return a column at some positions, as Tianshou does; `obs` and `obs_next` as they were."""
+        """Return a column at some positions, as Tianshou does, with exact `obs` and `obs_next`."""
         if key not in SEEN:
             return super().get(index, key, default_value, stack_num)
         if stack_num not in (None, self.stack_num):
@@ -210,13 +214,13 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         shape = (*positions.shape, *self._out)
         if not positions.size:
             return np.empty(shape, self._latest.dtype), np.empty(shape, self._latest.dtype)
-        batch = self.transitions.gather(self._meta.obs[positions].reshape(-1), apart=True)  # callers may write to them
+        batch = self.transitions.gather(self._meta.obs[positions].reshape(-1), apart=True)  # callers may write to both
         return batch.obs.reshape(shape), batch.next_obs.reshape(shape)
 
     def _held(self, positions: _Positions) -> NDArray[np.bool_]:
         if not self._meta.get_keys():
             return np.zeros(positions.shape, bool)
-        return np.asarray(self._meta.obs[positions] >= self._least[positions // self._lane_size])
+        return np.asarray(self._meta.obs[positions] >= self._least[positions // self._size_per_env])
 
     def sample_indices(self, batch_size: int | None) -> _Positions:
         """Draw positions of transitions, with replacement.
@@ -230,8 +234,8 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         if batch_size is not None and batch_size < 0:
             return np.array([], np.int64)
         if not batch_size:
-            steps = np.arange(self._lane_size)
-            every = (self._oldest()[:, None] + steps) % self._lane_size + self._offset[:, None]
+            steps = np.arange(self._size_per_env)
+            every = (self._oldest()[:, None] + steps) % self._size_per_env + self._offset[:, None]
             every = every[steps < self._lengths[:, None]]
             every = every[self._held(every)]
             return every if batch_size == 0 else np.asarray(self._random_state.permutation(every))
@@ -243,7 +247,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return drawn
 
     def _draw(self, count: int) -> _Positions:
-        """Draw from all positions that were given out, held or not."""
+        """Draw from all positions in use, whether their transitions are held or not."""
         ends = np.cumsum(self._lengths)
         numbers: _Positions = self._random_state.randint(ends[-1], size=count)
         if ends[-1] == self.maxsize:
@@ -251,9 +255,9 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return np.asarray(numbers + (self._offset - ends + self._lengths)[np.searchsorted(ends, numbers, side="right")])
 
     def _oldest(self) -> NDArray[np.int64]:
-        """Return where each environment's oldest transition is, from the environment's first position on."""
-        full = self._lengths == self._lane_size
-        return np.where(full, (self.last_index - self._offset + 1) % self._lane_size, 0)
+        """Return each environment's oldest transition, counted from the environment's first position."""
+        full = self._lengths == self._size_per_env
+        return np.where(full, (self.last_index - self._offset + 1) % self._size_per_env, 0)
 
     def next(self, index: Any) -> Any:
         """Return the next positions of the same episodes; the same where there is none."""
@@ -266,7 +270,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return np.where(self._breaks[before] | ~self._held(before), here, before)[()]
 
     def unfinished_index(self) -> _Positions:
-        """Return the latest positions of episodes without an end: those that go on, and those that were broken off."""
+        """Return the last positions of episodes that have not ended, or that were interrupted."""
         return np.union1d(super().unfinished_index(), np.flatnonzero(self._breaks))
 
     def reset(self, keep_statistics: bool = False) -> None:
@@ -288,14 +292,14 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         return self._seen_nan or any(Batch(column=column[rows]).hasnull() for column in odd)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "buffers": [{**env_index.__dict__, "_meta": Batch()} for env_index in self.buffers]}
+        return {**self.__dict__, "buffers": [{**buffer.__dict__, "_meta": Batch()} for buffer in self.buffers]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, buffers=np.empty(len(state["buffers"]), object))
         for number, values in enumerate(state["buffers"]):
-            self.buffers[number] = env_index = Lane.__new__(Lane)
-            env_index.__dict__.update(values)
-        if self._meta.get_keys():  # what is a part of a column has to be one again
+            self.buffers[number] = buffer = EnvBuffer.__new__(EnvBuffer)
+            buffer.__dict__.update(values)
+        if self._meta.get_keys():  # the environments' columns are views of the whole buffer's
             self._set_batch_for_children()
 
     def save_hdf5(self, path: str, compression: str | None = None) -> None:
@@ -305,16 +309,16 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
 
 
 class PrioritizedVectorReplayBuffer(VectorReplayBuffer, theirs.PrioritizedVectorReplayBuffer):
-    """The same with transitions drawn in proportion to their priorities (Schaul et al. 2016).
+    """`VectorReplayBuffer` with transitions drawn in proportion to their priorities (Schaul et al. 2016).
 
-    Tianshou's sum tree, priorities and weights, but for this: `set_beta`, `weight_norm` and `random_seed` count;
-    `reset` forgets priorities, too (Tianshou's goes on drawing what it has forgotten); without `weight_norm`, weights
-    are (p / smallest p so far)^(-alpha beta).
+    The sum tree, priorities and weights are Tianshou's, with these differences: `set_beta`, `weight_norm` and
+    `random_seed` take effect; `reset` forgets priorities, too (Tianshou's buffer still draws what it has forgotten);
+    without `weight_norm`, weights are (p / smallest p so far)^(-alpha beta).
 
     Args:
         total_size, buffer_num: as of `VectorReplayBuffer`.
-        alpha: the exponent of priorities, above 0.
-        beta: the exponent of weights, from 0 on.
+        alpha: exponent of the priorities, above 0.
+        beta: exponent of the weights, at least 0.
         weight_norm: whether weights are divided by the largest of the batch.
         options: all others of `VectorReplayBuffer`.
     """
@@ -327,11 +331,11 @@ class PrioritizedVectorReplayBuffer(VectorReplayBuffer, theirs.PrioritizedVector
         super().__init__(total_size, buffer_num, **options)
         ours = {**self.__dict__, "options": {**self.options, "alpha": alpha, "beta": beta}}
         theirs.PrioritizedReplayBuffer.__init__(self, self.maxsize, alpha, beta, weight_norm)
-        self.__dict__.update(ours)  # that one has begun the buffer anew
+        self.__dict__.update(ours)  # as Tianshou's __init__ has reset the buffer
 
     def _draw(self, count: int) -> _Positions:
         drawn = self.weight.get_prefix_sum_idx(self._random_state.random_sample(count) * self.weight.reduce())
-        drawn = np.minimum(drawn, self.maxsize - 1)  # rounded up, it may be one of the leaves that fill the tree
+        drawn = np.minimum(drawn, self.maxsize - 1)  # rounding may hit one of the leaves that pad the tree
         if len(lost := drawn[~self._held(drawn)]):
             self.weight[lost] = np.zeros(len(lost))
         return np.asarray(drawn)
@@ -341,7 +345,7 @@ class PrioritizedVectorReplayBuffer(VectorReplayBuffer, theirs.PrioritizedVector
         return (self.weight[index] / self._min_prio**self._alpha) ** -self._beta
 
     def __getitem__(self, index: Any) -> Any:
-        """Return transitions as `VectorReplayBuffer`, with their `weight`."""
+        """Return transitions as `VectorReplayBuffer` does, with their `weight`."""
         positions = self._positions(index)
         batch, weight = super().__getitem__(positions), self.get_weight(positions)
         batch.weight = weight / np.max(weight) if self._weight_norm else weight
@@ -360,33 +364,33 @@ class PrioritizedVectorReplayBuffer(VectorReplayBuffer, theirs.PrioritizedVector
 class ReplayBuffer(VectorReplayBuffer):
     """`VectorReplayBuffer` of one environment: `ReplayBuffer(size, ...)`.
 
-    It keeps what else a batch holds, as Tianshou's does: `add(Batch(..., value=7.0))`, then `buffer[:].value`.
+    As Tianshou's, it also keeps other entries of a batch: `add(Batch(..., value=7.0))`, then `buffer[:].value`.
     """
 
     def __init__(self, size: int, *options: Any, **named: Any) -> None:
         super().__init__(size, 1, *options, **named)
 
     def add(self, batch: Any, buffer_ids: ArrayLike | None = None) -> tuple[NDArray[Any], ...]:
-        """Store a transition; without `buffer_ids`, its arrays have no axis of rows."""
+        """Store one transition; without `buffer_ids`, its arrays have no leading axis."""
         rows, env_indices = (Batch.stack([batch]), [0]) if buffer_ids is None else (batch, buffer_ids)
         added = super().add(rows, env_indices)
         add_others(self, added[0], rows)
         return added
 
     def update(self, buffer: Any) -> Any:
-        """Take over another buffer's transitions, Tianshou's or ours, oldest first; returns their positions here.
+        """Add the transitions of another buffer, Tianshou's or ours, oldest first; return their positions here.
 
         Raises:
-            ValueError: one of the two stacks observations (`stack_num`), or keeps the newest of stacks only.
+            ValueError: one of the two buffers has `stack_num` above 1 or `save_only_last_obs`.
         """
         return take(self, buffer)
 
     @classmethod
     def from_data(cls, obs: Any, act: Any, rew: Any, terminated: Any, truncated: Any, done: Any, obs_next: Any) -> Any:
-        """Return a buffer of these transitions, one a row (arrays or datasets of h5py), in order of time.
+        """Return a buffer of these transitions, one per row of arrays or of h5py datasets, in order of time.
 
         Raises:
-            ValueError: they are not of one length, or `done` is not `terminated` or `truncated`.
+            ValueError: lengths differ, or `done` is not `terminated or truncated`.
         """
         if issubclass(cls, theirs.PrioritizedReplayBuffer):
             raise NotImplementedError(

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 PACKAGES, NEEDS, TESTS_IN = ["gymnasium", "torch"], ["tyro", "tensorboard"], "tests"
-ON_PURPOSE: dict[str, str] = {}
+EXPECTED_TO_FAIL: dict[str, str] = {}
 # CleanRL pins Gymnasium 0.29. Later ones name wrappers otherwise, and register no Atari games by themselves.
 MAY_FAIL = {"*test_atari_gymnasium.py::*": "needs Gymnasium 0.29"} if int(version("gymnasium")[0]) else {}
 if find_spec("huggingface_hub") is None:
@@ -35,10 +35,10 @@ def prepared(checkout, scratch):
 
 
 def selection(root):
-    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    """Return the arguments with which pytest chooses the tests of the checkout `root`."""
     tests = [root / "tests" / name for name in ("test_atari_gymnasium.py", "test_classic_control_gymnasium.py")]
     return [*map(str, tests), "-k", "(dqn or c51 or rainbow) and not eval"]
 
 
 def substitute():
-    """Nothing: the scripts are changed instead."""
+    """Do nothing: `prepared` has changed the scripts."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from sb3_tests import put_in_place
 
 PACKAGES, NEEDS, TESTS_IN = ["sb3-contrib", "stable-baselines3"], ["sb3_contrib"], "tests"
-ON_PURPOSE = {
+EXPECTED_TO_FAIL = {
     "*test_save_load.py::test_save_load_replay_buffer?QRDQN?": "reads the array buffer.observations",
 }
 MAY_FAIL: dict[str, str] = {}
 
 
 def selection(root):
-    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    """Return the arguments with which pytest chooses the tests of the checkout `root`."""
     return [str(root / "tests"), "-k", "qrdqn"]
 
 

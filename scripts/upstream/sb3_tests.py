@@ -4,20 +4,20 @@ from __future__ import annotations
 
 PACKAGES, NEEDS, TESTS_IN = ["stable-baselines3"], ["stable_baselines3"], "tests"
 
-# The names of tests, in which * and ? stand for anything: why they fail with our buffer.
-ON_PURPOSE = {
+# Patterns of test names, with the reasons why they fail with our buffer.
+EXPECTED_TO_FAIL = {
     "*test_n_step_replay.py::test_run?DQN?": "asks for SB3's own class of n-step buffers; ours is one class for all n",
-    "*test_save_load.py::test_save_load_replay_buffer?DQN?": "reads the array buffer.observations, which ours has not",
+    "*test_save_load.py::test_save_load_replay_buffer?DQN?": "reads the array buffer.observations, which ours lacks",
 }
-# The same of tests that fail with any buffer, on some machines.
+# The same for tests that fail with any buffer, on some machines.
 MAY_FAIL = {
     "*test_callbacks.py::test_callbacks?DQN?": "needs tqdm and rich: pip install 'stable-baselines3[extra]'",
-    "*test_logger.py::test_fps_logger?DQN?": "measures speed, which a busy machine has not",
+    "*test_logger.py::test_fps_logger?DQN?": "measures speed, which fails on a busy machine",
 }
 
 
 def selection(root):
-    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    """Return the arguments with which pytest chooses the tests of the checkout `root`."""
     return [str(root / "tests"), "-k", "dqn"]
 
 
@@ -29,7 +29,7 @@ def substitute():
 
 
 def put_in_place(algorithm):
-    """Let an algorithm of SB3's kind make our buffer."""
+    """Let an algorithm of SB3 make our buffer."""
     from gymnasium import spaces
 
     from pydqn.adapters.sb3 import ReplayBuffer

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 PACKAGES, NEEDS, TESTS_IN = ["tianshou"], ["tianshou"], "test"
 
-# The names of tests, in which * and ? stand for anything: why they fail with our buffer, and why with any.
-ON_PURPOSE: dict[str, str] = {}
+# Patterns of test names, with the reasons why they fail with our buffer, or with any buffer.
+EXPECTED_TO_FAIL: dict[str, str] = {}
 MAY_FAIL: dict[str, str] = {}
 
 
 def selection(root):
-    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    """Return the arguments with which pytest chooses the tests of the checkout `root`."""
     return [str(root / "test" / "discrete"), "-k", "dqn or c51 or qrdqn or rainbow"]
 
 
@@ -22,6 +22,8 @@ def substitute():
 
     from pydqn.adapters import tianshou as ours
 
-    ours.theirs = SimpleNamespace(**vars(data))  # ours are made of Tianshou's own
+    ours.theirs = SimpleNamespace(
+        **vars(data)
+    )  # ours derive from Tianshou's own classes
     for name in ours.__all__:
         setattr(data, name, getattr(ours, name))

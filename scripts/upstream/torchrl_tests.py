@@ -4,13 +4,13 @@ from __future__ import annotations
 
 PACKAGES, NEEDS, TESTS_IN = ["torchrl"], ["torchrl"], "test"
 
-# The names of tests, in which * and ? stand for anything: why they fail with our buffer, and why with any.
-ON_PURPOSE: dict[str, str] = {}
+# Patterns of test names, with the reasons why they fail with our buffer, or with any buffer.
+EXPECTED_TO_FAIL: dict[str, str] = {}
 MAY_FAIL: dict[str, str] = {}
 
 
 def selection(root):
-    """Return what pytest is given to choose the tests, which are in the checkout `root`."""
+    """Return the arguments with which pytest chooses the tests of the checkout `root`."""
     return [str(root / "test"), "-k", "TensorDictReplayBuffer"]
 
 

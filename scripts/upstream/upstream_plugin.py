@@ -1,4 +1,4 @@
-"""The pytest plugin of `scripts/upstream-tests`: puts our buffer in place and writes down what came of each test."""
+"""The pytest plugin of `scripts/upstream-tests`: puts our buffer in place and records the result of each test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pydqn.transitions import TransitionReplay
+from pydqn.replay.transitions import TransitionReplay
 
 made = 0  # buffers of ours
 

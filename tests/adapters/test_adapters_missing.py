@@ -9,12 +9,12 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("room", "package"), [("sb3", "stable_baselines3"), ("torchrl", "torchrl"), ("tianshou", "tianshou")]
+    ("adapter", "package"), [("sb3", "stable_baselines3"), ("torchrl", "torchrl"), ("tianshou", "tianshou")]
 )
-def test_what_is_missing_is_named(room, package, monkeypatch):
-    monkeypatch.delitem(sys.modules, f"pydqn.adapters.{room}", raising=False)
+def test_what_is_missing_is_named(adapter, package, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"pydqn.adapters.{adapter}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ImportError, match=r"pip install 'pydqn\[adapters\]'"):
-        importlib.import_module(f"pydqn.adapters.{room}")
+        importlib.import_module(f"pydqn.adapters.{adapter}")

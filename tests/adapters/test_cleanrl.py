@@ -1,4 +1,4 @@
-"""CleanRL's scripts call the buffer just so; what they get is what the environments did, truncations included."""
+"""With CleanRL's calls, the buffer returns what the environments did, truncations included."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one_thread():
 
 
 class Recorder(gym.Wrapper):
-    """Writes down all that an environment really did: (obs, action, reward, next_obs, terminated, truncated)."""
+    """Records what an environment did: (obs, action, reward, next_obs, terminated, truncated)."""
 
     def __init__(self, env):
         super().__init__(env)
@@ -51,9 +51,9 @@ def breakout():
     return Recorder(gym.wrappers.FrameStackObservation(env, 4))
 
 
-def play(make, mode, add, steps, env_indices, seed=0):
-    """The scripts' loop; return the environments."""
-    envs = SyncVectorEnv([make for _ in range(env_indices)], autoreset_mode=mode)
+def play(make, mode, add, steps, num_envs, seed=0):
+    """Run the scripts' loop; return the environments."""
+    envs = SyncVectorEnv([make for _ in range(num_envs)], autoreset_mode=mode)
     envs.action_space.seed(seed)
     obs, _ = envs.reset(seed=seed)
     for _ in range(steps):
@@ -69,7 +69,7 @@ def play(make, mode, add, steps, env_indices, seed=0):
 
 
 def assert_really_happened(transitions, envs):
-    """All that is held is what the environments did, in order, and nothing that they did recently is missing."""
+    """Assert that the buffer holds the newest steps of each environment, in order, with none missing."""
     indices = transitions.frame_replay.valid_indices()
     for env_index, env in enumerate(envs.envs):
         batch = transitions.gather(indices[indices % len(envs.envs) == env_index])
@@ -89,14 +89,14 @@ def assert_really_happened(transitions, envs):
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 @pytest.mark.parametrize(("make", "steps"), [(cartpole, 400), (breakout, 300)])
 def test_what_is_held_really_happened(make, steps, mode):
-    """Truncations are not told, but for vectors with resets that were taken for steps: nothing else tells of those."""
-    told = make is cartpole and mode == AutoresetMode.NEXT_STEP
+    """Truncations are not passed, except for vectors with next-step autoreset, where nothing else shows a reset."""
+    passed = make is cartpole and mode == AutoresetMode.NEXT_STEP
     env = make()
-    arguments = {"optimize_memory_usage": True, "handle_timeout_termination": False, "next_step_autoreset": told}
+    arguments = {"optimize_memory_usage": True, "handle_timeout_termination": False, "next_step_autoreset": passed}
     buffer = ReplayBuffer(400, env.observation_space, env.action_space, "cpu", 2, **arguments)
 
     def add(obs, next_obs, actions, rewards, terminations, truncations, infos):
-        buffer.add(obs, next_obs, actions, rewards, terminations, infos, *([truncations] if told else []))
+        buffer.add(obs, next_obs, actions, rewards, terminations, infos, *([truncations] if passed else []))
 
     envs = play(make, mode, add, steps, 2)
     assert_really_happened(buffer.transitions, envs)
@@ -108,8 +108,8 @@ def test_what_is_held_really_happened(make, steps, mode):
     assert (data.actions.dtype, data.rewards.dtype, data.dones.dtype) == (torch.int64, torch.float32, torch.float32)
 
 
-def test_a_list_of_infos_tells_of_time_limits():
-    """As older scripts have it: `dones`, and SB3's infos."""
+def test_time_limits_in_a_list_of_infos():
+    """As in older scripts: `dones`, and SB3's infos."""
     space = spaces.Box(-1, 1, (1,))
     buffer = ReplayBuffer(10, space, spaces.Discrete(2), "cpu", 2)
     obs = np.zeros((2, 1), np.float32)
@@ -119,18 +119,18 @@ def test_a_list_of_infos_tells_of_time_limits():
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2)])
-@pytest.mark.parametrize("told", [False, True])
-def test_flags_come_in_any_shape(shape, told):
+@pytest.mark.parametrize("passed", [False, True])
+def test_flags_come_in_any_shape(shape, passed):
     space = spaces.Box(-1, 1, (1,))
     obs, ends = np.zeros((2, 1), np.float32), np.ones(shape, bool)
-    infos, cut = [{"TimeLimit.truncated": not told}, {}], np.array([told, False]).reshape(shape)
+    infos, cut = [{"TimeLimit.truncated": not passed}, {}], np.array([passed, False]).reshape(shape)
     buffer = ReplayBuffer(10, space, spaces.Discrete(2), "cpu", 2)
     done = ends & ~cut
-    buffer.add(obs, obs + 1, np.zeros(shape, int), np.ones(shape), done, infos, cut if told else None)
+    buffer.add(obs, obs + 1, np.zeros(shape, int), np.ones(shape), done, infos, cut if passed else None)
     assert buffer.transitions.gather([0, 1]).discount.tolist() == [1.0, 0.0]
     rainbow = PrioritizedReplayBuffer(10, (1,), "cpu", 1, 0.5, num_envs=2, dtype="float32")
-    rainbow.add(obs, np.zeros(shape, int), np.ones(shape), obs + 1, done, cut if told else None)
-    assert rainbow.transitions.gather([0, 1]).discount.tolist() == ([0.5, 0.0] if told else [0.0, 0.0])
+    rainbow.add(obs, np.zeros(shape, int), np.ones(shape), obs + 1, done, cut if passed else None)
+    assert rainbow.transitions.gather([0, 1]).discount.tolist() == ([0.5, 0.0] if passed else [0.0, 0.0])
 
 
 def test_each_frame_is_stored_once():
@@ -141,7 +141,7 @@ def test_each_frame_is_stored_once():
 
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_rainbow_windows(n_step):
-    """Every step of an episode starts a window, the last ones of an episode shorter ones; none crosses its end."""
+    """Every step starts a window; those at the end of an episode are shorter, and none crosses the end."""
     env = breakout()
     buffer = PrioritizedReplayBuffer(300, env.observation_space.shape, "cpu", n_step, 0.9, 0.5, 0.4, 1e-6)
 
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_script_learns_cartpole():
-    """In the manner of CleanRL's dqn.py, with its settings but for a shorter run."""
+    """Like CleanRL's dqn.py, with its settings but a shorter run."""
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     random = np.random.default_rng(1)

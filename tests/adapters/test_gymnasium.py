@@ -1,4 +1,4 @@
-"""The wrappers beside Gymnasium's own pair, bare consoles and a naive stack."""
+"""The wrapper for one environment, compared with Gymnasium's own pair and with a bare emulator."""
 
 from __future__ import annotations
 
@@ -7,56 +7,24 @@ import itertools
 import pickle
 
 import ale_py
-import cv2
 import gymnasium
 import numpy as np
 import pytest
 from ale_py import roms
-from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import AtariPreprocessing as TheirPreprocessing
 from gymnasium.wrappers import FrameStackObservation, RecordEpisodeStatistics, TimeLimit
 
 from pydqn.adapters.gymnasium import AtariPreprocessing
 from pydqn.preprocess import crop_area, crop_nearest
-
-gymnasium.register_envs(ale_py)
-MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
-
-
-def make(game="Breakout", frameskip=1, **options):
-    return gymnasium.make(f"ALE/{game}-v5", frameskip=frameskip, **options)
+from tests.helpers.atari_wrappers import make, same, shrink
 
 
 def their_pair(env, stack=4, padding="reset", **options):
     return FrameStackObservation(TheirPreprocessing(env, **options), stack, padding_type=padding)
 
 
-def shrink(gray):
-    return cv2.resize(gray, (84, 84), interpolation=cv2.INTER_AREA)
-
-
-def same(ours, theirs):
-    """Compare results of `reset` or `step`, one or many environments; of infos, whatever is in them."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, tuple):
-        assert len(ours) == len(theirs)
-        for parts in zip(ours, theirs, strict=True):
-            same(*parts)
-    elif isinstance(ours, dict):
-        assert set(ours) == set(theirs)
-        for key in ours:
-            same(ours[key], theirs[key])
-    elif isinstance(ours, np.ndarray) and ours.dtype == object:
-        same(tuple(ours), tuple(theirs))
-    elif isinstance(ours, np.ndarray):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
-    else:
-        assert ours == theirs
-
-
-CASES = {  # among them screens of 210, 220, 230 and 250 rows
-    "breakout, lives": ("Breakout", {}, {"terminal_on_life_loss": True}),
+CASES = {  # with screens of 210, 220, 230 and 250 rows
+    "breakout, lives, ram": ("Breakout", {"obs_type": "ram"}, {"terminal_on_life_loss": True}),
     "pong, limit of steps": ("Pong", {"max_episode_steps": 203}, {"padding": "zero"}),
     "space invaders, not sticky": ("SpaceInvaders", {"repeat_action_probability": 0.0}, {"noop_max": 0}),
     "pooyan, cap of frames": ("Pooyan", {"max_num_frames_per_episode": 222}, {"padding": "zero", "frame_skip": 3}),
@@ -69,11 +37,12 @@ CASES = {  # among them screens of 210, 220, 230 and 250 rows
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_pair_of_gymnasium(case):
-    """Bit for bit, but for the last frame of an episode: that of Gymnasium is an old one."""
+    """Bit for bit, except for the last frame of an episode: Gymnasium's is an old one."""
     game, made, options = CASES[case]
-    stack = options.pop("stack", 4) if (options := dict(options)) else 4
-    ours = AtariPreprocessing(make(game, **made), stack=stack, **options)
-    theirs = their_pair(make(game, **made), stack, **options)
+    options = {"stack": 4, **options}
+    ours = AtariPreprocessing(make(game, **made), **options)
+    made = {**made, "obs_type": made.get("obs_type", "rgb").replace("ram", "rgb")}  # theirs cannot wrap the other
+    theirs = their_pair(make(game, **made), **options)
     assert ours.observation_space == theirs.observation_space
     assert ours.action_space == theirs.action_space
     same(ours.reset(seed=0), theirs.reset(seed=0))
@@ -107,7 +76,7 @@ def test_without_a_stack_it_is_the_wrapper_of_that_name():
 
 
 class Console:
-    """A bare console that is not sticky, frame by frame."""
+    """A bare emulator without sticky actions, frame by frame."""
 
     def __init__(self, game):
         self.ale = ale_py.ALEInterface()
@@ -123,7 +92,7 @@ class Console:
 
 
 def last_of_an_episode(env, actions):
-    """Play to the end of an episode; returns the last observation and the one before."""
+    """Play to the end of an episode; return the last observation, the one before and the number of frames."""
     observation, _ = env.reset()
     truncated = False
     while not truncated:
@@ -135,7 +104,7 @@ def last_of_an_episode(env, actions):
 @pytest.mark.parametrize("frames", [1, 45, 46, 47, 48])
 @pytest.mark.parametrize("limit", ["max_episode_steps", "max_num_frames_per_episode"])
 def test_the_last_frame_of_a_truncated_episode_is_new(limit, frames):
-    """Gymnasium's is old; when that fails here, it has been mended there."""
+    """Ours shows the last frame, where Gymnasium's observation is the one before."""
     console = Console("breakout")
     actions = np.repeat([1, 2, 3, 2], 12)  # every skip divides 12
     for action in actions:
@@ -155,18 +124,18 @@ def test_the_last_frame_of_a_truncated_episode_is_new(limit, frames):
 
 
 def test_the_frame_of_a_lost_life_is_new():
-    """Pooled with the one before where that was taken: at the first frame of a skip and at the last."""
+    """It is pooled with the frame before where that was read: at the first frame of a skip and at the last."""
     env = AtariPreprocessing(make(repeat_action_probability=0.0), noop_max=0, terminal_on_life_loss=True)
     seen, differ = set(), 0
     for offset in range(4):  # of the skip to the frame of the loss
-        console, opening = Console("breakout"), [1] * (12 + offset)
+        console, start = Console("breakout"), [1] * (12 + offset)
         env.reset()
-        for action in opening:
+        for action in start:
             console.act(action)
             env.env.step(action)
         terminated, step = False, 0
         while not terminated:
-            action, step = 2 + step // 5 % 2, step + 1  # the paddle goes to and fro
+            action, step = 2 + step // 5 % 2, step + 1  # the paddle moves to and fro
             lives, count, lost = console.ale.lives(), 0, False
             while count < 4 and not lost:
                 console.act(action)
@@ -183,43 +152,23 @@ def test_the_frame_of_a_lost_life_is_new():
     assert differ > 2
 
 
-class Watching(gymnasium.Wrapper):
-    """Hands everything on, and looks at it: a wrapper that ours does not know."""
-
-    def step(self, action):
-        result = self.env.step(action)
-        np.testing.assert_array_equal(result[0], self.env.unwrapped.ale.getScreenRGB())
-        return result
-
-
-def test_other_wrappers_see_true_pictures():
-    plain = AtariPreprocessing(make(max_episode_steps=150), stack=2)
-    watched = AtariPreprocessing(Watching(make(max_episode_steps=150)), stack=2)
-    same(plain.reset(seed=0), watched.reset(seed=0))
-    for _ in range(60):
-        mine, other = plain.step(1), watched.step(1)
-        same(mine, other)
-        if mine[3]:
-            same(plain.reset(), watched.reset())
-
-
-def test_no_colours_are_drawn_that_nobody_sees(monkeypatch):
-    env = AtariPreprocessing(RecordEpisodeStatistics(make(render_mode="rgb_array", max_episode_steps=100)))
-    game = env.unwrapped
-    monkeypatch.setattr(type(game), "_get_obs", None)
-    env.reset(seed=0)
-    while not (result := env.step(0))[3]:
-        pass
-    assert result[4]["episode"]["l"] == 100
-    monkeypatch.undo()
-    with pytest.raises(IndexError):
-        env.step(99)
-    assert "_get_obs" not in vars(game)
-    np.testing.assert_array_equal(game._get_obs(), env.render())
+def test_without_images_all_else_works():
+    """`obs_type="ram"` leaves infos, time limits, statistics and rendering as they are."""
+    results = []
+    for obs_type in ("rgb", "ram"):
+        inner = make(obs_type=obs_type, render_mode="rgb_array", max_episode_steps=100)
+        env = AtariPreprocessing(RecordEpisodeStatistics(inner), stack=2)
+        steps = [env.reset(seed=0)]
+        while len(steps) == 1 or not steps[-1][3]:
+            steps.append(env.step(len(steps) % 4))
+        assert steps[-1][4]["episode"].pop("t") > 0
+        assert steps[-1][4]["episode"]["l"] == 100
+        results.append((*steps, env.render()))
+    same(*results)
 
 
 @pytest.mark.parametrize("kernel", [crop_nearest, crop_area])
-def test_kernels_that_want_colours(kernel):
+def test_kernels_that_take_colours(kernel):
     env = AtariPreprocessing(make(), stack=2, kernel=kernel.__name__)
     console = make()
     seen = AtariPreprocessing(console)
@@ -234,9 +183,9 @@ def test_kernels_that_want_colours(kernel):
         np.testing.assert_array_equal(env.step(1)[0][1], kernel(np.maximum(*screens[2:])))
 
 
-def test_observations_are_the_users():
-    """Neither is one written again that was handed out, nor does it matter what becomes of it."""
-    env, other = AtariPreprocessing(make(), stack=4), AtariPreprocessing(make(), stack=4)
+def test_observations_belong_to_the_user():
+    """The wrapper does not write to an observation again, and the user may."""
+    env, other = (AtariPreprocessing(make(), stack=4) for _ in range(2))
     kept, copies = [], []
     for one in (env, other):
         one.reset(seed=0)
@@ -290,8 +239,8 @@ def test_misuse_names_the_argument(name, call):
         call()
 
 
-def test_a_limit_around_the_wrapper_counts_steps():
-    """One within it counts frames, as with Gymnasium."""
+def test_a_time_limit_around_the_wrapper_counts_steps():
+    """A time limit inside counts frames, as with Gymnasium."""
     env = TimeLimit(AtariPreprocessing(make(), stack=4), 7)
     env.reset(seed=0)
     results = [env.step(0) for _ in range(7)]

@@ -1,4 +1,4 @@
-"""Many environments: the wrapper beside vectors of single ones, and beside a naive stack."""
+"""The wrapper for many environments, compared with vectors of single wrappers and with a naive stack."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from pydqn.adapters.gymnasium import AtariPreprocessing, AtariVectorFrames
 from pydqn.preprocess import crop_area, crop_nearest
-from tests.adapters.test_gymnasium import make, same, shrink
+from tests.helpers.atari_wrappers import make, same, shrink
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
 
 
 def envs(game="breakout", num_envs=2, height=210, mode=AutoresetMode.NEXT_STEP, **options):
-    """ALE's own vector environment, told to hand out frames as they are."""
+    """ALE's own vector environment, told to return frames as they are."""
     options = {"img_height": height, "img_width": 160, "stack_num": 1, "noop_max": 0, **options}
     return AtariVectorEnv(
         game, num_envs, autoreset_mode=mode, use_fire_reset=False, reward_clipping=False, num_threads=2, **options
@@ -45,7 +45,7 @@ def test_equals_a_vector_of_single_wrappers(mode, padding):
     assert ours.single_observation_space == theirs.single_observation_space
     assert ours.metadata["autoreset_mode"] == mode
     same(ours.reset(), theirs.reset())
-    generator, kept, ends, opened = np.random.default_rng(0), [], np.zeros(3, int), set()
+    generator, kept, ends, resets = np.random.default_rng(0), [], np.zeros(3, int), set()
     for _ in range(200):
         actions = generator.integers(4, size=3)
         mine = ours.step(actions)
@@ -56,16 +56,16 @@ def test_equals_a_vector_of_single_wrappers(mode, padding):
         ends += over
         if not over.any():
             continue
-        # Environments that would have been opened anyhow, or the others, or all, or none; once with a seed, which is slow.
+        # Reset the environments whose episodes ended, or the others, or all, or none; once with a seed, which is slow.
         which = generator.integers(5) if mode is not AutoresetMode.DISABLED else generator.integers(2) * 2
         mask = {0: over, 1: ~over, 2: ~np.zeros(3, bool)}.get(which)
         if mask is not None and mask.any():
             options = [{"reset_mask": mask.copy()} if which < 2 else None for _ in range(2)]
-            seed = None if opened else 5
+            seed = None if resets else 5
             same(ours.reset(seed=seed, options=options[0]), theirs.reset(seed=seed, options=options[1]))
-            opened.add(int(which))
+            resets.add(int(which))
     assert (ends >= (6, 3, 1)).all()
-    assert opened == ({0, 2} if mode is AutoresetMode.DISABLED else {0, 1, 2})
+    assert resets == ({0, 2} if mode is AutoresetMode.DISABLED else {0, 1, 2})
     for observation, copy in kept:
         np.testing.assert_array_equal(observation, copy)
 
@@ -82,10 +82,11 @@ def ale_seeds(count):
     [("SpaceInvaders", "space_invaders", 210, 0.25), ("Pooyan", "pooyan", 220, 0.0)],
 )
 @pytest.mark.parametrize("mode", MODES[:2], ids=lambda mode: mode.value)
-def test_over_ales_lanes_it_equals_a_vector_of_single_wrappers(mode, game, rom, height, sticky):
-    """Sticky actions and all, from the same seeds; but the last frame of an episode is an old one in ALE.
+def test_over_ales_vector_it_equals_a_vector_of_single_wrappers(mode, game, rom, height, sticky):
+    """From the same seeds, with sticky actions, except for the last frame of an episode, which is an old one in ALE.
 
-    (Under a cap, ALE's environments play one frame more of Pooyan, which it opens with a key: sticky ones would part there.)
+    (Under a cap, ALE's vector plays one frame more of Pooyan, which starts with a key press: with sticky actions the
+    two would diverge there.)
     """
     seeds, own = ale_seeds(2)
     options = {"repeat_action_probability": sticky, "max_num_frames_per_episode": 202}
@@ -124,20 +125,20 @@ COLOURS = {"resize_area": shrink, "crop_nearest": crop_nearest, "crop_area": cro
         (MODES[0], "crop_area", 1),
     ],
 )
-def test_over_ales_lanes_against_a_naive_stack(mode, kernel, stack):
-    """Last frames, infos and partial resets as well: those of a second emulator, one deque for each environment."""
+def test_over_ales_vector_it_equals_a_naive_stack(mode, kernel, stack):
+    """With last frames, infos and partial resets, all from a second emulator with one deque per environment."""
     options = {"grayscale": kernel == "resize_area", "noop_max": 20, "max_num_frames_per_episode": 700}
     count = 3
     ours = AtariVectorFrames(envs("breakout", count, 210, mode, **options), stack=stack, padding="zero", kernel=kernel)
     bare = envs("breakout", count, 210, mode, **options)
     depth = stack or 1
-    piles = [deque(maxlen=depth) for _ in range(count)]
+    stacks = [deque(maxlen=depth) for _ in range(count)]
 
     def see(env_index, frame, first=False):
         if first:
-            piles[env_index].extend([np.zeros((84, 84), np.uint8)] * depth)
-        piles[env_index].append(COLOURS[kernel](frame))
-        return np.stack(piles[env_index]) if stack else piles[env_index][-1]
+            stacks[env_index].extend([np.zeros((84, 84), np.uint8)] * depth)
+        stacks[env_index].append(COLOURS[kernel](frame))
+        return np.stack(stacks[env_index]) if stack else stacks[env_index][-1]
 
     seeds = np.arange(count) + 9
     mine, (frames, infos) = ours.reset(seed=seeds), bare.reset(seed=seeds)
@@ -168,7 +169,7 @@ def test_over_ales_lanes_against_a_naive_stack(mode, kernel, stack):
             same(mine, (expected, infos))
             first = over & ~mask
     assert (ends.sum(axis=0) >= 1).all()
-    assert (ends.sum(axis=1) >= 2).all()  # games that are over, and games that were cut off
+    assert (ends.sum(axis=1) >= 2).all()  # terminated and truncated
 
 
 def test_autoreset_modes_of_other_instances_do_not_matter():

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 with our buffer: the same transitions, its own buffer's tests in our words, and learning."""
+"""Stable-Baselines3 with our buffer: the same transitions, the properties SB3 tests of its own, and learning."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
 
 from pydqn.adapters.sb3 import PrioritizedDQN, ReplayBuffer
+from tests.helpers.sb3_models import learner_of, numbered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -55,14 +56,14 @@ def assert_same_transitions(ours, theirs):
     indices = ours.transitions.frame_replay.valid_indices()
     assert len(ours) == theirs.size() * theirs.n_envs == len(indices)
     for env_index in range(ours.n_envs):
-        of_lane = indices[indices % ours.n_envs == env_index]
-        places = (theirs.pos + np.arange(theirs.size())) % theirs.size() if theirs.full else np.arange(theirs.size())
-        samples = ours._get_samples(of_lane)
-        np.testing.assert_array_equal(samples.observations.numpy(), theirs.observations[places, env_index])
-        np.testing.assert_array_equal(samples.next_observations.numpy(), theirs.next_observations[places, env_index])
-        np.testing.assert_array_equal(samples.actions.numpy(), theirs.actions[places, env_index])
-        np.testing.assert_array_equal(samples.rewards.numpy()[:, 0], theirs.rewards[places, env_index])
-        dones = theirs.dones[places, env_index] * (1 - theirs.timeouts[places, env_index])
+        held = indices[indices % ours.n_envs == env_index]
+        positions = (theirs.pos + np.arange(theirs.size())) % theirs.size() if theirs.full else np.arange(theirs.size())
+        samples = ours._get_samples(held)
+        np.testing.assert_array_equal(samples.observations.numpy(), theirs.observations[positions, env_index])
+        np.testing.assert_array_equal(samples.next_observations.numpy(), theirs.next_observations[positions, env_index])
+        np.testing.assert_array_equal(samples.actions.numpy(), theirs.actions[positions, env_index])
+        np.testing.assert_array_equal(samples.rewards.numpy()[:, 0], theirs.rewards[positions, env_index])
+        dones = theirs.dones[positions, env_index] * (1 - theirs.timeouts[positions, env_index])
         np.testing.assert_array_equal(samples.dones.numpy()[:, 0], dones)
     assert theirs.timeouts.any(), "a stream without truncations proves little"
     assert (theirs.dones > theirs.timeouts).any()
@@ -104,10 +105,10 @@ def test_n_step_returns_equal_theirs(n_steps):
     ours = ReplayBuffer(*arguments, n_steps=n_steps, gamma=0.9)
     theirs = NStepReplayBuffer(*arguments, n_steps=n_steps, gamma=0.9)
     collect(env, [ours, theirs], 700)
-    places = (theirs.pos + np.arange(400)) % 400
-    expected = theirs._get_samples(places)
+    positions = (theirs.pos + np.arange(400)) % 400
+    expected = theirs._get_samples(positions)
     samples = ours._get_samples(ours.transitions.frame_replay.valid_indices())
-    open_windows = 400 - (len(samples.rewards) - (n_steps - 1))  # ours has some older ones instead
+    open_windows = 400 - (len(samples.rewards) - (n_steps - 1))  # ours holds some older ones instead
     assert 0 <= open_windows - 1 < 2 * n_steps
     count = min(len(samples.rewards), 400) - n_steps
     newest = slice(len(samples.rewards) - count, None)
@@ -119,11 +120,11 @@ def test_n_step_returns_equal_theirs(n_steps):
     assert expected.dones.any()
 
 
-# --- what SB3 asks of its own buffers, in our words ---
+# --- properties that SB3 tests of its own buffers ---
 
 
 class Counter(gym.Env):
-    """Observations 1 to 5 round and round, rewards likewise; truncated after 100 steps."""
+    """Observations and rewards that count from 1 to 5 repeatedly; truncated after 100 steps."""
 
     observation_space = spaces.Box(1, 5, (1,))
     action_space = spaces.Discrete(3)
@@ -194,17 +195,6 @@ def test_dtypes_are_those_of_the_spaces(dtype):
     assert samples.discounts is None
 
 
-def numbered(n_steps, length, done_at=None, truncated_at=None, gamma=0.98):
-    """A buffer of ten with observations 0, 1, 2, ... and rewards of 1."""
-    buffer = ReplayBuffer(10, spaces.Box(0, 1, (4,)), spaces.Discrete(2), "cpu", n_steps=n_steps, gamma=gamma)
-    for step in range(length):
-        obs = np.full((1, 4), step, np.float32)
-        done = np.array([float(step == done_at)])
-        infos = [{"TimeLimit.truncated": step == truncated_at}]
-        buffer.add(obs, obs + 1, np.zeros((1, 1), int), np.ones(1), done, infos)
-    return buffer
-
-
 @pytest.mark.parametrize("end", [1, 2])
 @pytest.mark.parametrize("n_steps", [3, 5])
 @pytest.mark.parametrize("how", ["done_at", "truncated_at"])
@@ -219,7 +209,7 @@ def test_windows_end_with_the_episode(end, n_steps, how):
 
 @pytest.mark.parametrize("n_steps", [3, 5])
 def test_windows_stop_at_the_newest(n_steps):
-    buffer = numbered(n_steps, 13)  # round once
+    buffer = numbered(n_steps, 13)  # positions are used again
     held = buffer.transitions.frame_replay.valid_indices()
     samples = buffer._get_samples(held)
     assert held.max() == 13 - n_steps
@@ -285,21 +275,10 @@ def test_what_does_not_fit_is_refused():
 # --- whole algorithms ---
 
 
-def model_of(kind=DQN, env="CartPole-v1", buffer=None, **settings):
-    defaults = {
-        "learning_starts": 50,
-        "buffer_size": 500,
-        "policy_kwargs": {"net_arch": [16]},
-        "seed": 0,
-        "device": "cpu",
-    }
-    return kind("MlpPolicy", env, replay_buffer_class=buffer or ReplayBuffer, **{**defaults, **settings})
-
-
 @pytest.mark.parametrize("optimize_memory_usage", [True, False])
-def test_learning_goes_on_after_learning(optimize_memory_usage):
+def test_learning_continues_after_learning(optimize_memory_usage):
     kwargs = {"handle_timeout_termination": True}
-    model = model_of(optimize_memory_usage=optimize_memory_usage, replay_buffer_kwargs=kwargs)
+    model = learner_of(optimize_memory_usage=optimize_memory_usage, replay_buffer_kwargs=kwargs)
     for reset in (True, True, False):
         model.learn(200, reset_num_timesteps=reset)
     assert model.replay_buffer.full
@@ -308,14 +287,14 @@ def test_learning_goes_on_after_learning(optimize_memory_usage):
 
 def test_the_same_seed_is_the_same_run():
     def weights():
-        model = model_of(env=make_vec_env("CartPole-v1", n_envs=2, seed=0)).learn(400)
+        model = learner_of(env=make_vec_env("CartPole-v1", n_envs=2, seed=0)).learn(400)
         return torch.cat([value.ravel() for value in model.q_net.parameters()])
 
     assert torch.equal(weights(), weights())
 
 
 def test_saved_and_loaded(tmp_path):
-    model = model_of(PrioritizedDQN, n_steps=3, gamma=0.9).learn(300)
+    model = learner_of(PrioritizedDQN, n_steps=3, gamma=0.9).learn(300)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     other = PrioritizedDQN.load(tmp_path / "model", env=make_vec_env("CartPole-v1"))
@@ -329,22 +308,22 @@ def test_saved_and_loaded(tmp_path):
 
 def test_n_steps_and_many_environments_and_normalization():
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=4))
-    model = model_of(env=env, train_freq=2, replay_buffer_kwargs={"n_steps": 3, "gamma": 0.99}).learn(600)
+    model = learner_of(env=env, train_freq=2, replay_buffer_kwargs={"n_steps": 3, "gamma": 0.99}).learn(600)
     assert model._n_updates > 50
 
 
 def test_quantile_regression():
     contrib = pytest.importorskip("sb3_contrib", reason="needs sb3-contrib: pip install 'pydqn[adapters]'")
-    model = model_of(contrib.QRDQN).learn(300)
+    model = learner_of(contrib.QRDQN).learn(300)
     assert model._n_updates > 20
 
 
 def test_priorities_follow_errors():
     """Errors become priorities, weights compensate, and beta rises."""
-    model = model_of(PrioritizedDQN, replay_buffer_kwargs={"beta": 0.5}).learn(400)
-    memory = model.replay_buffer.transitions.frame_replay
-    assert memory.beta > 0.9
-    priorities = memory._core.export_priorities(0, memory.env_time_steps[0])
+    model = learner_of(PrioritizedDQN, replay_buffer_kwargs={"beta": 0.5}).learn(400)
+    replay = model.replay_buffer.transitions.frame_replay
+    assert replay.beta > 0.9
+    priorities = replay._core.export_priorities(0, replay.env_time_steps[0])
     assert len(np.unique(priorities[priorities > 0])) > 100
     _, weight, index = model.replay_buffer.sample_weighted(64)
     assert weight.shape == (64, 1)
@@ -353,9 +332,9 @@ def test_priorities_follow_errors():
 
 
 def test_without_priorities_the_prioritized_algorithm_is_the_plain_one():
-    plain = model_of().learn(400)
-    uniform = model_of(PrioritizedDQN, replay_buffer_kwargs={"prioritized": True, "alpha": 0.0}).learn(400)
-    # Not the same draws, but the same algorithm: equal where the draws are.
+    plain = learner_of().learn(400)
+    uniform = learner_of(PrioritizedDQN, replay_buffer_kwargs={"prioritized": True, "alpha": 0.0}).learn(400)
+    # The same algorithm with other draws: equal if both draw the same batch.
     index = plain.replay_buffer.transitions.frame_replay.valid_indices()[-32:]
     batch = plain.replay_buffer._get_samples(index)
     for model in (plain, uniform):
@@ -370,7 +349,7 @@ def test_without_priorities_the_prioritized_algorithm_is_the_plain_one():
         ones,
         uniform.replay_buffer.transitions.sample(32).index,
     )
-    uniform.replay_buffer.update_priorities = lambda *_: None  # the batch is the other's
+    uniform.replay_buffer.update_priorities = lambda *_: None  # the batch is from the other buffer
     for model in (plain, uniform):
         model.train(3, 32)
     for one, other in zip(plain.q_net.parameters(), uniform.q_net.parameters(), strict=True):
@@ -389,6 +368,6 @@ CARTPOLE |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 
 @pytest.mark.parametrize("kind", [DQN, PrioritizedDQN])
 def test_cartpole_is_learned(kind):
     """With RL Baselines3 Zoo's settings, but for half as many steps and longer exploration."""
-    model = model_of(kind, seed=1, **CARTPOLE).learn(25_000)
+    model = learner_of(kind, seed=1, **CARTPOLE).learn(25_000)
     mean, _ = evaluate_policy(model, model.get_env(), 10, warn=False)
     assert mean > 150

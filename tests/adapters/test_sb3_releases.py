@@ -12,11 +12,11 @@ import torch
 
 from pydqn.adapters import sb3
 from pydqn.adapters.sb3 import PrioritizedDQN
-from tests.adapters.test_sb3 import model_of, numbered
+from tests.helpers.sb3_models import learner_of, numbered
 
 
 class OldSamples(NamedTuple):
-    """What releases without n-step returns have."""
+    """The tuple of releases without n-step returns."""
 
     observations: torch.Tensor
     actions: torch.Tensor
@@ -26,7 +26,7 @@ class OldSamples(NamedTuple):
 
 
 class OldPrioritizedDQN(PrioritizedDQN):
-    """As if made of their DQN of before n-step returns."""
+    """As if derived from a DQN without n-step returns."""
 
     def _setup_model(self):
         del self.n_steps
@@ -35,7 +35,7 @@ class OldPrioritizedDQN(PrioritizedDQN):
 
 def test_releases_without_n_step_returns(monkeypatch):
     monkeypatch.setattr(sb3, "ReplayBufferSamples", OldSamples)
-    model = model_of(OldPrioritizedDQN).learn(200)
+    model = learner_of(OldPrioritizedDQN).learn(200)
     assert model._n_updates > 0
     assert len(model.replay_buffer.sample(4)) == 5
     with pytest.raises(ValueError, match="^n_steps: expected 1, as this release of Stable-Baselines3 has no n-step"):

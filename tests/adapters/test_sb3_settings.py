@@ -1,4 +1,4 @@
-"""Stable-Baselines3's settings reach our buffer: n-step returns, discounts, what is sampled early, and saving."""
+"""Stable-Baselines3's settings reach our buffer: n-step returns, discounts, early samples and saving."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from pydqn.adapters import cleanrl
 from pydqn.adapters.sb3 import PrioritizedDQN, ReplayBuffer
+from tests.helpers.sb3_models import model_of
 
 IMAGES = spaces.Box(0, 255, (4, 8, 8), np.uint8)
 TWO = spaces.Discrete(2)
@@ -29,11 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def model_of(kind=DQN, env="CartPole-v1", **settings):
-    defaults = {"buffer_size": 500, "policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu"}
-    return kind("MlpPolicy", env, **{**defaults, **settings})
 
 
 def images(steps):
@@ -79,7 +75,7 @@ def test_samples_share_no_memory(kind, n_steps):
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_first_windows_are_cut_short_as_theirs(steps, n_envs):
-    """Of four steps, none of which is whole yet."""
+    """With windows of four steps, none of which is complete yet."""
     space = spaces.Box(-9, 9, (2,))
     arguments = (100, space, TWO, "cpu", n_envs)
     ours = ReplayBuffer(*arguments, n_steps=4, gamma=0.9, prioritized=True)
@@ -103,7 +99,7 @@ def test_the_first_windows_are_cut_short_as_theirs(steps, n_envs):
     seen = {(*obs.tolist(), *reward.tolist()) for obs, reward in zip(drawn.observations, drawn.rewards, strict=True)}
     assert seen == rows
     assert (weight == 1).all()
-    ours.update_priorities(index, np.ones(50))  # which nobody has yet
+    ours.update_priorities(index, np.ones(50))  # ignored: the transitions have none yet
     ours.reset()
     with pytest.raises(RuntimeError, match="no transition"):
         ours.sample(1)
@@ -116,7 +112,7 @@ def qrdqn():
 @pytest.mark.parametrize("kind", [DQN, PrioritizedDQN, qrdqn])
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_learning_starts_at_once(kind, n_envs):
-    """As it does with their own buffer, of which there is one transition after one step."""
+    """As with their own buffer, which has one transition after one step."""
     kind = kind() if kind is qrdqn else kind
     settings = {"n_steps": 3, "gamma": 0.9} if kind is PrioritizedDQN else {}
     if kind is not PrioritizedDQN:
@@ -132,7 +128,7 @@ def test_learning_starts_at_once(kind, n_envs):
 @pytest.mark.parametrize("loaded", [False, True])
 def test_the_prioritized_buffer_has_the_models_settings(settings, loaded, tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # SB3 would say that n_steps is ignored
+        warnings.simplefilter("error")  # SB3 would warn that n_steps is ignored
         model = model_of(PrioritizedDQN, gamma=0.9, learning_starts=10, **settings).learn(60)
         if loaded:
             model.save(tmp_path / "model")
@@ -156,9 +152,9 @@ def test_the_prioritized_buffer_has_the_models_settings(settings, loaded, tmp_pa
     [
         (
             {"replay_buffer_kwargs": {"gamma": 0.9}},
-            "replay_buffer_kwargs: expected gamma=0.99, as of the model, got 0.9",
+            "replay_buffer_kwargs: expected gamma=0.99, as in the model, got 0.9",
         ),
-        ({"n_steps": 3, "replay_buffer_kwargs": {"n_steps": 5}}, "expected n_steps=3, as of the model, got 5"),
+        ({"n_steps": 3, "replay_buffer_kwargs": {"n_steps": 5}}, "expected n_steps=3, as in the model, got 5"),
         ({"replay_buffer_kwargs": {"prioritized": False}}, "expected prioritized=True, .* use SB3's DQN"),
         (
             {"replay_buffer_class": TheirBuffer},
@@ -208,7 +204,7 @@ def test_a_saved_buffer_is_taken_over(kind, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 2), (4, 8, 8), (2, 8, 8, 4)])
 def test_observations_are_not_reshaped(shape):
-    """Two environments' images, channels last: the same numbers in another order would be other images."""
+    """The numbers of two environments' images in another order would be other images."""
     buffer = ReplayBuffer(10, spaces.Box(0, 255, (4, 8, 8), np.uint8), TWO, n_envs=2)
     row = (np.zeros(2, int), np.zeros(2), np.zeros(2, bool), [{}, {}])
     with pytest.raises(ValueError, match=r"obs: expected shape \(2, 4, 8, 8\), got shape"):

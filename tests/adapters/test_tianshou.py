@@ -1,4 +1,4 @@
-"""Tianshou's buffers and ours on the same streams: what comes out, and where Tianshou's is wrong."""
+"""Tianshou's buffers and ours on the same streams: the same batches, returns and learning."""
 
 from __future__ import annotations
 
@@ -12,149 +12,20 @@ import torch
 
 pytest.importorskip("tianshou", reason="Tianshou is not installed: pip install 'pydqn[adapters]'")
 
-from tianshou import data as theirs
 from tianshou.algorithm import DQN
-from tianshou.algorithm.algorithm_base import Algorithm
 from tianshou.algorithm.modelfree.dqn import DiscreteQLearningPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory
-from tianshou.data import Batch, Collector, CollectStats
+from tianshou.data import Collector, CollectStats
 from tianshou.env import DummyVectorEnv
 from tianshou.trainer import OffPolicyTrainerParams
 from tianshou.utils.net.common import Net
 
-from pydqn.adapters import tianshou as ours
-
-ATARI = {"stack_num": 4, "save_only_last_obs": True, "ignore_obs_next": True}  # as in Tianshou's Atari examples
-# Name: the buffer's options, frame, dtype, frames in what is given and in what has to come out (0: no axis of frames),
-# and what may stand before an episode.
-KINDS = {
-    "vectors": ({}, (3,), "float32", 0, 0, ["first"]),
-    "numbers": ({}, (), "int64", 0, 0, ["first"]),
-    "stacks": ({}, (6, 5), "uint8", 4, 4, ["first", "zero"]),
-    "planes": ({}, (4, 6, 5), "uint8", 0, 0, ["first"]),  # that look like stacks
-    "colours": ({"stack": 1}, (3, 6, 5), "uint8", 0, 0, ["first"]),
-    "Atari": (ATARI, (6, 5), "uint8", 4, 4, ["first", "zero"]),
-    "vectors in stacks": (ATARI, (3,), "float32", 4, 4, ["first"]),
-    "shorter stacks": (ATARI, (6, 5), "uint8", 2, 4, ["first"]),
-    "newest of stacks": ({"save_only_last_obs": True}, (6, 5), "uint8", 4, 0, ["first"]),
-    "frames": ({"stack_num": 4}, (6, 5), "uint8", 0, 4, ["first"]),
-    "stacked vectors": ({"stack_num": 3, "ignore_obs_next": True}, (3,), "float32", 0, 3, ["first"]),
-    "stacked numbers": ({"stack_num": 2}, (), "float64", 0, 2, ["first"]),
-}
-
-
-class World:
-    """Environments of random frames; `expected` is what each position has to hold, by the slowest of ways."""
-
-    def __init__(self, kind, env_indices, lane_size, seed, unsaid=0.0, ends=0.1, frame=None):
-        self.options, self.frame, self.dtype, self.given, self.out, paddings = KINDS[kind]
-        self.frame = frame or self.frame
-        self.padding = paddings[seed % len(paddings)]
-        self.random = np.random.default_rng(seed)
-        self.lane_size, self.unsaid, self.ends = lane_size, unsaid, ends
-        self.frames = [None] * env_indices
-        self.counts = [0] * env_indices
-        self.expected = {}
-        self.after = {}  # the position of the next step of the same episode
-        for env_index in range(env_indices):
-            self._reset(env_index)
-
-    def _new(self):
-        return np.asarray(self.random.integers(256 if self.dtype == "uint8" else 1 << 24, size=self.frame)).astype(
-            self.dtype
-        )
-
-    def _reset(self, env_index):
-        frame = self._new()
-        before = frame if self.padding == "first" else np.zeros_like(frame)
-        self.frames[env_index] = [*[before] * 3, frame]
-        self.last = {**getattr(self, "last", {}), env_index: None}
-
-    def _seen(self, env_index, depth):
-        return np.stack(self.frames[env_index][-depth:]) if depth else self.frames[env_index][-1].copy()
-
-    def step(self, env_indices):
-        """Return a batch for `add`."""
-        rows = []
-        for env_index in env_indices:
-            given, out = self._seen(env_index, self.given), self._seen(env_index, self.out)
-            self.frames[env_index].append(self._new())
-            terminated, truncated = self.random.random(2) < self.ends
-            row = {
-                "act": int(self.random.integers(5)),
-                "rew": float(self.random.normal()),
-                "terminated": bool(terminated),
-                "truncated": bool(truncated),
-                "info": {"lives": int(self.random.integers(9)), "deep": {"x": float(self.random.normal())}},
-                "policy": {},
-            }
-            rows.append({"obs": given, "obs_next": self._seen(env_index, self.given), **row})
-            position = env_index * self.lane_size + self.counts[env_index] % self.lane_size
-            self.counts[env_index] += 1
-            self.expected.pop(position, None)
-            done = bool(terminated or truncated)
-            self.expected[position] = {"obs": out, "obs_next": self._seen(env_index, self.out), "done": done, **row}
-            if self.last[env_index] is not None:
-                self.after[self.last[env_index]] = position
-            self.last[env_index] = position
-            self.after.pop(position, None)
-            if done or self.random.random() < self.unsaid:
-                self._reset(env_index)
-        return Batch(rows)
-
-    def returns(self, position, n_step):
-        path = [position]
-        while len(path) < n_step and path[-1] in self.after:
-            path.append(self.after[path[-1]])
-        last = self.expected[path[-1]]
-        total = float(weigh(last["obs_next"][None])) * (not last["terminated"])
-        for place in reversed(path):
-            total = self.expected[place]["rew"] + 0.9 * total
-        return total
-
-    def play(self, buffers, steps, check=lambda: None, some=True):
-        count = len(self.frames)
-        for step in range(steps):
-            env_indices = (
-                self.random.permutation(count)[: self.random.integers(1, count + 1)] if some else np.arange(count)
-            )
-            batch = self.step(env_indices)
-            added = [buffer.add(copy.copy(batch), env_indices if some else None) for buffer in buffers]
-            for one in added:
-                same(one, added[0])
-            if step % 13 == 0:
-                check()
-        check()
-
-
-def same(one, other):
-    """Both are the same, bit for bit."""
-    if isinstance(one, Batch):
-        assert isinstance(other, Batch)
-        assert set(one.get_keys()) == set(other.get_keys())
-        for key in one.get_keys():
-            same(one[key], other[key])
-    else:
-        np.testing.assert_array_equal(one, other)
-        assert np.asarray(one).dtype == np.asarray(other).dtype
-
-
-def weigh(seen):
-    """Stand for a target network: something that depends on every number of what it sees."""
-    flat = seen.reshape(len(seen), -1).astype(np.float64)
-    return torch.from_numpy(flat @ np.arange(1.0, flat.shape[1] + 1))
-
-
-def returns(buffer, indices, n_step):
-    def target(buffer, indices):
-        return weigh(buffer[indices].obs_next)
-
-    return Algorithm.compute_nstep_return(buffer[indices], buffer, indices, target, 0.9, n_step).returns.flatten()
+from tests.helpers.tianshou_streams import ATARI, KINDS, World, counting, ours, returns, rows, same, theirs
 
 
 @pytest.mark.parametrize("kind", ["vectors", "numbers", "stacks"])
 @pytest.mark.parametrize(("name", "options"), [("Vector", {}), ("PrioritizedVector", {"alpha": 0.6, "beta": 0.4})])
-def test_all_is_as_in_tianshous_own(kind, name, options):
+def test_everything_equals_tianshous_buffer(kind, name, options):
     world = World(kind, 3, 11, seed=1)
     mine, other = (getattr(module, f"{name}ReplayBuffer")(33, 3, **options) for module in (ours, theirs))
 
@@ -215,36 +86,22 @@ def test_observations_are_as_they_were(kind, seed):
             np.testing.assert_allclose(returns(buffer, every, n_step), expected, rtol=1e-12)
 
     for again in range(2):
-        world = World(kind, 1 + seed, 40, seed + 6 * again, unsaid=0.03)
+        world = World(kind, 1 + seed, 40, seed + 6 * again, breaks=0.03)
         world.play([buffer], 110, check, some=bool(seed))
         batch = buffer[:]
         after = batch.obs_next.copy()
         batch.obs[...] = 77
-        same(batch.obs_next, after)  # the caller's own
+        same(batch.obs_next, after)  # they share no memory
         check()
         buffer.reset()
         assert len(buffer) == len(buffer.transitions) == len(buffer.sample_indices(0)) == 0
 
 
-def rows(obs, obs_next, terminated=False, truncated=False, rew=1.0):
-    obs, obs_next = np.asarray(obs), np.asarray(obs_next)
-    count = len(obs)
-    flags = {"terminated": np.full(count, terminated), "truncated": np.full(count, truncated)}
-    return Batch(obs=obs, obs_next=obs_next, act=np.zeros(count, int), rew=np.full(count, rew), info=Batch(), **flags)
-
-
-def counting(make, env_indices, steps, cut=(), broken=(), **options):
-    """A buffer of environments that count: environment i from 100 i on. Episodes end, at some steps, truncated or without a word."""
-    buffer = make(10 * env_indices, env_indices, **options)
-    for step in range(steps):
-        seen = 100.0 * np.arange(env_indices)[:, None] + step + 50 * sum(step > other for other in (*cut, *broken))
-        buffer.add(rows(seen, seen + 1, truncated=step in cut))
-    return buffer
-
-
 @pytest.mark.parametrize("name", ["VectorReplayBuffer", "PrioritizedVectorReplayBuffer"])
-def test_images_of_short_episodes_are_given_up_before_their_positions(name):
-    world = World("Atari", 2, 100, seed=0, ends=0.3, frame=(33, 33))  # above 1 KB: no memory for the worst case
+def test_images_of_short_episodes_are_overwritten_before_their_positions(name):
+    world = World(
+        "Atari", 2, 100, seed=0, ends=0.3, frame=(33, 33)
+    )  # above 1 KB: no memory is set aside for the worst case
     options = {"alpha": 0.6, "beta": 0.4} if name[0] == "P" else {}
     buffer = getattr(ours, name)(200, 2, **options, **ATARI)
     seen = []
@@ -289,8 +146,8 @@ def test_draws_are_uniform_or_in_proportion():
 
 @pytest.mark.parametrize("kind", ["vectors", "Atari", "frames"])
 @pytest.mark.parametrize("way", ["pickle", "deepcopy", "hdf5"])
-def test_a_copy_goes_on_as_the_buffer_would(kind, way, tmp_path):
-    world = World(kind, 2, 20, seed=3, unsaid=0.05)
+def test_a_copy_behaves_as_the_buffer_would(kind, way, tmp_path):
+    world = World(kind, 2, 20, seed=3, breaks=0.05)
     buffer = ours.PrioritizedVectorReplayBuffer(40, 2, alpha=0.6, beta=0.4, **world.options)
 
     def copied():
@@ -302,17 +159,17 @@ def test_a_copy_goes_on_as_the_buffer_would(kind, way, tmp_path):
     assert len(copied()) == 0
     world.play([buffer], 33)
     buffer.update_weight(np.arange(40), world.random.random(40))
-    twins = [buffer, copied()]
+    both = [buffer, copied()]
     for _ in range(3):
-        world.play(twins, 9)
-        same(twins[0].unfinished_index(), twins[1].unfinished_index())
-        for one, other in zip(*(twin.sample(16) for twin in twins), strict=True):
+        world.play(both, 9)
+        same(both[0].unfinished_index(), both[1].unfinished_index())
+        for one, other in zip(*(buffer.sample(16) for buffer in both), strict=True):
             same(one, other)
-    np.testing.assert_array_equal(twins[0].buffers[1].rew, twins[0].rew[20:])
+    np.testing.assert_array_equal(both[0].buffers[1].rew, both[0].rew[20:])
 
 
 @pytest.mark.parametrize(("kind", "options"), [("ReplayBuffer", (5,)), ("PrioritizedReplayBuffer", (5, 0.6, 0.4))])
-def test_one_lane_alone(kind, options):
+def test_one_environment(kind, options):
     mine, other = (getattr(module, kind)(*options) for module in (ours, theirs))
     assert isinstance(mine, getattr(theirs, kind))
     for i in range(8):

@@ -1,4 +1,4 @@
-"""Where Tianshou's buffers are wrong, or take what they need not, shown on both; and what ours refuse."""
+"""Where our buffers differ from Tianshou's on purpose, shown on both; and what ours refuse."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import tracemalloc
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tianshou", reason="Tianshou is not installed: pip install 'pydqn[adapters]'")
+
 from tianshou.data import Batch
 
-from tests.adapters.test_tianshou import ATARI, counting, ours, returns, rows, theirs
+from tests.helpers.tianshou_streams import ATARI, counting, ours, returns, rows, theirs
 
 
 def test_the_last_observation():
     mine, other = (counting(kind.VectorReplayBuffer, 1, 4, cut=[1], ignore_obs_next=True) for kind in (ours, theirs))
     assert mine[:].obs.ravel().tolist() == other[:].obs.ravel().tolist() == [0, 1, 52, 53]
     assert mine[:].obs_next.ravel().tolist() == [1, 2, 53, 54]
-    assert other[:].obs_next.ravel().tolist() == [1, 1, 53, 53]  # cut off, newest
+    assert other[:].obs_next.ravel().tolist() == [1, 1, 53, 53]  # truncated, newest
 
 
 def test_stacks():
@@ -35,7 +38,7 @@ def test_stacks():
 
 @pytest.mark.parametrize("kind", [ours, theirs])
 @pytest.mark.parametrize("way", ["end", "reset"])
-def test_a_stack_begins_anew_though_the_observation_is_the_same(kind, way):
+def test_a_new_episode_starts_a_new_stack_even_with_the_same_observation(kind, way):
     buffer = kind.VectorReplayBuffer(9, 1, stack_num=3)
     buffer.add(rows([[0.0]], [[1.0]], terminated=way == "end"))
     if way == "reset":
@@ -46,18 +49,18 @@ def test_a_stack_begins_anew_though_the_observation_is_the_same(kind, way):
 
 
 def test_returns():
-    """A trainer resets its collector: episodes end without a word."""
+    """A trainer resets its collector: episodes end without a flag."""
     mine, other = (counting(kind.VectorReplayBuffer, 2, 4, broken=[1]) for kind in (ours, theirs))
     at = np.array([0, 1])
     np.testing.assert_allclose(returns(mine, at, 3), [1 + 0.9 + 0.81 * 2, 1 + 0.9 * 2])
     np.testing.assert_allclose(returns(other, at, 3), [1 + 0.9 + 0.81 + 0.729 * 53, 1 + 0.9 + 0.81 + 0.729 * 54])
     full = counting(ours.VectorReplayBuffer, 1, 10, broken=[0])
     assert full.unfinished_index().tolist() == [0, 9]
-    full.add(rows([[60.0]], [[61.0]], terminated=True))  # takes the place of the one that was broken off
+    full.add(rows([[60.0]], [[61.0]], terminated=True))  # overwrites the interrupted one
     assert full.unfinished_index().tolist() == []
 
 
-def test_chance():
+def test_seeds():
     make = [
         lambda seed, kind=kind: counting(kind.VectorReplayBuffer, 2, 10, random_seed=seed) for kind in (ours, theirs)
     ]
@@ -103,7 +106,7 @@ def test_priorities():
         buffer.add(rows([[7.0], [107.0]], [[8.0], [108.0]]))
         drawn.append(set(buffer.sample(400)[0].obs.ravel().tolist()))
     assert drawn[0] == {7, 107} < drawn[1]  # what was forgotten is drawn
-    assert mine.weight.reduce() == 2  # both as before anything was learned
+    assert mine.weight.reduce() == 2  # both priorities are the initial ones
 
 
 def test_copies():
@@ -116,7 +119,7 @@ def test_copies():
 
 
 def test_looking_for_nan_copies_nothing():
-    """A trainer looks after each collection."""
+    """A trainer calls `hasnull` after each collection."""
     peaks, frames = [], np.random.default_rng(0).integers(0, 256, (400, 40, 40), dtype=np.uint8)
     for kind in (ours, theirs):
         buffer = kind.VectorReplayBuffer(300, 1, **ATARI)

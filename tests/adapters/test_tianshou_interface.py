@@ -1,18 +1,21 @@
-"""Tianshou's ways of filling a buffer from another, and keys of one's own: as in Tianshou's, or refused by name."""
+"""Filling a buffer from another, and a user's own keys: as with Tianshou's buffer, or refused by name."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 
-import h5py
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("tianshou", reason="Tianshou is not installed: pip install 'pydqn[adapters]'")
+
+import h5py
 from tianshou.data import Batch
 
 from pydqn.adapters import _tianshou
-from tests.adapters.test_tianshou import ATARI, counting, ours, same, theirs
+from tests.helpers.tianshou_streams import ATARI, counting, ours, same, theirs
 
 SINGLE = [("ReplayBuffer", (5,)), ("PrioritizedReplayBuffer", (5, 0.6, 0.4))]
 
@@ -45,7 +48,7 @@ def test_their_update_of_ours_is_refused_before_anything_is_written():
 
 @pytest.mark.parametrize(("name", "arguments"), SINGLE)
 @pytest.mark.parametrize("source", [ours, theirs])
-def test_update_takes_transitions_over(source, name, arguments):
+def test_update_adds_transitions(source, name, arguments):
     buffers = [getattr(kind, name)(*arguments) for kind in (ours, theirs)]
     sources = [filled(source), filled(theirs)]
     for _ in range(2):
@@ -87,14 +90,14 @@ def test_update_that_is_refused_midway_leaves_the_statistics():
         other.add(batch)
     batch.obs = batch.obs_next = np.array([0], np.uint8)
     mine.add(batch)
-    before = [(env_index._ep_return, env_index._ep_len, env_index._ep_start_idx) for env_index in mine.buffers]
+    before = [(buffer._ep_return, buffer._ep_len, buffer._ep_start_idx) for buffer in mine.buffers]
     with pytest.raises(ValueError, match="^obs: expected uint8"):
         mine.update(other)
     assert len(mine) == 3
-    assert [(env_index._ep_return, env_index._ep_len, env_index._ep_start_idx) for env_index in mine.buffers] == before
+    assert [(buffer._ep_return, buffer._ep_len, buffer._ep_start_idx) for buffer in mine.buffers] == before
 
 
-def test_update_of_oneself_takes_what_was_there():
+def test_update_from_itself_adds_what_was_there():
     mine = filled(ours, arguments=(5,), count=8)
     before = mine[:].obs.ravel().tolist()
     mine.update(mine)
@@ -172,7 +175,7 @@ def test_from_data(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "arguments"), SINGLE)
-def test_keys_of_ones_own(name, arguments, tmp_path):
+def test_keys_of_the_user(name, arguments, tmp_path):
     buffers = [getattr(kind, name)(*arguments) for kind in (ours, theirs)]
     for number in range(9):
         others = {"returns": 7.0 + number, "deep": Batch(x=np.arange(2) + number)} if number % 4 else {}

@@ -1,4 +1,4 @@
-"""TorchRL's first batch in any order and without `num_envs`: no transition is lost, or the batch is refused."""
+"""A first batch in any order, without `num_envs`: no transition is lost, or the batch is refused."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ with warnings.catch_warnings():
     from torchrl.modules import RandomPolicy
 
     from pydqn.adapters.torchrl import ReplayBuffer
-    from tests.helpers.torchrl_streams import assert_same, cartpole, film, stream
+    from tests.helpers.torchrl_streams import assert_same, cartpole, stack_of_frames, stream
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-ASKS = "num_envs: expected to be given, as the first batch of [0-9]+ rows does not tell"
+ASKS = "num_envs: expected to be given, as the first batch of [0-9]+ rows does not show"
 
 
 class World:
-    """Environments whose rows all have their number; what a buffer has to hold is kept row by row."""
+    """Environments whose rows are numbered and kept, one by one, as the reference for what a buffer has to hold."""
 
     def __init__(self, envs, seed, ends):
         self.random, self.ends = torch.Generator().manual_seed(seed), ends
@@ -65,7 +65,7 @@ class World:
         return {"shaped": blocks, "blocks": blocks.reshape(-1), "steps": blocks.transpose(0, 1).reshape(-1)}[order]
 
     def windows(self, n_step):
-        """By first row: the last row, and the sum of rewards."""
+        """Return the last row and the discounted rewards of each complete window, by its first row."""
         found = {}
         for numbers in self.of:
             for start, first in enumerate(numbers):
@@ -127,7 +127,7 @@ def test_no_transition_is_lost(envs, steps, order, named, ends, n_step, seed):
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("order", ["shaped", "blocks", "steps"])
 def test_two_environments_of_a_hundred_steps(order, named):
-    """Not 200 environments, each of which keeps five transitions."""
+    """They are not taken for 200 environments, each of which would keep five transitions."""
     world, rb = World(2, 0, 0.0), ReplayBuffer(1000)
     for _ in range(10):
         rb.extend(world.batch(100, order, named))
@@ -135,11 +135,11 @@ def test_two_environments_of_a_hundred_steps(order, named):
     assert sorted(rb[:]["number"].tolist()) == sorted([*world.of[0][-500:], *world.of[1][-500:]])
 
 
-@pytest.mark.parametrize("make", [cartpole, film])
+@pytest.mark.parametrize("make", [cartpole, stack_of_frames])
 @pytest.mark.parametrize("envs", [1, 3])
 @pytest.mark.parametrize("order", ["shaped", "blocks", "steps"])
 @pytest.mark.parametrize("named", [True, False])
-def test_what_collectors_give(make, envs, order, named):
+def test_batches_of_collectors(make, envs, order, named):
     rb, batches = ReplayBuffer(3000, n_step=2), stream(make, envs)
     for batch in batches:
         if not named:
@@ -168,29 +168,29 @@ def test_collectors_that_reset_in_between(envs):
     collector.shutdown()
     assert rb.storage.frame_replay.num_envs == envs
     held = set(rb[:]["number"].tolist())
-    assert set(range(count)) - held <= set(last)  # the windows of an episode that was broken off never close
+    assert set(range(count)) - held <= set(last)  # windows of an interrupted episode are never complete
 
 
 def test_fewer_frames_than_environments():
-    """A batch is one step of each: with names that is told, without them it is asked for."""
+    """A batch is one step of each environment, which ids show; without ids, `num_envs` is asked for."""
     env = SerialEnv(3, [lambda seed=seed: cartpole(seed) for seed in range(3)])
     collector = Collector(env, RandomPolicy(env.action_spec), frames_per_batch=3, total_frames=60)
     rb = ReplayBuffer(100)
     for number, batch in enumerate(collector):
         batch["number"] = torch.arange(3)[:, None] + 3 * number
         rb.extend(batch.reshape(-1))
-        nameless = batch.exclude("collector").reshape(-1)
+        without_ids = batch.exclude("collector").reshape(-1)
         if not number:
             with pytest.raises(ValueError, match=ASKS):
-                ReplayBuffer(100).extend(nameless)
-        ReplayBuffer(100, num_envs=3).extend(nameless)
+                ReplayBuffer(100).extend(without_ids)
+        ReplayBuffer(100, num_envs=3).extend(without_ids)
     collector.shutdown()
     assert rb.storage.frame_replay.num_envs == 3
     assert sorted(rb[:]["number"].tolist()) == list(range(60))
 
 
-def test_a_wrong_guess_is_told():
-    """One row tells nothing of the environments to come."""
+def test_a_wrong_guess_is_warned_of():
+    """One row says nothing about the environments to come."""
     world, rb = World(3, 0, 0.0), ReplayBuffer(1000)
     flat = [world.batch(4, "blocks", False) for _ in range(5)]
     rb.add(flat[0][0])
@@ -203,7 +203,7 @@ def test_a_wrong_guess_is_told():
     assert sorted(rb[:]["number"].tolist()) == list(range(60))
 
 
-def test_time_that_comes_first_is_refused():
+def test_time_as_the_first_axis_is_refused():
     batch = stream(cartpole, 3)[0].transpose(0, 1)
     rb = ReplayBuffer(1000)
     with pytest.raises(ValueError, match=r"data: expected the shape \(environments, steps\), got \(21, 3\)"):

@@ -1,4 +1,4 @@
-"""What TorchRL does with a buffer besides: collectors, transforms, threads, checkpoints; and what goes wrong."""
+"""TorchRL's collectors, transforms, threads and checkpoints with our buffer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from torchrl.modules import RandomPolicy
 
     from pydqn.adapters.torchrl import FrameSampler, FrameStorage, FrameWriter, ReplayBuffer
-    from tests.helpers.torchrl_streams import assert_same, cartpole, film, own, rows, stream
+    from tests.helpers.torchrl_streams import assert_same, cartpole, own, rows, stack_of_frames, stream
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -30,7 +30,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 def test_collectors_can_write_to_it(envs, whole):
     from torchrl.envs import SerialEnv
 
-    env = film(0) if envs == 1 else SerialEnv(envs, [lambda seed=seed: film(seed) for seed in range(envs)])
+    env = (
+        stack_of_frames(0)
+        if envs == 1
+        else SerialEnv(envs, [lambda seed=seed: stack_of_frames(seed) for seed in range(envs)])
+    )
     rb = ReplayBuffer(1000, batch_size=8, num_envs=envs)
     settings = {"frames_per_batch": 20 * envs, "total_frames": 100 * envs, "extend_buffer": whole}
     collector = Collector(env, RandomPolicy(env.action_spec), replay_buffer=rb, **settings)
@@ -52,8 +56,8 @@ def test_one_at_a_time():
     assert rb.write_count == 21
 
 
-def test_iterating_emptying_and_going_on():
-    batches = stream(film)
+def test_iterating_and_emptying():
+    batches = stream(stack_of_frames)
     rb = ReplayBuffer(200, batch_size=16)
     for batch in batches[:3]:
         rb.extend(batch)
@@ -71,19 +75,19 @@ def test_iterating_emptying_and_going_on():
 
 
 def test_transforms_and_threads():
-    batches = stream(film)
+    batches = stream(stack_of_frames)
     image = ToTensorImage(in_keys=["observation", ("next", "observation")], shape_tolerant=True)
     ours, theirs = ReplayBuffer(500, batch_size=16, transform=image, prefetch=2), own(500, transform=image.clone())
     for batch in batches:
         index = ours.extend(batch.clone())
-        places = theirs.extend(batch.clone())
+        positions = theirs.extend(batch.clone())
         sample = ours.sample()
         assert sample["observation"].dtype == torch.float32
-    assert_same(ours[index], theirs[places])
+    assert_same(ours[index], theirs[positions])
 
 
-def test_samples_are_the_users_to_change():
-    for make, size in ((film, 200), (film, 1), (cartpole, 200)):
+def test_samples_may_be_changed():
+    for make, size in ((stack_of_frames, 200), (stack_of_frames, 1), (cartpole, 200)):
         rb = ReplayBuffer(500, batch_size=size)
         for batch in stream(make):
             index = rb.extend(batch)
@@ -96,7 +100,7 @@ def test_samples_are_the_users_to_change():
         assert_same(rb[:], before)
 
 
-def test_parts_alone():
+def test_storage_sampler_and_writer_alone():
     storage = FrameStorage(100)
     parts = {"storage": storage, "sampler": FrameSampler(storage), "writer": FrameWriter()}
     rb = TensorDictReplayBuffer(**parts, collate_fn=lambda batch: batch, batch_size=4)
@@ -126,11 +130,11 @@ def test_lives_end_windows():
     assert held["steps_to_next_obs"].tolist() == [3, 2, 1, 3]
     assert held["next", "reward"].flatten().tolist() == [1.75, 1.5, 1.0, 1.75]
     assert held["next", "end-of-life"].flatten().tolist() == [True, True, True, False]
-    assert rb.storage.frame_replay.env_time_steps == [7]  # the episode goes on
+    assert rb.storage.frame_replay.env_time_steps == [7]  # the episode has not ended
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16, torch.float64])
-def test_discounted_sums_are_reals_whatever_rewards_are(dtype):
+def test_discounted_sums_are_reals_for_any_dtype_of_rewards(dtype):
     batch = rows(6)
     batch["next", "reward"] = batch["next", "reward"].to(dtype)
     rb = ReplayBuffer(100, n_step=3, gamma=0.9)
@@ -150,7 +154,7 @@ def test_environments_are_counted_in_blocks():
         assert rb.storage.frame_replay.num_envs == count
 
 
-def test_blocks_of_environments_that_look_alike():
+def test_blocks_of_environments_with_equal_observations():
     rb = ReplayBuffer(100, n_step=2, gamma=1.0)
     for step in range(3):
         batch = torch.stack([rows(1, number=torch.tensor([env])) for env in range(2)])
@@ -196,7 +200,7 @@ def test_a_batch_larger_than_the_buffer():
     batch["next", "terminated"][60] = batch["next", "done"][60] = True
     rb = ReplayBuffer(50, n_step=3)
     index = rb.extend(batch.clone())
-    assert rb[:]["number"].tolist() == list(range(68, 118))  # the last two have windows that are open
+    assert rb[:]["number"].tolist() == list(range(68, 118))  # the windows of the last two are not complete
     assert rb[index[68:118]]["number"].tolist() == list(range(68, 118))
     with pytest.raises(ValueError, match="is not a transition that is held now"):
         rb[index[67]]
@@ -258,14 +262,14 @@ def test_what_cannot_be_loaded(tmp_path):
         ReplayBuffer(100).dumps(tmp_path / "empty")
     rb.dumps(tmp_path / "one")
     for settings, message in (
-        ({"n_step": 3}, "capacity 309, expected 312"),
-        ({"n_step": 2, "num_envs": 2}, "capacity 309, expected"),
+        ({"n_step": 3}, "n_step 2, expected 3"),
+        ({"n_step": 2, "num_envs": 2}, "num_envs 3, expected 2"),
         ({"n_step": 2, "gamma": 0.5}, "gamma 0.99, expected 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ReplayBuffer(150, prioritized=True, **settings).loads(tmp_path / "one")
     rb.extend(stream(cartpole, 3)[0])
-    rb.storage.frame_replay.save(tmp_path / "one" / "storage" / "memory-1")
+    rb.storage.frame_replay.save(tmp_path / "one" / "storage" / "replay-1")
     again = ReplayBuffer(150, prioritized=True, n_step=2)
     with pytest.raises(ValueError, match="not saved together"):
         again.loads(tmp_path / "one")

@@ -1,4 +1,4 @@
-"""What TorchRL's users may get wrong: it is refused by name, and nothing is half-stored."""
+"""Wrong arguments and data are refused by name, and nothing is stored in part."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HALF = rows().apply(lambda leaf: leaf.bfloat16() if leaf.shape[1:] == (4,) else 
         (rows()[:0], "data: expected at least one transition, got shape (0,)"),
         (rows().exclude(("next", "done")), "('next', 'done'): expected a tensor in every batch, got None"),
         (rows().exclude(("next", "observation")), "observation_key: expected one of"),
-        (TWO, "observation_key: expected one of [('observation',), ('pixels',)], got None, which does not tell"),
+        (TWO, "observation_key: expected one of [('observation',), ('pixels',)], got None, which does not say which"),
         (NONE, "observation_key: expected one of [('position',), ('velocity',)], got None"),
         (WIDE, "('next', 'reward'): expected one number per transition, got torch.float64 of shape (5, 2)"),
         (HALF, "('observation',): expected numbers that NumPy knows, got torch.bfloat16 of shape (5, 4)"),
@@ -50,8 +50,8 @@ def test_bad_data(batch, message):
     assert_same(rb[rb.extend(good.clone())], good)
 
 
-def test_a_refused_first_batch_settles_nothing():
-    """Not even which entry the observation is."""
+def test_a_refused_first_batch_leaves_nothing():
+    """Not even which entry is the observation."""
     rb = ReplayBuffer(100, num_envs=1)
     bad = rows(key="pixels", shape=(3,))
     bad["next", "reward"][0] = np.nan
@@ -108,7 +108,7 @@ def test_values_that_a_cast_would_change_are_refused(key, change, message):
         rb.extend(changed(key, change))
     assert str(caught.value).startswith(message)
     assert_same(rb[:], first)
-    if change(first[key]).shape == first[key].shape:  # another dtype is as good where it holds the same
+    if change(first[key]).shape == first[key].shape:  # another dtype is accepted where it holds the same values
         wider = first.clone()
         wider[key] = first[key].double()
         assert_same(rb[rb.extend(wider)], rb[index])
@@ -135,7 +135,7 @@ def test_values_that_a_cast_would_change_are_refused(key, change, message):
         (torch.float32, torch.ones(5, dtype=torch.bool), True),
     ],
 )
-def test_columns_take_what_they_hold(first, later, fits):
+def test_entries_take_values_that_they_represent(first, later, fits):
     rb, later = ReplayBuffer(100), torch.as_tensor(later)
     rb.extend(rows(extra=torch.zeros(5, dtype=first)))
     if fits:
@@ -160,7 +160,7 @@ def test_dtypes_that_pytorch_only_stores_are_refused(dtype, held):
     images = rows()
     images["observation"] = images["next", "observation"] = torch.ones(5, 4).to(dtype)
     rb = ReplayBuffer(100)
-    assert rb[rb.extend(images)]["observation"].dtype == dtype  # frames are no columns
+    assert rb[rb.extend(images)]["observation"].dtype == dtype  # observations may have it
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -180,7 +180,7 @@ def test_flags_may_be_numbers(dtype):
         ReplayBuffer(100).extend(bad)
 
 
-def test_what_came_before_a_bad_row_is_whole():
+def test_rows_before_a_bad_row_are_stored():
     rb, good = ReplayBuffer(100), rows()
     rb.extend(good.clone())
     with pytest.raises(ValueError, match="reward: expected finite"):

@@ -1,4 +1,4 @@
-"""What TorchRL's buffer saves: hand-made metadata is refused by name, and exponents may change in between."""
+"""Saving: hand-made metadata is refused by name, and exponents may change between saving and loading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
 from pydqn._util.files import Damaged, read_index, write_index
 from pydqn._util.weights import load_weights, save_weights
-from pydqn.adapters._torchrl.streams import Streams
+from pydqn.adapters._torchrl.streams import EpisodeStreams
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 MADE = {"prioritized": True, "n_step": 2, "seed": 3}
@@ -44,8 +44,8 @@ def change(folder, tensors=None, **values):
     write_index(folder / "streams.json", "pydqn-streams", {**manifest, "columns": checksum})
 
 
-PLACES = torch.zeros(203, dtype=torch.int64)
-NONE = "fit memory-1 .*"
+SLOTS = torch.zeros(203, dtype=torch.int64)
+NONE = "fit replay-1 .*"
 
 
 @pytest.mark.parametrize(
@@ -67,26 +67,29 @@ NONE = "fit memory-1 .*"
         ({"counts": None}, NONE),
         ({"counts": [-1]}, NONE + "counts: expected an integer of at least 0"),
         ({"counts": [10**30]}, NONE + "counts: expected an integer of at most"),
-        ({"counts": [1, 2]}, "no columns .counts: expected 1, got 2"),
+        ({"counts": [1, 2]}, "expected the entries .*counts: expected 1, got 2"),
         ({"time_steps": [3]}, "were not saved together"),
         ({"time_steps": "gone"}, NONE + "'time_steps'"),
         ({"notes": "gone"}, NONE + "'notes'"),
-        ({"tensors": {"places": None}}, "no columns .places"),
-        ({"tensors": {"places": PLACES[:-1]}}, "no columns .places: got torch.int64 of shape"),
-        ({"tensors": {"places": PLACES.float()}}, "no columns .places: got torch.float32"),
-        ({"tensors": {"places": PLACES - 1}}, "no columns .places: expected numbers from 0 to 100"),
-        ({"tensors": {"places": PLACES + 101}}, "no columns .places: expected numbers from 0 to 100"),
-        ({"tensors": {'["action"]': torch.zeros(7)}}, r"no columns .\['action'\]: expected 101 rows, got shape \(7,\)"),
+        ({"tensors": {"slots": None}}, "expected the entries .*slots"),
+        ({"tensors": {"slots": SLOTS[:-1]}}, "expected the entries .*slots: got torch.int64 of shape"),
+        ({"tensors": {"slots": SLOTS.float()}}, "expected the entries .*slots: got torch.float32"),
+        ({"tensors": {"slots": SLOTS - 1}}, "expected the entries .*slots: expected numbers from 0 to 100"),
+        ({"tensors": {"slots": SLOTS + 101}}, "expected the entries .*slots: expected numbers from 0 to 100"),
+        (
+            {"tensors": {'["action"]': torch.zeros(7)}},
+            r"expected the entries .*\['action'\]: expected 101 rows, got shape \(7,\)",
+        ),
         ({"tensors": {'["action"]': torch.tensor(1)}}, r"expected 101 rows, got shape \(\)"),
-        ({"tensors": {"action": torch.zeros(101)}}, "no columns"),
-        ({"tensors": {"7": torch.zeros(101)}}, "no columns .expected the name of an entry, got 7"),
+        ({"tensors": {"action": torch.zeros(101)}}, "expected the entries"),
+        ({"tensors": {"7": torch.zeros(101)}}, "expected the entries .*expected the name of an entry, got 7"),
     ],
 )
 def test_hand_made_metadata_is_refused(tmp_path, values, message):
     filled().storage.dumps(tmp_path)
     change(tmp_path, **values)
     with pytest.raises(Damaged, match=message):
-        Streams.load(tmp_path, 100, **MADE)
+        EpisodeStreams.load(tmp_path, 100, **MADE)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_hand_made_manifests_are_refused(tmp_path, content):
     filled().storage.dumps(tmp_path)
     write_index(tmp_path / "streams.json", "pydqn-streams", content)
     with pytest.raises(Damaged, match=r"streams.json: does not name its files"):
-        Streams.load(tmp_path, 100, **MADE)
+        EpisodeStreams.load(tmp_path, 100, **MADE)
 
 
 def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
@@ -126,7 +129,7 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pydqn.adapters._torchrl.streams.TransitionReplay", refuse)
     with pytest.raises(MemoryError, match=str(tmp_path)):
-        Streams.load(tmp_path, 100, **MADE)
+        EpisodeStreams.load(tmp_path, 100, **MADE)
 
 
 def test_saving_again_leaves_one_save(tmp_path):
@@ -134,7 +137,7 @@ def test_saving_again_leaves_one_save(tmp_path):
     for number in range(1, 4):
         rb.dumps(tmp_path / "rb")
         kept = sorted(path.name for path in (tmp_path / "rb" / "storage").iterdir())
-        assert kept == [f"columns-{number}.safetensors", f"memory-{number}", "streams.json"]
+        assert kept == [f"columns-{number}.safetensors", f"replay-{number}", "streams.json"]
         rb.extend(rows(7))
     again = ReplayBuffer(100, batch_size=16, **MADE)
     again.loads(tmp_path / "rb")
@@ -142,7 +145,7 @@ def test_saving_again_leaves_one_save(tmp_path):
 
 
 def test_alpha_may_be_scheduled():
-    """As with TorchRL's: priorities that are held get the new exponent, too."""
+    """As with TorchRL's buffer, held priorities get the new exponent, too."""
     ours = filled(alpha=0.4)
     scheduler = LinearScheduler(ours, "alpha", final_value=0.8, num_steps=4)
     for step in range(1, 6):
@@ -166,7 +169,7 @@ def test_alpha_may_be_scheduled():
 
 
 def test_alpha_away_from_zero():
-    """What is held stays uniform until it is updated; what comes gets the largest that there has been."""
+    """Held transitions stay uniform until they are updated; new ones get the largest priority so far."""
     rb = filled(alpha=0.5)
     rb.sampler.alpha = 0.0
     assert set(rb.storage.frame_replay._core.export_priorities(0, 31).tolist()) == {0.0, 1.0}

@@ -1,4 +1,4 @@
-"""What the tests of the TorchRL adapter share: environments, what collectors give of them, and equality."""
+"""What the tests of the TorchRL adapter share: environments, what collectors return of them, and equality."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torchrl.envs import (
 from torchrl.modules import RandomPolicy
 
 
-class EpisodeVideos(gym.Env):
-    """Random frames; ends by itself, and is cut off after 30 steps."""
+class RandomFrames(gym.Env):
+    """Random frames; terminates at random, and is truncated after 30 steps."""
 
     action_space = gym.spaces.Discrete(3)
 
@@ -45,8 +45,8 @@ class EpisodeVideos(gym.Env):
         return self._frame(), float(self.random.normal()), self.random.random() < 0.05, self.steps == 30, {}
 
 
-def film(seed, dim=-3, dtype=np.uint8):
-    env = TransformedEnv(GymWrapper(EpisodeVideos(seed, dtype=dtype)), UnsqueezeTransform(dim, in_keys=["observation"]))
+def stack_of_frames(seed, dim=-3, dtype=np.uint8):
+    env = TransformedEnv(GymWrapper(RandomFrames(seed, dtype=dtype)), UnsqueezeTransform(dim, in_keys=["observation"]))
     env.append_transform(CatFrames(N=4, dim=dim, in_keys=["observation"]))
     env.append_transform(RewardSum())
     return env
@@ -62,12 +62,11 @@ def cartpole(seed, one_hot=True):
 
 @functools.cache
 def collected(make, envs, batches, per_batch):
-    """What a collector gives, with a number for each transition."""
+    """Return the batches of a collector, in which each transition has a number."""
     torch.manual_seed(0)
     env = make(0) if envs == 1 else SerialEnv(envs, [lambda seed=seed: make(seed) for seed in range(envs)])
-    collector = Collector(
-        env, RandomPolicy(env.action_spec), frames_per_batch=per_batch, total_frames=batches * per_batch
-    )
+    total = batches * per_batch
+    collector = Collector(env, RandomPolicy(env.action_spec), frames_per_batch=per_batch, total_frames=total)
     found = []
     for number, batch in enumerate(collector):
         batch["number"] = (torch.arange(batch.numel()) + number * batch.numel()).reshape(batch.shape)
@@ -96,7 +95,7 @@ def assert_same(ours, theirs, leave_out=("index",)):
 
 
 def rows(count=5, shape=(4,), key="observation", **others):
-    """One episode that goes on."""
+    """Return rows of one episode that does not end."""
     states = torch.rand(count + 1, *shape)
     flags = {name: torch.zeros(count, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
     after = {key: states[1:], "reward": torch.ones(count, 1), **flags}

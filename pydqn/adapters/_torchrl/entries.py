@@ -1,4 +1,4 @@
-"""Entries of a tensordict: by name, flattened to rows, and as the arrays that `pydqn.adapters._torchrl.streams` takes."""
+"""Entries of a tensordict: found by name, flattened to rows, and turned into arrays."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 Key = tuple[str, ...]
 
-_NAMES = ("collector", "traj_ids")  # where collectors say which episode a row is of
-_PADDING = (("collector", "mask"), ("mask",))  # where `split_trajectories` says which rows are real
+_EPISODE_IDS = ("collector", "traj_ids")  # where collectors say to which episode a row belongs
+_MASKS = (("collector", "mask"), ("mask",))  # where `split_trajectories` says which rows are no padding
 
 
 def key(name: str | Key) -> Key:
@@ -25,7 +25,7 @@ def key(name: str | Key) -> Key:
 
 
 def only_observation(leaves: dict[Key, Any]) -> Key:
-    """Return the one entry that can be the observation; ValueError where that cannot be told."""
+    """Return the name of the only entry that can be the observation; ValueError if there is no such entry."""
     both = [
         key
         for key, leaf in leaves.items()
@@ -34,25 +34,30 @@ def only_observation(leaves: dict[Key, Any]) -> Key:
     named = [key for key in both if key[-1] in ("observation", "pixels")]
     found = named or [key for key in both if leaves[key][0].numel() > 1]
     if len(found) != 1:
-        raise ValueError(f"observation_key: expected one of {sorted(found or leaves)}, got None, which does not tell")
+        raise ValueError(
+            f"observation_key: expected one of {sorted(found or leaves)}, got None, which does not say which"
+        )
     return found[0]
 
 
-def episodes(data: Any) -> NDArray[Any] | None:
-    """Return which episode each row of a tensordict is of, (n,), where a collector says so."""
-    given = data.get(_NAMES, None)
-    return None if given is None else numbers(_NAMES, given.cpu().reshape(-1))
+def episode_ids(data: Any) -> NDArray[Any] | None:
+    """Return the episode of each row of a tensordict, (n,), or None if no collector has recorded it."""
+    given = data.get(_EPISODE_IDS, None)
+    return None if given is None else numbers(_EPISODE_IDS, given.cpu().reshape(-1))
 
 
 def no_padding(leaves: dict[Key, Any]) -> None:
-    """Raise ValueError where entries say that some rows are no steps."""
-    for name in _PADDING:
+    """Raise ValueError if a mask says that some rows are padding."""
+    for name in _MASKS:
         if name in leaves and not leaves[name].all():
             raise ValueError(f"{name}: expected steps of environments, got padding; pass data[data[{name}]]")
 
 
 def rows(key: Key, leaf: Any, dims: int, known: list[Key], *, stored: bool) -> torch.Tensor:
-    """Return an entry of a batch with so many batch dimensions on the CPU, (n, ...); `stored`: as a column."""
+    """Return an entry as rows on the CPU, (n, ...), of a batch with `dims` batch dimensions.
+
+    `stored` says that the rows will be kept as a tensor, which needs a dtype of which PyTorch can select rows.
+    """
     import torch
 
     if not isinstance(leaf, torch.Tensor):
@@ -63,7 +68,7 @@ def rows(key: Key, leaf: Any, dims: int, known: list[Key], *, stored: bool) -> t
 
 
 def observations(key: Key, leaf: torch.Tensor, like: tuple[tuple[int, ...], np.dtype[Any]] | None) -> NDArray[Any]:
-    """Return observations, (n, *shape), in the shape and dtype of the first ones."""
+    """Return observations, (n, *shape), in the shape and dtype `like` those of the first batch (None: this is it)."""
     try:
         array = leaf.numpy()
     except TypeError:
@@ -90,7 +95,7 @@ def numbers(key: Key, leaf: torch.Tensor) -> NDArray[Any]:
 
 
 def fit(key: Key, leaf: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """Return rows that a column of earlier ones holds exactly; ValueError where their shape or values do not fit."""
+    """Return rows in the dtype of the column of earlier ones; ValueError if their shape or values do not fit."""
     if leaf.shape[1:] != column.shape[1:]:
         raise _unfit(key, f"shape {tuple(column.shape[1:])} per transition, as in the first batch", leaf)
     if leaf.dtype == column.dtype:
@@ -101,7 +106,7 @@ def fit(key: Key, leaf: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
 
 
 def _holds(dtype: torch.dtype, leaf: torch.Tensor) -> bool:
-    """Return whether a dtype has every value of some rows."""
+    """Return whether a dtype can represent every value of some rows."""
     import torch
 
     if leaf.is_complex() or dtype.is_complex:
@@ -109,20 +114,20 @@ def _holds(dtype: torch.dtype, leaf: torch.Tensor) -> bool:
     if leaf.is_floating_point() and dtype.is_floating_point:
         return bool(((leaf.to(dtype).to(leaf.dtype) == leaf) | leaf.isnan()).all())
     if dtype.is_floating_point:
-        # Integers up to here have no gaps. Not by converting there and back: what an overflow gives differs from
-        # processor to processor (see `pydqn._util.checks.converted`).
+        # Integers up to here have no gaps. A conversion there and back would not show it: the result of an overflow
+        # differs from processor to processor (see `pydqn._util.checks.converted`).
         most = round(2 / torch.finfo(dtype).eps)
         least = -most
     else:
         least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     if leaf.is_floating_point():
-        # The least is a power of two, which reals have; the most may not be one, so what lies beyond it is compared.
+        # `least` is a power of two, which reals represent. `most` may not be, so the values are compared with most + 1.
         return bool((leaf.trunc() == leaf).all() and (leaf >= least).all() and (leaf < most + 1).all())
     return not leaf.numel() or (least <= int(leaf.min()) and int(leaf.max()) <= most)
 
 
 def saved_notes(notes: Any) -> tuple[Key, int]:
-    """Return the observation's key and how many transitions have come, as a storage has saved them."""
+    """Return the observation's key and the number of transitions written, as a storage has saved them."""
     try:
         name, written = notes["observation"], integer("written", notes["written"], 0)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What the embedding_*.py scripts share: a process's memory, times, and their one line of JSON."""
+"""What the embedding_*.py scripts share: the command line, and the measurements, printed as one line of JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def arguments(doc, buffers, steps, capacity):
-    """The command line that all of them have."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--buffer", choices=buffers, default=buffers[-1])
     parser.add_argument("--task", choices=("cartpole", "atari"), default="atari")
@@ -29,20 +29,20 @@ def arguments(doc, buffers, steps, capacity):
 
 
 class Meter:
-    """Made when all is imported and nothing is built; told when learning begins."""
+    """Measures memory and time; to be made after the imports and before anything is built."""
 
     def __init__(self):
         self._before = psutil.Process().memory_info().rss
         self._started = None
 
     def learning(self):
-        """The buffer is full, and the first update is near."""
+        """Start the clock: the buffer is full, and the first update is next."""
         if self._started is None:
             self._filled = psutil.Process().memory_info().rss
             self._started = time.perf_counter()
 
     def report(self, steps, sample, buffer_bytes, returns):
-        """Print how it went; `sample` draws a batch."""
+        """Print the measurements; `sample` draws a batch."""
         seconds = time.perf_counter() - self._started
         for _ in range(20):
             sample()
@@ -57,7 +57,7 @@ class Meter:
             "sample_ms": float(np.median(times)) * 1e3,
             "buffer_bytes": int(buffer_bytes),
             "filled_rss_mb": (self._filled - self._before) / 1e6,
-            "peak_rss_mb": (peak - self._before) / 1e6,  # that came on top of the imports
+            "peak_rss_mb": (peak - self._before) / 1e6,  # beyond that of the imports
             "return": float(np.mean(returns)) if len(returns) else None,
         }
         print(json.dumps(line))

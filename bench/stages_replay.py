@@ -10,26 +10,26 @@ from timing import Elsewhere, in_turns, missing, row, us
 
 
 def make(name, size, most_bytes, **options):
-    """Return a full memory of `size` transitions, or of as many as fit into `most_bytes`, and how many they are."""
+    """Return a full replay buffer of `size` transitions, or of as many as fit into `most_bytes`, and their number."""
     kind, each, _ = MEMORIES[name]
     fits = int(min(size, most_bytes // each))
-    memory = kind(fits, **options)
+    buffer = kind(fits, **options)
     for i in range(fits + 1):
-        memory.add(i)
-    return memory, fits
+        buffer.add(i)
+    return buffer, fits
 
 
 def append(quick):
-    """One transition, as each takes it."""
+    """Append one transition, in each library's own form."""
     adders = {}
     for name in MEMORIES:
         try:
-            memory, _ = make(name, 2_000 if quick else 20_000, 1.2e9)
+            buffer, _ = make(name, 2_000 if quick else 20_000, 1.2e9)
         except Exception as error:
             missing(name, error)
             continue
         count = itertools.count()
-        adders[name] = lambda memory=memory, count=count: memory.add(next(count))
+        adders[name] = lambda buffer=buffer, count=count: buffer.add(next(count))
     times = in_turns(adders, 20 if quick else 60, 50)
     mine = times.pop("pydqn")
     best = min(times, key=times.get, default=None)
@@ -38,11 +38,11 @@ def append(quick):
 
 
 def sampler(name, size, most_bytes):
-    """Return a function that samples some times and returns the median seconds and the ring's size."""
-    memory, fits = make(name, size, most_bytes)
+    """Return a function that samples 20 times and returns the median seconds and the size of the ring."""
+    buffer, fits = make(name, size, most_bytes)
 
     def some():
-        return in_turns({"": memory.sample}, 1, 20)[""], fits
+        return in_turns({"": buffer.sample}, 1, 20)[""], fits
 
     return some
 
@@ -66,9 +66,9 @@ def medians_in_turns(players, rounds):
 
 
 def sample(quick):
-    """From a ring of a million frames; who needs more than 8 GB for so many gets a smaller one, which is easier.
+    """Sample from a ring of a million frames, or of as many as fit into 8 GB, which is easier.
 
-    Each ring is in a process of its own, and no more than two at a time: they are gigabytes.
+    Each ring has a process of its own, with at most two at a time, as they take gigabytes.
     """
     size, rounds = (50_000, 20) if quick else (1_000_000, 60)
     stage = f"sample({BATCH}), ring of {size:,}"
