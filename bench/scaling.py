@@ -1,6 +1,6 @@
 """How speed scales: with environments, batch size, buffer size, threads and parallel runs. Prints tables.
 
-    python bench/scaling.py -o bench/results/DATE-scaling.json --image docs/scaling.png    # about 6 minutes
+python bench/scaling.py -o bench/results/DATE-scaling.json --image docs/scaling.png    # about 6 minutes
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GIFs of episodes, written in one pass.
 
-Pillow's own writer keeps all images in memory (108 MB for 600 images of Breakout at scale 2, where this one needs 9 MB),
-and its files are five times as large (523 and 104 KB; see bench/bench_recording.py).
+Pillow's own writer keeps all images in memory (108 MB for 600 images of Breakout at scale 2, where this one
+needs 9 MB), and its files are five times as large (523 and 104 KB; see bench/bench_recording.py).
 """
 
 from __future__ import annotations

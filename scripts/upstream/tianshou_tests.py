@@ -22,8 +22,6 @@ def substitute():
 
     from pydqn.adapters import tianshou as ours
 
-    ours.theirs = SimpleNamespace(
-        **vars(data)
-    )  # ours derive from Tianshou's own classes
+    ours.theirs = SimpleNamespace(**vars(data))  # ours derive from Tianshou's own classes
     for name in ours.__all__:
         setattr(data, name, getattr(ours, name))
