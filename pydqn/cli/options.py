@@ -12,7 +12,7 @@ from pydqn.config import SECTIONS, Config
 from pydqn.evaluation.protocols import PROTOCOLS
 from pydqn.presets import PRESETS
 
-# The same names are in `plotting.curves` and `evaluation.evaluate`, which are slow to import. A test compares them.
+# The same names are in `plotting.curves` and `evaluation.build`, which are slow to import. A test compares them.
 _PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
 _WEIGHTS = ("best", "last", "checkpoint")
 
