@@ -19,11 +19,11 @@ def test_public_names():
 def test_the_command_line_has_the_choices_of_the_modules():
     """It repeats them, because it imports the modules only when they are needed."""
     from pydqn.cli import options
-    from pydqn.evaluation import evaluate
+    from pydqn.evaluation import build
     from pydqn.plotting import curves
 
     assert tuple(curves.PANELS) == options._PANELS
-    assert evaluate.WEIGHTS == options._WEIGHTS
+    assert build.WEIGHTS == options._WEIGHTS
 
 
 def test_modules_do_not_shadow_functions():

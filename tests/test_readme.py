@@ -7,13 +7,13 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
 from pydqn import Config, preset
-from pydqn.cli import main as cli
+from pydqn.cli import options
 from pydqn.config import RENAMED
 from pydqn.envs.tasks import resolved
 from pydqn.presets import PRESETS
@@ -23,12 +23,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SYSTEMS = (ROOT / "docs" / "systems.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+PARSER = options.make_parser(defaultdict(lambda: print))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_replay_example_works_as_printed():
     program = re.search(r"<!-- replay example -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len(program.splitlines()) <= 15
+    assert len(program.splitlines()) <= 16
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert re.match(r"19\d\d \(32, 4, 84, 84\) 0.97", out), out
 
@@ -68,10 +69,10 @@ def test_the_commands_can_be_typed():
     commands = re.findall(r"^pydqn train ([^#\n]*)", (README + TRAINING).replace("\\\n", " ") + SYSTEMS, re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
-        arguments = cli._parser().parse_args(["train", *command.split()])
+        arguments = PARSER.parse_args(["train", *command.split()])
         if arguments.resume:
             continue
-        config = preset(arguments.preset, **cli._given(arguments))
+        config = preset(arguments.preset, **options.given_settings(arguments))
         # A run that is to end at a mean return must not end before it has learned.
         assert "Pong" in config.env_id or config.stop_return > 100
 
@@ -130,8 +131,8 @@ def test_the_runs_of_breakout_are_those_of_their_commands():
     page = (folder / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^pydqn train (.*)$", page, re.MULTILINE)
     for command, name in zip(commands, ("hour", "published-38-minutes"), strict=True):
-        arguments = cli._parser().parse_args(["train", *command.split()])
-        assert load_run(folder / name) == resolved(preset(arguments.preset, **cli._given(arguments)))
+        arguments = PARSER.parse_args(["train", *command.split()])
+        assert load_run(folder / name) == resolved(preset(arguments.preset, **options.given_settings(arguments)))
         last = rows(folder / name, "progress.csv")[-1]
         assert f"{int(last['steps']):,}" in page
         assert f"{int(last['updates']):,}" in page

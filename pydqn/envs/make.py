@@ -35,8 +35,3 @@ def advise_evaluating_after_training() -> Iterator[None]:
             f"{error} (this environment is for evaluation, besides those of training; if no more can be made, train "
             "with --evaluation-every-steps 0, in Python evaluation_every_steps=0, and evaluate the run afterwards)"
         ) from error
-
-
-beside_learning = (
-    advise_evaluating_after_training  # the old name, until training/loop.py and training/tabular.py follow
-)

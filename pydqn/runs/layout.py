@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydqn._util.files import read_json
-from pydqn.config import RENAMED, Config
+from pydqn.config import Config
 from pydqn.envs.tasks import with_overrides
 
 CONFIG = "config.json"
@@ -27,7 +27,6 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
 
     With another environment (`env_id`), settings that belong to the run's own one are reset to neutral values, as in
     `pydqn.presets.preset`, and a UserWarning names them; pixel_mean and pixel_std stay, as the weights depend on them.
-    A UserWarning also names fields that have been renamed since the run was made.
 
     Raises:
         ValueError: `run` is not the folder of a run, or its config is not valid.
@@ -39,8 +38,6 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     if not isinstance(plain, dict):
         raise ValueError(f"run: {path} is not a run's config")
     config = Config.from_dict(plain)
-    if renamed := ", ".join(f"{old} is now {RENAMED[old]}" for old in plain if old in RENAMED):
-        warnings.warn(f"run: {path} has old names of settings: {renamed}", stacklevel=2)
     trained = {name: getattr(config, name) for name in ("pixel_mean", "pixel_std")}
     config, note = with_overrides(config, "the run's", {**trained, **overrides})
     if note:

@@ -21,7 +21,7 @@ from pydqn._util.checks import integer
 from pydqn._util.machine import Pace
 from pydqn.config import Config
 from pydqn.envs.base import Envs, Episode
-from pydqn.envs.make import beside_learning, make_envs
+from pydqn.envs.make import advise_evaluating_after_training, make_envs
 from pydqn.envs.rewards import learner_rewards
 from pydqn.envs.tasks import inputs_of
 from pydqn.evaluation.build import network_for, replay_settings
@@ -305,7 +305,7 @@ class Run(BaseRun):
         config = self.config
         if not 0 < config.evaluation_every_steps <= config.total_steps:
             return None
-        with beside_learning():
+        with advise_evaluating_after_training():
             return evaluation_envs(config, config.evaluation_episodes, self._evaluation_seed)
 
     def _restart_episodes(self, setting: str) -> None:

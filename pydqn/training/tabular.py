@@ -22,7 +22,7 @@ from pydqn._util.jit import kernel
 from pydqn.config import Config
 from pydqn.envs.base import Episode
 from pydqn.envs.discrete import Model, StateEnv
-from pydqn.envs.make import beside_learning
+from pydqn.envs.make import advise_evaluating_after_training
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
 from pydqn.learning.schedules import Due, epsilon
 from pydqn.learning.statistics import Statistics
@@ -188,7 +188,7 @@ class TabularRun(BaseRun):
                 return ModelledTask(model, env.most_steps, config, generators), shape
             test_env = None
             if config.evaluation_every_steps > 0:
-                with beside_learning():
+                with advise_evaluating_after_training():
                     test_env = StateEnv(under_protocol(config), seeds[1])
                 unless_stepped.callback(test_env.close)
             task = SteppedTask((env, test_env), config, generators)

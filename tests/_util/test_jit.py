@@ -27,7 +27,8 @@ def test_a_run_if_neither_the_package_nor_the_home_can_be_written(tmp_path):
     """As in a container; also for root, who cannot make a folder where a file is, either."""
     site, temporary = tmp_path / "site", tmp_path / "tmp"
     shutil.copytree(PACKAGE, site / "pydqn", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "pydqn" / "__pycache__").touch()
+    for source in (site / "pydqn").rglob("__init__.py"):
+        source.with_name("__pycache__").touch()
     temporary.mkdir()
     env = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     env |= {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "TMPDIR": str(temporary), "PYTHONPATH": str(site)}

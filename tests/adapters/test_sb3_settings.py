@@ -94,12 +94,12 @@ def test_the_first_windows_are_cut_short_as_theirs(steps, n_envs):
     for name, one, other in zip(mine._fields, mine, their, strict=True):
         assert one.dtype == other.dtype, name
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=name)
-    drawn, weight, index = ours.sample_weighted(50)
+    drawn, weight, index = ours.sample_weighted(1000)
     rows = {(*obs.tolist(), *reward.tolist()) for obs, reward in zip(mine.observations, mine.rewards, strict=True)}
     seen = {(*obs.tolist(), *reward.tolist()) for obs, reward in zip(drawn.observations, drawn.rewards, strict=True)}
     assert seen == rows
     assert (weight == 1).all()
-    ours.update_priorities(index, np.ones(50))  # ignored: the transitions have none yet
+    ours.update_priorities(index, np.ones(1000))  # ignored: the transitions have none yet
     ours.reset()
     with pytest.raises(RuntimeError, match="no transition"):
         ours.sample(1)

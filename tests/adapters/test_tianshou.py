@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("tianshou", reason="Tianshou is not installed: pip install 'pydqn[adapters]'")
 
+from tianshou import data as theirs
 from tianshou.algorithm import DQN
 from tianshou.algorithm.modelfree.dqn import DiscreteQLearningPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory
@@ -20,7 +21,8 @@ from tianshou.env import DummyVectorEnv
 from tianshou.trainer import OffPolicyTrainerParams
 from tianshou.utils.net.common import Net
 
-from tests.helpers.tianshou_streams import ATARI, KINDS, World, counting, ours, returns, rows, same, theirs
+from pydqn.adapters import tianshou as ours
+from tests.helpers.tianshou_streams import ATARI, KINDS, World, counting, returns, rows, same
 
 
 @pytest.mark.parametrize("kind", ["vectors", "numbers", "stacks"])

@@ -11,9 +11,11 @@ import pytest
 
 pytest.importorskip("tianshou", reason="Tianshou is not installed: pip install 'pydqn[adapters]'")
 
+from tianshou import data as theirs
 from tianshou.data import Batch
 
-from tests.helpers.tianshou_streams import ATARI, counting, ours, returns, rows, theirs
+from pydqn.adapters import tianshou as ours
+from tests.helpers.tianshou_streams import ATARI, counting, returns, rows
 
 
 def test_the_last_observation():

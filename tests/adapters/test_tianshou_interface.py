@@ -12,10 +12,12 @@ import torch
 pytest.importorskip("tianshou", reason="Tianshou is not installed: pip install 'pydqn[adapters]'")
 
 import h5py
+from tianshou import data as theirs
 from tianshou.data import Batch
 
 from pydqn.adapters import _tianshou
-from tests.helpers.tianshou_streams import ATARI, counting, ours, same, theirs
+from pydqn.adapters import tianshou as ours
+from tests.helpers.tianshou_streams import ATARI, counting, same
 
 SINGLE = [("ReplayBuffer", (5,)), ("PrioritizedReplayBuffer", (5, 0.6, 0.4))]
 

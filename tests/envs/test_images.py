@@ -101,12 +101,12 @@ def test_a_run_outlives_a_video_that_fails(counted, tmp_path):
     sizes = iter(range(1, 10_000))
     counted.render = lambda self: np.zeros((next(sizes), 5, 3), np.uint8)
     config = config_of(video_every_episodes=1, video_format="gif")
-    with pytest.warns(RuntimeWarning, match="videos: an episode was not filmed: image: expected shape"):
+    with pytest.warns(RuntimeWarning, match="videos: an episode was not recorded: image: expected shape"):
         assert train(config, tmp_path / "a").steps >= 60
     assert not list((tmp_path / "a" / "videos").iterdir())
     with Run(config, tmp_path / "b") as run:
         (tmp_path / "b" / "videos").write_text("in the way")
-        with pytest.warns(RuntimeWarning, match="videos: an episode was not filmed: .*videos"):
+        with pytest.warns(RuntimeWarning, match="videos: an episode was not recorded: .*videos"):
             list(run.reports())
     assert run.steps >= 60
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from pydqn import Config, Learner, evaluate, resume, train
+from pydqn import Config, Learner, LearnerSettings, evaluate, resume, train
 from pydqn.envs.discrete import StateEnv
 from pydqn.envs.make import make_envs
 from pydqn.envs.spaces import frames_of
 from pydqn.evaluation.build import network_for
-from pydqn.learning.networks import lowered, make_network
+from pydqn.learning.networks import make_network, mixed_precision_copy
 from pydqn.learning.policy import Actor, Policy
 from pydqn.replay.frames import FrameReplay
 
@@ -156,10 +156,10 @@ def test_learning_and_acting_on_every_kind_of_image(register, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["bytes", "0..1", "-5..15"])
 def test_bfloat16_on_every_kind_of_image(name):
-    """A lowered network takes prepared and unprepared frames; the first layer takes real frames as float32."""
+    """A copy in mixed precision takes prepared and unprepared frames; the first layer takes real frames as float32."""
     space, input_range, _ = IMAGES[name]
     network = make_network("small", 2, SIDES, 3, hidden_units=(16,), input_range=input_range, seed=0)
-    low = lowered(network, torch.bfloat16)
+    low = mixed_precision_copy(network, torch.bfloat16)
     obs = torch.from_numpy(np.stack(examples(space, 8)).reshape(4, 2, *SIDES).astype(frames_of("x", space).dtype))
     exact = network(obs)
     torch.testing.assert_close(low(obs), exact, rtol=0.1, atol=0.05)
@@ -174,14 +174,14 @@ def test_a_learner_and_an_actor_of_real_frames(precision):
     for step in range(60):
         frame = generator.random((1, *SIDES), np.float32)
         replay.append(frame, [step % 3], [1.0], [step % 9 == 8], [False], [step % 9 == 0])
-    config = Config(batch_size=8, precision=precision, device="cpu")
+    settings = LearnerSettings(batch_size=8, precision=precision)
     network = make_network("small", 2, SIDES, 3, hidden_units=(16,), input_range=(0, 1))
     batch = replay.sample(8)
-    learner = Learner(network, config, "cpu", batch)
+    learner = Learner(network, settings, "cpu", batch)
     before = learner.policy.values(batch.obs)
     for _ in range(5):
         learner.update(replay.sample(8))
-    assert math.isfinite(learner.metrics().loss)
+    assert math.isfinite(learner.statistics().loss)
     assert not np.array_equal(learner.policy.values(batch.obs), before)
     actor = Actor(learner.policy, replay.empty_batch(1).obs)
     np.testing.assert_allclose(actor.values(replay.latest()), learner.policy.values(replay.latest()), rtol=1e-5)

@@ -18,7 +18,7 @@ from pydqn.envs.tasks import described, resolved
 from pydqn.evaluation.play import play_episode
 from pydqn.presets import PRESETS
 from pydqn.runs.layout import load_run
-from pydqn.runs.stopping import Standing, ending
+from pydqn.runs.stopping import Progress, end_reason
 
 QUICK = {
     "device": "cpu",
@@ -241,8 +241,8 @@ def test_reasons_to_end(now, reason):
         **{"total_steps": 100, "total_episodes": 7, "stop_successes": 2, "success_steps": 9, "stop_return": 4.5},
         stop_evaluation_return=8.0,
     )
-    before = Standing(99, 6, 1, 1, 4.0, 7.0)
-    assert ending(config, before._replace(**now)) == reason
+    before = Progress(99, 6, 1, 1, 4.0, 7.0)
+    assert end_reason(config, before._replace(**now)) == reason
 
 
 def test_a_result_says_why_its_run_ended(coins, tmp_path):

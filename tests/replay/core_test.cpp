@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/frame_replay.hpp"
+#include "../../csrc/frame_replay.hpp"
 
 using namespace pydqn;
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pydqn import Config, DeviceReplay, FrameReplay, Learner, TransitionReplay, preprocess
+from pydqn import DeviceReplay, FrameReplay, Learner, LearnerSettings, TransitionReplay, preprocess
 from pydqn.adapters.cleanrl import PrioritizedReplayBuffer, ReplayBuffer
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, Policy
@@ -256,8 +256,8 @@ def test_the_learner_takes_the_dtypes_of_its_example(name):
     buffer = FrameReplay(10, (2,), dtype="float32", stack=1)
     for first in (~NO, NO):
         buffer.append(np.zeros((1, 2), np.float32), ZERO, ONE, NO, NO, first)
-    config = Config(batch_size=4, device="cpu")
-    learner = Learner(make_network("mlp", 1, (2,), 2, hidden_units=(4,)), config, "cpu", buffer.empty_batch(4))
+    settings = LearnerSettings(batch_size=4)
+    learner = Learner(make_network("mlp", 1, (2,), 2, hidden_units=(4,)), settings, "cpu", buffer.empty_batch(4))
     batch = buffer.sample(4)
     column = getattr(batch, name)
     other = np.int32 if name == "action" else np.float64
