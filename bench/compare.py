@@ -18,7 +18,7 @@ from pathlib import Path
 
 import stages_frames
 import stages_learning
-import stages_memory
+import stages_replay
 from timing import ROWS, check_stages, head
 
 from pydqn.runs.provenance import provenance
@@ -27,11 +27,11 @@ STAGES = {
     "start": stages_learning.start,
     "preprocess": stages_frames.preprocess,
     "emulators": stages_frames.emulators,
-    "append": stages_memory.append,
-    "prioritized": stages_memory.prioritized,
+    "append": stages_replay.append,
+    "prioritized": stages_replay.prioritized,
     "update": stages_learning.update,
     "loop": stages_learning.loop,
-    "sample": stages_memory.sample,
+    "sample": stages_replay.sample,
 }
 LIBRARIES = ("stable-baselines3", "cpprb", "torchrl", "tianshou", "envpool", "opencv-python-headless", "ale-py")
 

@@ -156,7 +156,7 @@ class Tianshou:
 
 
 # By name: a function that makes the buffer, its approximate bytes per transition, whether it has priorities.
-MEMORIES = {
+BUFFERS = {
     "pydqn": (Pydqn, 7_100, True),
     "stable-baselines3": (StableBaselines3, 56_500, False),
     "stable-baselines3, optimized": (stable_baselines3_optimized, 28_300, False),

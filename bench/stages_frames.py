@@ -111,8 +111,8 @@ def preprocess(quick):
     """Eight frames at a time, compared with the definitions in NumPy and OpenCV."""
     for name, target in (("resize_area", 0.3), ("crop_area", 0.15), ("crop_nearest", 0.5)):
         kernel, definition = cases.CASES[name]
-        out = np.empty((cases.LANES, 84, 84), np.uint8)
+        out = np.empty((cases.NUM_ENVS, 84, 84), np.uint8)
         times = in_turns({"ours": lambda f=kernel, o=out: f(o), "cv2": definition}, 20 if quick else 100, 5)
         np.testing.assert_array_equal(out, np.stack(definition()))
-        ours, other = (times[key] / cases.LANES for key in ("ours", "cv2"))
+        ours, other = (times[key] / cases.NUM_ENVS for key in ("ours", "cv2"))
         row(f"{name}, one frame of 8", us(ours), f"NumPy and OpenCV: {us(other)}", ours / other, ("<=", target))

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 from limits import UpdateLimit
-from other_libraries import BATCH, MEMORIES
+from other_libraries import BATCH, BUFFERS
 from timing import Elsewhere, in_turns, missing, ms, rates_in_turns, row
 from torch import nn
 
@@ -65,7 +65,7 @@ def default_update(online):
 
 def update(quick):
     """One update of 32, Nature's network. After 20 updates, both have the same loss within a tolerance."""
-    buffer = MEMORIES["pydqn"][0](5_000)
+    buffer = BUFFERS["pydqn"][0](5_000)
     for i in range(5_000):
         buffer.add(i)
     out = buffer.replay.empty_batch(BATCH)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from other_libraries import BATCH, MEMORIES, PlainCopy, RingCopy
+from other_libraries import BATCH, BUFFERS, PlainCopy, RingCopy
 from timing import Elsewhere, in_turns, missing, row, us
 
 
 def make(name, size, most_bytes, **options):
     """Return a full replay buffer of `size` transitions, or of as many as fit into `most_bytes`, and their number."""
-    kind, each, _ = MEMORIES[name]
+    kind, each, _ = BUFFERS[name]
     fits = int(min(size, most_bytes // each))
     buffer = kind(fits, **options)
     for i in range(fits + 1):
@@ -22,7 +22,7 @@ def make(name, size, most_bytes, **options):
 def append(quick):
     """Append one transition, in each library's own form."""
     adders = {}
-    for name in MEMORIES:
+    for name in BUFFERS:
         try:
             buffer, _ = make(name, 2_000 if quick else 20_000, 1.2e9)
         except Exception as error:
@@ -74,9 +74,9 @@ def sample(quick):
     stage = f"sample({BATCH}), ring of {size:,}"
     ours = Elsewhere(sampler, "pydqn", size, 8e9)
     found = {}
-    for name in ("memcpy from such a ring", *(name for name in MEMORIES if name != "pydqn")):
+    for name in ("memcpy from such a ring", *(name for name in BUFFERS if name != "pydqn")):
         try:
-            other = Elsewhere(sampler, name, size, 8e9) if name in MEMORIES else Elsewhere(ring_copy, size)
+            other = Elsewhere(sampler, name, size, 8e9) if name in BUFFERS else Elsewhere(ring_copy, size)
         except Exception as error:
             missing(name, error)
             continue
@@ -84,12 +84,12 @@ def sample(quick):
         found[name] = (medians_in_turns({"pydqn": ours, name: other}, rounds), fits)
         other.close()
     ours.close()
-    whole = {name: times[name] for name, (times, fits) in found.items() if fits == size and name in MEMORIES}
+    whole = {name: times[name] for name, (times, fits) in found.items() if fits == size and name in BUFFERS}
     best = min(whole, key=whole.get, default=None)
     for name, (times, fits) in found.items():
         mine, value = times["pydqn"], times[name]
         note = "" if fits == size else f"(theirs: {fits:,})"
-        target = ("<=", 0.5) if name == best else None if name in MEMORIES else ("<=", 1.5)
+        target = ("<=", 0.5) if name == best else None if name in BUFFERS else ("<=", 1.5)
         row(stage, us(mine), f"{name}: {us(value)}", mine / value, target, note)
     pages = {"huge": Elsewhere(plain_copy, size, True), "small": Elsewhere(plain_copy, size, False)}
     times = medians_in_turns(pages, rounds)
@@ -103,7 +103,7 @@ def prioritized(quick):
     """Sample and update the priorities."""
     size = 20_000 if quick else 100_000
     functions = {"uniform": make("pydqn", size, 6e9)[0].sample}
-    for name, (_, _, has_priorities) in MEMORIES.items():
+    for name, (_, _, has_priorities) in BUFFERS.items():
         if has_priorities:
             try:
                 functions[name] = make(name, size, 6e9, prioritized=True)[0].sample_and_update
