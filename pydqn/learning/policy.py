@@ -70,14 +70,19 @@ def torch_threads(config: Config) -> Iterator[int]:
 
     The number applies to the whole process: blocks in two of its threads interfere.
     """
-    before = torch.get_num_threads()
-    suitable = default_torch_threads(config.network != "mlp", usable_cores())
-    count = config.torch_threads or min(before, suitable or before)
-    torch.set_num_threads(count)
+    before = set_torch_threads(config)
     try:
-        yield count
+        yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def set_torch_threads(config: Config) -> int:
+    """Set the number of PyTorch's CPU threads, as `torch_threads` does; return the number before."""
+    before = torch.get_num_threads()
+    suitable = default_torch_threads(config.network != "mlp", usable_cores())
+    torch.set_num_threads(config.torch_threads or min(before, suitable or before))
+    return before
 
 
 class Policy:

@@ -28,7 +28,7 @@ from pydqn.evaluation.build import network_for, replay_settings
 from pydqn.evaluation.evaluate import evaluate_policy, evaluation_envs
 from pydqn.evaluation.play import start_episodes
 from pydqn.learning.learner import Learner
-from pydqn.learning.policy import Actor, Policy, resolve_device, torch_threads
+from pydqn.learning.policy import Actor, Policy, resolve_device, set_torch_threads
 from pydqn.learning.schedules import Due, epsilon, learning_rate, priority_beta
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.statistics import Statistics
@@ -118,7 +118,9 @@ class Run(BaseRun):
         config = self.config
         self._device = resolve_device(config.device)
         _core.keep_freed_memory()  # ALE also allocates new frames at every step
-        self._until_closed.enter_context(torch_threads(config))
+        # Not a `with` block's generator: if a run is dropped without being closed, the garbage collector would end that,
+        # and so change the number of threads in the middle of another run.
+        self._until_closed.callback(torch.set_num_threads, set_torch_threads(config))
         seed = Seeds.of(seeds)
         self._generator = np.random.default_rng(seed.exploration)
         self._evaluation_seed = seed.evaluation

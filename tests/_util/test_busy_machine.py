@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -198,3 +199,14 @@ cli.main(["train", "cartpole", "--total-steps", "200", "--logdir", {str(tmp_path
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lines = out.stderr.replace("\r", "\n").splitlines()
     assert [line for line in lines if "99 ms" in line] == ["pydqn: warning: updates take 99 ms"]
+
+
+def test_a_run_that_is_garbage_collected_leaves_the_threads_of_another_alone(tiny, tmp_path):
+    """Else the sums of the other run would be rounded differently from then on."""
+    with torch_threads(replace(tiny, torch_threads=1)):
+        dropped = Run(replace(tiny, torch_threads=2), tmp_path / "dropped")
+        dropped.close()
+        with Run(replace(tiny, torch_threads=3), tmp_path / "other"):
+            del dropped
+            gc.collect()
+            assert torch.get_num_threads() == 3

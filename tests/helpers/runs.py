@@ -45,4 +45,5 @@ def kill(run):
             os.dup2(nowhere.fileno(), file.fileno())
     run._log.close()
     run.close()
+    run._until_closed.close()
     run._folder_lock.release()  # as the operating system does
