@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydqn._util.files import Damaged
-from pydqn.config import TRANSITIONS, Config
+from pydqn._util.files import Damaged, read_json
+from pydqn.config import RENAMED, TRANSITIONS, Config
 from pydqn.envs.ids import rom_of
 from pydqn.replay.saving import verify_saved
 from pydqn.runs.checkpoint import checkpoints, load_checkpoint
@@ -41,6 +42,12 @@ def _same(name: str, old: Any, new: Any) -> bool:
     with suppress(ValueError):  # a game has several ids
         return rom_of(old) is not None and rom_of(old) == rom_of(new)
     return False
+
+
+def warn_of_renamed(config: Path) -> None:
+    """Warn, in one line, if the file has old names of settings: a resumed run writes it anew, with the new ones."""
+    if renamed := ", ".join(f"{old} is now {RENAMED[old]}" for old in read_json(config) if old in RENAMED):
+        warnings.warn(f"run: settings have been renamed: {renamed}", stacklevel=2)
 
 
 def require_unchanged(state: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> None:

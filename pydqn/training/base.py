@@ -34,7 +34,7 @@ from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import Report, RunLog, read_returns
 from pydqn.runs.provenance import Process, provenance
 from pydqn.runs.result import Diverged, Result
-from pydqn.runs.resuming import advice_for_damaged, changes, transition_settings
+from pydqn.runs.resuming import advice_for_damaged, changes, transition_settings, warn_of_renamed
 from pydqn.runs.stopping import Progress, end_reason
 
 Self = TypeVar("Self", bound="BaseRun")
@@ -124,6 +124,7 @@ class BaseRun:
                 raise Damaged(f"{error}; {advice_for_damaged(checkpoint)}") from None
             # Before the logs are cut: a later checkpoint would count rows that are then missing.
             discard_after(checkpoint)
+            warn_of_renamed(self.logdir / CONFIG)
         write_json(self.logdir / CONFIG, config.to_dict())
         if checkpoint is not None:  # keeps better weights from after an older checkpoint
             self._best_weights.resume(self._is_of_same_env)

@@ -118,7 +118,7 @@ class Run(BaseRun):
         config = self.config
         self._device = resolve_device(config.device)
         _core.keep_freed_memory()  # ALE also allocates new frames at every step
-        # Not a `with` block's generator: if a run is dropped without being closed, the garbage collector would end that,
+        # Not `torch_threads`: if a run is dropped without being closed, the garbage collector would end that generator,
         # and so change the number of threads in the middle of another run.
         self._until_closed.callback(torch.set_num_threads, set_torch_threads(config))
         seed = Seeds.of(seeds)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from pydqn import preset, resume, train
-from pydqn._util.files import write_json
+from pydqn._util.files import read_json, write_json
 from pydqn._util.weights import load_weights
 from pydqn.cli.main import main
-from pydqn.config import TRANSITIONS, Config
+from pydqn.config import RENAMED, TRANSITIONS, Config
 from pydqn.learning.policy import resolve_device
 from pydqn.runs.checkpoint import latest_checkpoint, read_state
 from pydqn.runs.layout import load_run
@@ -30,6 +30,7 @@ SMALL = {
     **{"skip_first_steps": 0, "replay_capacity_frames": 500, "checkpoint_every_steps": 1_000},
 }
 
+OLD_NAMES = {new: old for old, new in RENAMED.items()}
 # Another value of each field on which stored transitions depend.
 OTHERS = {
     **{"env_id": "pydqn-test/Two-v0", "clip_rewards": True, "success_steps": 5, "terminal_on_life_loss": True},
@@ -131,6 +132,17 @@ def test_two_ids_of_one_game_are_the_same_task():
 
 
 @pytest.mark.filterwarnings("always:.*the replay buffer starts empty")
+def test_old_names_of_settings_are_read_and_replaced(run):
+    config = load_run(run)
+    written = read_json(run / "config.json")
+    write_json(run / "config.json", {OLD_NAMES.get(name, name): value for name, value in written.items()})
+    assert load_run(run) == config
+    with pytest.warns(UserWarning, match="life_loss is now terminal_on_life_loss, full_action_set is now") as seen:
+        resume(run)
+    assert len(seen) == 1
+    assert read_json(run / "config.json") == written
+
+
 def test_another_task_can_be_learned_with_an_empty_replay_buffer(run, capsys):
     best = run / "weights" / "best.safetensors"
     assert load_weights(best)[1]["mean_return"] == 10
