@@ -131,7 +131,6 @@ def test_two_ids_of_one_game_are_the_same_task():
     assert changes(before, Config(env_id="breakout")) == {"env_id": ("ALE/Pong-v5", "breakout")}
 
 
-@pytest.mark.filterwarnings("always:.*the replay buffer starts empty")
 def test_old_names_of_settings_are_read_and_replaced(run):
     config = load_run(run)
     written = read_json(run / "config.json")
@@ -143,6 +142,7 @@ def test_old_names_of_settings_are_read_and_replaced(run):
     assert read_json(run / "config.json") == written
 
 
+@pytest.mark.filterwarnings("always:.*the replay buffer starts empty")
 def test_another_task_can_be_learned_with_an_empty_replay_buffer(run, capsys):
     best = run / "weights" / "best.safetensors"
     assert load_weights(best)[1]["mean_return"] == 10
