@@ -126,7 +126,9 @@ class _Hold:
 
     def is_current(self) -> bool:
         """Whether the folder is still there. A lock that is just being taken counts as current."""
-        return not hasattr(self, "file") or self._names(self.file)
+        with suppress(OSError, ValueError):  # another thread is closing the file at this moment
+            return not hasattr(self, "file") or self._names(self.file)
+        return False
 
     def _names(self, file: IO[bytes]) -> bool:
         """Whether the file still has its name: `release` removes it."""

@@ -90,7 +90,7 @@ def test_a_policy_that_never_ends_an_episode_is_cut_off_with_a_warning(tmp_path,
     """In evaluation, also while training, and when an episode is played; training itself does not cut episodes."""
     every = {"evaluation_every_steps": 10, "evaluation_episodes": 2}
     config = settings(0, discrete, total_steps=300, evaluation_max_episode_steps=70, **every)
-    message = "evaluation_max_episode_steps: .* no limit of steps of its own.* cut after 70"
+    message = "evaluation_max_episode_steps: .* no limit of steps of its own.* cut an episode after 70"
     with pytest.warns(UserWarning, match=message):
         assert train(config, tmp_path).returns == []
     with pytest.warns(UserWarning, match=message):
@@ -118,7 +118,7 @@ def test_a_published_model_without_a_limit(tmp_path):
         **{"evaluation_every_steps": 1, "evaluation_episodes": 1, "evaluation_max_episode_steps": 20},
         **{"learning_rate": 1e-9, "evaluation_epsilon": 0.0, "epsilon_start": 0.0, "epsilon_end": 0.0},
     )
-    with pytest.warns(UserWarning, match="evaluation_max_episode_steps: CliffWalking-v1 .* cut after 20"):
+    with pytest.warns(UserWarning, match="evaluation_max_episode_steps: CliffWalking-v1 .* cut an episode after 20"):
         assert train(config, tmp_path).returns == []
 
 

@@ -24,7 +24,7 @@ import torch
 
 from pydqn import FrameReplay, preset
 from pydqn._util.weights import load_weights, save_weights
-from pydqn.adapters._torchrl.streams import Streams
+from pydqn.adapters._torchrl.streams import EpisodeStreams
 from pydqn.replay.saving import verify_saved
 from pydqn.replay.transitions import TransitionReplay
 from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -71,7 +71,7 @@ class TorchRL:
 
     def __init__(self, root: Path) -> None:
         self.path, self.steps = root / "streams", 0
-        self.streams = Streams(TransitionReplay(40, (5,), "float32", num_envs=2, prioritized=True))
+        self.streams = EpisodeStreams(TransitionReplay(40, (5,), "float32", num_envs=2, prioritized=True))
         self.replay = self.streams.transitions.frame_replay
         self.replay._saver.length = 8
         self.feed(25)
@@ -93,7 +93,7 @@ class TorchRL:
         shutil.rmtree(self.path.with_name("next"))
 
     def content(self, path: Path) -> bytes:
-        streams, _ = Streams.load(path, 40, num_envs=2, prioritized=True)
+        streams, _ = EpisodeStreams.load(path, 40, num_envs=2, prioritized=True)
         held = streams.transitions.frame_replay.valid_indices()
         numbers = streams.columns[("number",)].numpy()[streams.slots_at(held)]
         assert len(held) == 40

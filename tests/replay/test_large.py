@@ -12,6 +12,7 @@ from ale_py import roms
 from pydqn import FrameReplay, preset
 from pydqn.envs.ids import FOR_TWO, rom_of
 from pydqn.envs.make import make_envs
+from pydqn.envs.rewards import learner_rewards
 from pydqn.evaluation.build import replay_settings
 from pydqn.evaluation.play import start_episodes
 from tests.helpers.replay_streams import assert_equals_reference, play
@@ -116,7 +117,7 @@ def test_every_game_goes_through_the_preset(game):
         slot = replay.next_slot()
         step = envs.recv(slot)
         seen.append((slot.copy(), action, step))
-        replay.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
+        replay.append(slot, action, learner_rewards(config, step), step.terminated, step.truncated, step.first)
     envs.close()
     assert len({frame.tobytes() for frames, *_ in seen for frame in frames}) > 1
     index = replay.valid_indices()

@@ -202,6 +202,14 @@ def test_threads_that_start_together_get_one_folder_each(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_another_thread_is_releasing_is_not_in_the_way(tmp_path):
+    before = FolderLock(tmp_path)
+    (hold,) = locks._held.values()
+    hold.file.close()
+    FolderLock(tmp_path).release()
+    before.release()
+
+
 def test_of_many_that_want_one_folder_one_gets_it(tmp_path):
     """Also when others have just unlocked it, and so removed the file and the folder."""
     holding, most, got, lock = 0, 0, 0, threading.Lock()
