@@ -64,7 +64,7 @@ def copy_of(run, folder, **changes):
 def test_runs_that_differ_in_their_seeds_are_one_group(tmp_path):
     other = copy_of(PONG[0], tmp_path / "slow-0", learning_rate=1e-5)
     groups = group_runs([*PONG, other])
-    assert [group.label for group in groups] == ["pong (4 seeds)", "slow-0"]
+    assert [group.label for group in groups] == ["pong (6 seeds)", "slow-0"]
     assert [len(group.progress) for group in groups] == [4, 1]
     again = copy_of(PONG[0], tmp_path / "slow-1", learning_rate=1e-5, seed=1)
     assert [group.label for group in group_runs([other, again])] == ["slow (2 seeds)"]
@@ -85,7 +85,7 @@ def test_what_is_drawn():
     assert len(frames.lines) == 5  # four seeds and their mean
     assert len(frames.collections) == 1  # the spread
     assert frames.lines[0].get_xdata()[-1] == pytest.approx(group_runs(PONG)[0].progress[0]["frames"][-1] / 1e6)
-    assert [text.get_text() for text in figure.legends[0].texts] == ["pong (4 seeds): mean, lowest to highest"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["pong (6 seeds): mean, one standard deviation"]
     few = draw_runs(group_runs(PONG[:1]), ["return-frames", "episodes-steps"], 10)
     assert [len(axes.lines) for axes in few.axes] == [1, 1]
     games = few.axes[1].lines[0]
