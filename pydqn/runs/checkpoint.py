@@ -1,7 +1,8 @@
 """Checkpoints of a run. Reading them never runs code.
 
-A checkpoint is a folder. Its manifest holds the size and checksum of its files; it is written last and removed first,
-and a folder without it is no checkpoint.
+A checkpoint is a folder: tensors and state (what `_tensors` and `_state` of `pydqn.training.base.BaseRun` and its
+subclasses return), the replay buffer where that is saved, and a manifest with the size and checksum of these files. The
+manifest is written last and removed first; a folder without it is no checkpoint.
 """
 
 from __future__ import annotations
