@@ -95,15 +95,12 @@ def draw(results, path):
     figure, panels = plt.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
     envs, batches, ring, runs = panels.flat
     for name, label in (("environments", "environments alone"), ("whole", "whole loop, an update per 4 steps")):
-        envs.plot(
-            [row["setting"] for row in results["envs"]], [row[name] for row in results["envs"]], "o-", label=label
-        )
+        envs.plot(*column("envs", name), "o-", label=label)
     envs.set(xscale="log", yscale="log", xlabel="environments", ylabel="steps per second", title="Environments")
-    x = [row["setting"] for row in results["batch"]]
-    batches.plot(x, [row["update"] for row in results["batch"]], "o-", label="updates")
-    batches.plot(
-        x, [row["update"] * row["setting"] for row in results["batch"]], "o-", label="transitions learned from"
-    )
+    sizes, rates = column("batch", "update")
+    batches.plot(sizes, rates, "o-", label="updates")
+    learned = [size * rate for size, rate in zip(sizes, rates, strict=True)]
+    batches.plot(sizes, learned, "o-", label="transitions learned from")
     batches.set(xscale="log", yscale="log", xlabel="transitions per update", ylabel="per second", title="Batch")
     ring.plot(*column("ring", "us"), "o-", label="sample(32)")
     ring.set(xscale="log", xlabel="frames", ylabel="microseconds", title="Replay buffer", ylim=(0, None))
