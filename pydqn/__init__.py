@@ -1,4 +1,4 @@
-"""pydqn: a DQN that you can pip install: fast on what you have, lean in memory, and exact."""
+"""A DQN that you can `pip install`: fast on the machine that you have, lean in memory, and exact."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
-
 _EPSILONS = ("epsilon_start", "epsilon_end", "epsilon_final", "evaluation_epsilon")
 _MAX = 2**53  # JSON readers and floats do not hold every larger integer
 _MAX_ATARI = 2**30  # ALE counts in 32 bits

@@ -44,7 +44,7 @@ class AtariPreprocessing(_Wrapper, RecordConstructorArgs):
     As with Gymnasium, a reset after a lost life starts a new game.
 
     This wrapper reads the screens from the emulator itself and ignores the observations of `env`. Make `env` with
-    `obs_type="ram"`, so that ALE does not draw a colour image of every frame for nobody:
+    `obs_type="ram"`, so that ALE draws no colour images, which would not be used:
 
         env = gymnasium.make("ALE/Pong-v5", frameskip=1, obs_type="ram")
         env = AtariPreprocessing(env, stack=4)

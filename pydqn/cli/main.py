@@ -87,12 +87,9 @@ def presets(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run; prints the scores and adds them to those of its folder."""
-    import json
     import statistics
 
-    from pydqn._util.files import append_line
-    from pydqn.evaluation.evaluate import score
-    from pydqn.runs.layout import SCORES
+    from pydqn.evaluation.evaluate import append_score, score
 
     result = score(
         arguments.folder,
@@ -111,7 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     print(f"protocol {result.protocol}: {', '.join(f'{name} {value}' for name, value in result.settings.items())}")
     try:
-        append_line(Path(arguments.folder) / SCORES, json.dumps(result._asdict()))
+        append_score(arguments.folder, result)
     except OSError as error:  # the scores have been printed, so this is no failure
         print(f"pydqn: warning: these scores could not be kept: {error}", file=sys.stderr)
 

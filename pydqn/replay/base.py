@@ -154,7 +154,7 @@ class BaseReplay(ABC):
 
     @property
     def env_time_steps(self) -> list[int]:
-        """How many frames each environment has got so far.
+        """The number of frames that each environment has delivered so far.
 
         The newest frame of environment i has the index (env_time_steps[i] - 1) * num_envs + i.
         """
