@@ -272,7 +272,7 @@ class Config:
         if ":" in self.env_id:  # Gymnasium would import the module before the colon: a config must not run code
             module, _, name = self.env_id.partition(":")
             raise ValueError(
-                f"env_id: expected an id without ':', got {self.env_id!r}: an id imports nothing. In Python, "
+                f"env_id: expected an id without ':', got {self.env_id!r}: a config imports nothing. In Python, "
                 f"import {module} and call pydqn.train(pydqn.preset(..., env_id={name!r}), logdir)"
             )
         if self.stop_successes and not self.success_steps:

@@ -96,7 +96,18 @@ def test_local_links_lead_somewhere(page):
                 assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
 
 
-CLI_OPTIONS = {"resume", "record", "q-values", "protocol", "values", "fps", "logdir", "no-show", "extra-index-url"}
+CLI_OPTIONS = {
+    "resume",
+    "record",
+    "q-values",
+    "protocol",
+    "values",
+    "fps",
+    "logdir",
+    "no-show",
+    "extra-index-url",
+    "import",
+}
 RUNS = sorted((ROOT / "results").glob("*/seed-*"))
 MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydqn._util.machine import bound_spinning
 from pydqn.cli.errors import BROKEN_PIPE, INTERRUPTED, USER_ERRORS, print_error
+from pydqn.cli.imports import import_modules
 from pydqn.cli.options import given_settings, make_parser, run_overrides
 from pydqn.cli.play import play
 from pydqn.cli.train import train
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _one_line_warnings():
             try:
+                import_modules(arguments)
                 return int(arguments.run(arguments) or 0)
             except BrokenPipeError:
                 raise

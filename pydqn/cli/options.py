@@ -34,6 +34,15 @@ def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | N
         description = f"{summary} {details}".strip()
         command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description, **options)
         command.set_defaults(run=commands_of[name])
+        if name != "presets":
+            command.add_argument(
+                "--import",
+                dest="imports",
+                action="append",
+                default=[],
+                metavar="MODULE",
+                help="Import this module first, which registers an environment of your own. Can be given repeatedly.",
+            )
         return command
 
     command = add("presets", "List the presets, or print all settings of one.")

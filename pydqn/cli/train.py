@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydqn.cli.errors import RESUMABLE, USER_ERRORS, print_error
+from pydqn.cli.imports import repeated
 from pydqn.cli.options import given_settings
 from pydqn.config import Config
 from pydqn.presets import preset, preset_and_note
@@ -52,9 +53,12 @@ def train(arguments: argparse.Namespace) -> int:
     except USER_ERRORS as error:
         code = print_error(error)
         if run is not None and (checkpoint := latest_checkpoint(run.logdir)) is not None:
-            print(f"run: {checkpoint} is whole ({_command('train', '--resume', run.logdir)})", file=sys.stderr)
+            print(
+                f"run: {checkpoint} is whole ({_command('train', *repeated(arguments), '--resume', run.logdir)})",
+                file=sys.stderr,
+            )
         return code
-    _print_result(run)
+    _print_result(run, repeated(arguments))
     return RESUMABLE if run.stopped else 0
 
 
@@ -94,7 +98,7 @@ def _to_start(arguments: argparse.Namespace) -> _Start:
                 if input(f"{offer}. Resume it? [Y/n] ").strip().lower() in ("", "y", "yes"):
                     return _to_resume(arguments, logdir)
         else:
-            print(f"{offer}: {_command('train', '--resume', logdir)}", file=sys.stderr)
+            print(f"{offer}: {_command('train', *repeated(arguments), '--resume', logdir)}", file=sys.stderr)
     return _Start(config, logdir if arguments.logdir else lock_numbered(logdir), False, note)
 
 
@@ -127,7 +131,7 @@ def _line(report: Report) -> str:
     return "  ".join(parts).replace("nan", "-")
 
 
-def _print_result(run: BaseRun) -> None:
+def _print_result(run: BaseRun, imports: list[str]) -> None:
     result = run.result()
     recent = result.returns[-run.config.mean_episodes :]
     mean = "no episode finished"
@@ -138,10 +142,10 @@ def _print_result(run: BaseRun) -> None:
         f"{len(result.returns)} episodes in {result.seconds / 60:.1f} min; {mean}"
     )
     if run.stopped:
-        follow_up = _command("train", "--resume", run.logdir)
+        follow_up = _command("train", *imports, "--resume", run.logdir)
     else:
         print(f"ended by {result.reason}")
-        follow_up = _command("play", run.logdir, "--record", "episode.mp4")
+        follow_up = _command("play", *imports, run.logdir, "--record", "episode.mp4")
     print(f"run: {run.logdir}   ({follow_up}, {_command('plot', run.logdir, '-o', 'curve.png')})")
 
 

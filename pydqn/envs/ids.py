@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import warnings
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from pydqn._util.hints import did_you_mean
 
 FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # loading one of them ends the process
+_MODULE = re.compile(r"\w+(\.\w+)*")
+_registered_by: dict[str, str] = {}  # the modules that `import_environments` has imported, by the ids they registered
 _OLD = re.compile(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]")  # Gym's ids of Atari games
 
 
@@ -64,10 +67,55 @@ def spec_of(env_id: str) -> Any:
         hint = _hint_at_registered(env_id)
         hint = f"; {hint}" if hint else ""
         raise ValueError(
-            f"env_id: Gymnasium knows no {env_id!r}{hint} (to use an environment of your own, import the module that "
-            "registers it in Python and call pydqn.train, resume or evaluate there; Atari games are 'ALE/Name-v5')"
+            f"env_id: Gymnasium knows no {env_id!r}{hint} (if it is your own, import the module that registers it: "
+            "on the command line with --import MODULE; Atari games are 'ALE/Name-v5')"
         )
     return spec
+
+
+def import_environments(module: str) -> None:
+    """Import a module that registers environments with Gymnasium. Only ever called because the user named it.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    import gymnasium
+
+    if not _MODULE.fullmatch(module):
+        raise ValueError(f"import: expected the name of a module, such as my_package.my_module, got {module!r}")
+    before = set(gymnasium.registry)
+    try:
+        importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"import: {module} cannot be imported ({reason})") from error
+    _registered_by.update(dict.fromkeys(gymnasium.registry.keys() - before, module))
+
+
+def registered_by(env_id: str) -> str | None:
+    """Return the module to import before `env_id` is known: the one that the user has named, or that of its class.
+
+    None for an environment of Gymnasium itself or of ALE, or for one that is registered in a script or a notebook.
+    """
+    import gymnasium
+
+    spec = gymnasium.registry.get(env_id)
+    if spec is None or _is_ale(spec):
+        return None
+    made_by = spec.entry_point
+    module = made_by.partition(":")[0] if isinstance(made_by, str) else str(getattr(made_by, "__module__", "__main__"))
+    return _registered_by.get(env_id) or (None if module.partition(".")[0] in ("gymnasium", "__main__") else module)
+
+
+def require_registered(env_id: str, module: object) -> None:
+    """Raise a ValueError unless `env_id` is registered; it names the `module` that `registered_by` returned before."""
+    import gymnasium
+
+    if env_id not in gymnasium.registry and isinstance(module, str) and _MODULE.fullmatch(module):
+        raise ValueError(
+            f"env_id: Gymnasium knows no {env_id!r}, which it knew when the run was made; import its module first, as "
+            f"far as the run says {module}: on the command line with --import {module}"
+        )
 
 
 @functools.cache

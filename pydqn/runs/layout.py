@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydqn._util.files import read_json
+from pydqn._util.files import Damaged, read_json
 from pydqn.config import Config
+from pydqn.envs.ids import require_registered
 from pydqn.envs.tasks import with_overrides
 
 CONFIG = "config.json"
@@ -29,7 +31,8 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     `pydqn.presets.preset`, and a UserWarning names them; pixel_mean and pixel_std stay, as the weights depend on them.
 
     Raises:
-        ValueError: `run` is not the folder of a run, or its config is not valid.
+        ValueError: `run` is not the folder of a run, its config is not valid, or its environment was registered by a
+            module that has not been imported.
     """
     path = Path(run) / CONFIG
     if not path.exists():
@@ -38,11 +41,22 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     if not isinstance(plain, dict):
         raise ValueError(f"run: {path} is not a run's config")
     config = Config.from_dict(plain)
+    if overrides.get("env_id", config.env_id) == config.env_id:
+        _require_environment(Path(run), config.env_id)
     trained = {name: getattr(config, name) for name in ("pixel_mean", "pixel_std")}
     config, note = with_overrides(config, "the run's", {**trained, **overrides})
     if note:
         warnings.warn(f"run: {note}", stacklevel=2)
     return config
+
+
+def _require_environment(run: Path, env_id: str) -> None:
+    """Name the module that registered a run's environment, if it has not been imported. A file never imports it."""
+    with suppress(Damaged):  # a run may lack its environment.json
+        environment = read_json(run / ENVIRONMENT)
+        module = environment.get("registered_by") if isinstance(environment, dict) else None
+        if module is not None:
+            require_registered(env_id, module)
 
 
 def run_of(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:

@@ -22,6 +22,7 @@ from pydqn._util.files import Damaged, write_json
 from pydqn._util.weights import save_weights
 from pydqn.config import Config
 from pydqn.envs.base import Episode
+from pydqn.envs.ids import registered_by
 from pydqn.envs.tasks import described, resolved
 from pydqn.learning.schedules import epsilon
 from pydqn.learning.statistics import Statistics
@@ -130,7 +131,9 @@ class BaseRun:
             self._best_weights.resume(self._is_of_same_env)
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
-        write_json(self.logdir / ENVIRONMENT, {**provenance(), **self.arithmetic(), **self.task()})
+        module = registered_by(config.env_id)
+        hint = {} if module is None else {"registered_by": module}
+        write_json(self.logdir / ENVIRONMENT, {**provenance(), **self.arithmetic(), **self.task(), **hint})
         self._log = RunLog(self.logdir, self.steps, self.episodes)
         if checkpoint is None:
             self._checkpoint()  # so that there always is one to resume from

@@ -273,7 +273,7 @@ def test_the_error_of_an_id_that_is_not_registered_says_what_to_do(coins, tmp_pa
             assert main([*command, str(tmp_path)]) == 2
             err = capsys.readouterr().err
             assert err.startswith("pydqn: error: env_id: Gymnasium knows no 'Coins-v0'")
-            assert "import the module that registers it in Python and call pydqn.train, resume or evaluate" in err
+            assert "on the command line with --import tests.envs.test_tasks" in err
             assert err.count("\n") == 1
     finally:
         gymnasium.registry[coins] = spec
