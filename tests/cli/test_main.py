@@ -289,7 +289,7 @@ def test_every_setting_is_an_option_with_help(capsys, monkeypatch):
         ("train pong --batch-size many", "argument --batch-size: invalid integer value: 'many'"),
         ("train pong --batch-size 1.5", "argument --batch-size: invalid integer value: '1.5'"),
         ("train pong --max-episode-frames 1e12", "max_episode_frames: expected at most"),
-        ("train pong --env-id nosuchmodule:Env-v0", "env_id: expected an id without"),
+        ("train pong --env-id nosuchmodule:Env-v0", "import: nosuchmodule cannot be imported"),
         ("train pong --gamma nan", "gamma: expected"),
         ("train pong --loss hinge", "loss: expected one of huber, mse, got 'hinge'"),
         ("train pong --nonsense 3", "unrecognized arguments: --nonsense 3"),
