@@ -7,8 +7,10 @@ replay buffer holds), `_steps` are agent steps over all environments, and `_epis
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -28,13 +30,14 @@ def _field(
     most: int = _MAX,
     kind: type | None = None,
     bound_to: str = "",
+    metavar: str = "",
 ) -> T:
     """Declare a field with its help text and the values that it may have. `most` is for integers.
 
     Its type is that of the default, or `kind` if the default is "auto". A value that is `bound_to` its "environment"
     or to "Atari" games is reset when another environment is chosen: see `pydqn.presets.preset`.
     """
-    limits = {"help": help, "choices": choices, "least": least, "most": most}
+    limits = {"help": help, "choices": choices, "least": least, "most": most, "metavar": metavar}
     metadata = {**limits, "kind": kind or type(default), "bound_to": bound_to}
     value: Any = dataclasses.field(default=default, metadata=metadata)
     return cast(T, value)
@@ -56,6 +59,9 @@ class Config:
     )
     env_id: str = _field(
         "ALE/Pong-v5", "The environment is an Atari game (a ROM name or an ALE/ id) or any Gymnasium id."
+    )
+    env_kwargs: str = _field(  # a dictionary becomes text
+        "{}", "The environment is made with these arguments, a JSON object.", bound_to="environment", metavar="JSON"
     )
     num_envs: int = _field(8, "This many environments step together.", least=1, most=2**16)
     seed: int = _field(0, "All random numbers of the run are drawn from this seed.")
@@ -261,6 +267,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "env_kwargs", _json_object("env_kwargs", self.env_kwargs))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         for name in ("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", *_EPSILONS):
@@ -320,6 +327,15 @@ class Config:
         return cls(**fields)
 
 
+def _json_object(name: str, value: Any) -> str:
+    """Return an object as JSON in one form, so that equal arguments are equal settings."""
+    with suppress(TypeError, ValueError, RecursionError):
+        plain = json.loads(value) if isinstance(value, str) else value
+        if isinstance(plain, dict) and all(isinstance(key, str) for key in plain):
+            return json.dumps(plain, sort_keys=True, allow_nan=False)
+    raise ValueError(f'{name}: expected a JSON object, such as {{"size": 8}}, got {value!r}')
+
+
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return `value` as the field's type, or raise a ValueError that names the field."""
     kind: Any = field.metadata["kind"]
@@ -373,8 +389,8 @@ SECTIONS = {
 # The fields that decide what transitions are. A run with other values must not go on with stored transitions. (The
 # settings of the replay buffer itself, such as gamma, are compared when it is loaded.)
 TRANSITIONS = (
-    *("env_id", "clip_rewards", "success_steps", "terminal_on_life_loss", "full_action_space", "preprocess"),
-    *("max_pool", "frame_skip", "frame_skip_max", "sticky_actions"),
+    *("env_id", "env_kwargs", "clip_rewards", "success_steps", "terminal_on_life_loss", "full_action_space"),
+    *("preprocess", "max_pool", "frame_skip", "frame_skip_max", "sticky_actions"),
 )
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "positive integers"}

@@ -166,8 +166,7 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
             options["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "N"}[kind]
             if kind is tuple:
                 options["nargs"] = "*"
-            if field.metadata["choices"]:
-                options["metavar"] = "|".join(field.metadata["choices"])
+            options["metavar"] = "|".join(field.metadata["choices"]) or field.metadata["metavar"] or options["metavar"]
         group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 

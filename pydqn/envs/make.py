@@ -21,6 +21,11 @@ def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False)
     """
     rom, config = rom_of(config.env_id), resolved(config)
     if rom is not None:
+        if config.env_kwargs != "{}":
+            raise ValueError(
+                f"env_kwargs: expected none for {config.env_id}, since the options of Atari games are settings of "
+                f"their own (frame_skip, sticky_actions, full_action_space, ...), got {config.env_kwargs}"
+            )
         return AtariEnvs(rom, config, num_envs, seed, render=render)
     return GymEnvs(config, num_envs, seed, render=render)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,10 @@ def open_env(config: Config, env_index: int, num_envs: int, seed: int, *, render
     from pydqn.envs.checked import WITHOUT_IMAGES, check, named
 
     env_id = config.env_id
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = json.loads(config.env_kwargs)
+    for name, instead in (("render_mode", "which is chosen as needed"), ("max_episode_steps", "a setting of its own")):
+        if name in options:
+            raise ValueError(f"env_kwargs: expected no {name}, {instead}, got {config.env_kwargs}")
     if config.max_episode_steps:
         options["max_episode_steps"] = config.max_episode_steps
     if render:

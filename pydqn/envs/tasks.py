@@ -112,5 +112,6 @@ def described(config: Config, inputs: str) -> dict[str, str]:
     else:
         episodes = "without a limit of steps"
         episodes += f" (in evaluation {cut:,}: evaluation_max_episode_steps)" if cut else ""
-    environment = f"{config.env_id} ({'Gymnasium' if rom is None else 'Atari'})"
+    arguments = "" if config.env_kwargs == "{}" else f" with {config.env_kwargs}"
+    environment = f"{config.env_id}{arguments} ({'Gymnasium' if rom is None else 'Atari'})"
     return {"environment": environment, "inputs": inputs, "rewards": rewards, "episodes": episodes}

@@ -130,7 +130,8 @@ def score(
     finally:
         envs.close()
     mean = float(np.mean(returns))
-    reported = PROTOCOLS["nature"].settings if rom is not None else ("evaluation_epsilon", "max_episode_steps")
+    reported = [*PROTOCOLS["nature"].settings] if rom is not None else ["evaluation_epsilon", "max_episode_steps"]
+    reported += [] if config.env_kwargs == "{}" else ["env_kwargs"]
     return Score(
         env_id=config.env_id,
         protocol=config.evaluation_protocol,

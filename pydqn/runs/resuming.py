@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,18 @@ def transition_settings(config: Config) -> dict[str, Any]:
     return {name: plain[name] for name in TRANSITIONS}
 
 
-def changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+def changes(before: dict[str, Any], config: Config, names: Collection[str] = TRANSITIONS) -> dict[str, tuple[Any, Any]]:
     """Return the fields whose values have changed, by name: the old value and the new one.
 
     Args:
         before: what `transition_settings` returned. Fields that are missing there were added later; they had their
             default values.
         config: with the new values.
+        names: the fields to compare.
     """
     old = {**transition_settings(Config()), **before}
     now = transition_settings(config)
-    return {name: (old[name], value) for name, value in now.items() if not _same(name, old[name], value)}
+    return {name: (old[name], now[name]) for name in names if not _same(name, old[name], now[name])}
 
 
 def _same(name: str, old: Any, new: Any) -> bool:

@@ -39,6 +39,7 @@ from pydqn.runs.resuming import advice_for_damaged, changes, transition_settings
 from pydqn.runs.stopping import Progress, end_reason
 
 Self = TypeVar("Self", bound="BaseRun")
+_ENVIRONMENT = ("env_id", "env_kwargs")  # the settings that say which environment it is
 NUMBERS = Statistics._fields[:-1]  # of an update's statistics: all but the samples, which no checkpoint holds
 
 
@@ -235,7 +236,7 @@ class BaseRun:
             self._restore(checkpoint)
         except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
             raise Damaged(f"{path}: is not the state of a run ({error!r})") from None
-        if "env_id" in self._changed:  # returns of different environments do not compare
+        if self._changed.keys() & set(_ENVIRONMENT):  # returns of different environments do not compare
             self._recent.clear()
             self._successes, self._best, self._evaluation = 0, -math.inf, math.nan
 
@@ -328,8 +329,8 @@ class BaseRun:
     def _metadata(self) -> dict[str, Any]:
         """Return the metadata in files of weights."""
         mean = float(np.mean([episode.total for episode in self._recent])) if self._recent else None
-        env_id = self.config.env_id
-        return {"env_id": env_id, "steps": self.steps, "updates": self.updates, "mean_return": mean}
+        environment = {name: getattr(self.config, name) for name in _ENVIRONMENT}
+        return {**environment, "steps": self.steps, "updates": self.updates, "mean_return": mean}
 
     def _keep_if_best(self, value: float) -> None:
         """Keep the current weights if `value` is larger than all values before."""
@@ -339,8 +340,8 @@ class BaseRun:
 
     def _is_of_same_env(self, metadata: dict[str, Any]) -> bool:
         """Whether weights with this metadata were trained in the run's environment."""
-        before = self._changed.get("env_id", (self.config.env_id,))[0]
-        return "env_id" not in changes({"env_id": str(metadata.get("env_id", before))}, self.config)
+        before = {name: self._changed.get(name, (getattr(self.config, name),))[0] for name in _ENVIRONMENT}
+        return not changes({name: str(metadata.get(name, before[name])) for name in before}, self.config, _ENVIRONMENT)
 
     def _checkpoint(self) -> None:
         if self._saved_at == self.steps:

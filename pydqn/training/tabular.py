@@ -269,9 +269,9 @@ class TabularRun(BaseRun):
                 "leave env_id as it was, or start a new run"
             )
         self.table[...] = table
-        if "env_id" in self._changed:
-            old, new = self._changed["env_id"]
-            warnings.warn(f"env_id was {old}, is {new}; the table keeps its values", stacklevel=2)
+        for name in self._changed.keys() & {"env_id", "env_kwargs"}:
+            old, new = self._changed[name]
+            warnings.warn(f"{name} was {old}, is {new}; the table keeps its values", stacklevel=2)
 
 
 def _drawn(seeds: np.random.SeedSequence) -> tuple[list[np.random.Generator], tuple[int, int]]:

@@ -31,7 +31,12 @@ QUICK = {
 }
 STOPS = ("stop_return", "stop_evaluation_return", "stop_successes")
 BOUND = [field for field in dataclasses.fields(Config) if field.metadata["bound_to"]]
-OTHER = {bool: lambda value: not value, int: lambda value: value + 4, float: lambda value: 0.25}
+OTHER = {
+    bool: lambda value: not value,
+    int: lambda value: value + 4,
+    float: lambda value: 0.25,
+    str: lambda value: '{"size": 8}',
+}
 
 
 class Coins(gymnasium.Env):
