@@ -139,6 +139,18 @@ class Config:
         "Before the first frame of an episode, stacks hold zeros or copies of that frame.",
         choices=("zero", "first"),
     )
+    image_channels: str = _field(
+        "auto",
+        "Images with three axes have their channels here; auto takes the first axis if it is shorter than the last.",
+        choices=("auto", "first", "last"),
+        bound_to="environment",
+    )
+    input_scaling: str = _field(
+        "auto",
+        "Images and bytes are scaled from the bounds of their space to 0..1 (auto), or not at all (none).",
+        choices=("auto", "none"),
+        bound_to="environment",
+    )
     replay_capacity_frames: int = _field(
         100_000, "The replay buffer holds this many frames over all environments.", least=1
     )
@@ -155,8 +167,8 @@ class Config:
     # The network
     network: str = _field(
         "nature",
-        "The network has this convolutional torso; mlp has none.",
-        choices=("nature", "nature_7x7", "small", "mlp"),
+        "The network has this convolutional torso; mlp has none, and auto chooses one that fits.",
+        choices=("auto", "nature", "nature_7x7", "small", "grid", "minatar", "mlp"),
     )
     hidden_units: tuple[int, ...] = _field(
         (512,),
@@ -390,7 +402,7 @@ SECTIONS = {
 # settings of the replay buffer itself, such as gamma, are compared when it is loaded.)
 TRANSITIONS = (
     *("env_id", "env_kwargs", "clip_rewards", "success_steps", "terminal_on_life_loss", "full_action_space"),
-    *("preprocess", "max_pool", "frame_skip", "frame_skip_max", "sticky_actions"),
+    *("input_scaling", "preprocess", "max_pool", "frame_skip", "frame_skip_max", "sticky_actions"),
 )
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "positive integers"}

@@ -124,7 +124,7 @@ def test_results_are_runs_of_their_preset(run):
     names = {RENAMED.get(name, name) for name in written}
     later = {name: value for name, value in expected.to_dict().items() if name not in names}
     # The episodes of these tasks have limits of their own; their environments take no arguments.
-    assert set(later) <= {"evaluation_max_episode_steps", "env_kwargs"}
+    assert set(later) <= {"evaluation_max_episode_steps", "env_kwargs", "image_channels", "input_scaling"}
     assert load_run(run, **MACHINE, **later) == expected
     config, last = load_run(run), rows(run, "progress.csv")[-1]
     returns = [float(row["return"]) for row in rows(run, "episodes.csv")]

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from pydqn._util.machine import usable_cores
 from pydqn.config import Config
-from pydqn.envs.base import BYTE_RANGE, Returns, Step
+from pydqn.envs.base import Returns, Step
+from pydqn.envs.frames import BYTE_RANGE, FrameLayout, Part
 from pydqn.preprocess import KERNELS, SIZE
 
 _NO_LIMIT = 2**31 - 1  # ALE counts in 32 bits
@@ -47,12 +48,11 @@ class AtariEnvs:
         console.loadROM(roms.get_rom_path(rom))
         actions = console.getLegalActionSet() if config.full_action_space else console.getMinimalActionSet()
         self.action_names = tuple(action.name for action in actions)
-        self.num_actions = len(actions)
+        self.num_actions, self.actions_described = len(actions), ""
         self._screen = console.getScreenDims()
         self.num_envs = num_envs
-        self.frame_shape: tuple[int, ...] = (SIZE, SIZE)
-        self.dtype = np.dtype(np.uint8)
-        self.input_range = BYTE_RANGE
+        self.layout = FrameLayout((Part("", (SIZE, SIZE), np.dtype(np.uint8), BYTE_RANGE, "none"),))
+        self.frame_shape, self.dtype = self.layout.frame_shape, self.layout.dtype
         self.fps = 30  # as ALE's own environment says
         self._gray = config.preprocess == "resize_area"
         self._max_steps = config.max_episode_steps or config.max_episode_frames

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-BYTE_RANGE = (0.0, 255.0)  # input ranges: see `Envs`
-UNIT_RANGE = (0.0, 1.0)
+from pydqn.envs.frames import FrameLayout
 
 
 class Episode(NamedTuple):
@@ -36,9 +35,10 @@ class Envs(Protocol):
     num_envs: int
     num_actions: int
     action_names: tuple[str, ...]
+    actions_described: str  # how the environments' own actions are numbered; "" where there is nothing to say
     frame_shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    input_range: tuple[float, float]  # the values of a frame that networks map to 0 and 1; (0, 1) changes nothing
+    layout: FrameLayout  # what a frame consists of
     fps: int  # steps per second in a video
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:

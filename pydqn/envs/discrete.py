@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydqn.config import Config
+from pydqn.envs.actions import Actions
 from pydqn.envs.ids import rom_of
-from pydqn.envs.single import discrete_actions, open_env
+from pydqn.envs.single import open_env
 from pydqn.envs.spaces import States
 
 _MAX_VALUES = 2**28  # in a table, of 8 bytes each
@@ -31,7 +32,7 @@ class Model(NamedTuple):
 
 
 class StateEnv:
-    """One Gymnasium environment with Discrete actions and Discrete observations, or a Tuple of Discrete ones.
+    """One Gymnasium environment with numbered actions (see `Actions`) and Discrete observations, or a Tuple of them.
 
     Raises:
         ValueError: there is no such environment, or it has other spaces.
@@ -43,7 +44,8 @@ class StateEnv:
         self._env, self._checked = open_env(config, 0, 1, seed)
         with ExitStack() as failed:
             failed.callback(self.close)
-            self._action_start, self.num_actions = discrete_actions(config.env_id, self._env.action_space)
+            self._actions = Actions(config.env_id, self._env.action_space)
+            self.num_actions = self._actions.count
             self._states = self._numbered(config.env_id)
             failed.pop_all()
         self.num_states = self._states.total
@@ -115,7 +117,7 @@ class StateEnv:
 
     def step(self, action: int) -> tuple[int, float, bool, bool]:
         """Take one action; returns the state, the reward, and whether the episode was terminated or truncated."""
-        observation, reward, terminated, truncated, _ = self._env.step(action + self._action_start)
+        observation, reward, terminated, truncated, _ = self._env.step(self._actions.of(action))
         return self._states.number(observation), float(reward), bool(terminated), bool(truncated)
 
     def close(self) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pydqn._util.checks import converted
 from pydqn.config import Config
+from pydqn.envs.actions import Actions, checked_mask, mask_of
 from pydqn.envs.base import Returns, Step
-from pydqn.envs.single import discrete_actions, open_env
-from pydqn.envs.spaces import frames_of
+from pydqn.envs.single import open_env
+from pydqn.envs.spaces import Encoder
 
 if TYPE_CHECKING:
     from pydqn.envs.checked import Checked
@@ -21,11 +21,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class GymEnvs:
-    """Gymnasium environments with Discrete actions, stepped one after the other in this thread.
+    """Gymnasium environments, stepped one after the other in this thread.
 
-    Observations are Box, or Discrete or a Tuple of Discrete (one-hot). Steps run inside `recv`: these environments hold
-    the GIL, so nothing could run at the same time. Resets follow the end of an episode as in Gymnasium's
-    `SyncVectorEnv`. Infos are ignored.
+    See `Encoder` for observations and `Actions` for actions. Steps run inside `recv`: these environments hold the GIL,
+    so nothing could run at the same time. Resets follow the end of an episode as in Gymnasium's `SyncVectorEnv`. Of
+    infos, only action masks are used (see `mask_of`).
 
     Every reward must fit float32, in which replay buffers hold it. This holds for rewards that are clipped afterwards,
     too: environments do not know of clipping, and evaluation does not clip.
@@ -43,10 +43,19 @@ class GymEnvs:
                 self._envs.append(env)
                 self._checked.append(checked)
                 _require_same_spaces(config.env_id, env, self._envs[0], env_index)
-            self._action_start, self.num_actions = discrete_actions(config.env_id, self._envs[0].action_space)
-            self.action_names = tuple(map(str, range(self.num_actions)))
-            frames = frames_of(config.env_id, self._envs[0].observation_space)
-            self.frame_shape, self.dtype, self.input_range, self._states = frames
+            self._actions = Actions(config.env_id, self._envs[0].action_space)
+            self.num_actions, self.action_names = self._actions.count, self._actions.names
+            self.actions_described = self._actions.described
+            self._masked = False
+            encoder = self._encoder(config)  # before the first reset: a space that does not fit is the first error
+            # Whether there are masks is known after a reset. It is the first one: `reset` takes its observation.
+            observation, info = self._envs[0].reset(seed=self._seeds[0])
+            self._first_reset: tuple[Any, Any] | None = observation, info
+            self._takes_masks = config.agent != "tabular"  # tables know numbered states alone
+            self._masked = self._takes_masks and mask_of(self._envs[0], info) is not None
+            self._write_observation = self._encoder(config) if self._masked else encoder
+            self.layout = self._write_observation.layout
+            self.frame_shape, self.dtype = self.layout.frame_shape, self.layout.dtype
             failed.pop_all()
         self.fps = self._checked[0].fps
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
@@ -54,28 +63,28 @@ class GymEnvs:
         self._returns = Returns(num_envs)
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
-        if seed is not None:
-            self._seeds = _seeds(seed, self.num_envs)
+        seeds = self._seeds if seed is None else _seeds(seed, self.num_envs)
+        first = self._first_reset if seeds == self._seeds else None
+        self._seeds, self._first_reset = seeds, None
         for env_index, env in enumerate(self._envs):
-            observation, _ = env.reset(seed=self._seeds[env_index])
-            self._write(env_index, observation, out[env_index])
-        self._require_finite(out)
+            observation, info = first if first is not None and not env_index else env.reset(seed=seeds[env_index])
+            self._write(env_index, observation, info, out[env_index], required=True)
         self._done = np.zeros(self.num_envs, np.bool_)
         self._returns = Returns(self.num_envs)
 
     def send(self, action: NDArray[np.int64]) -> None:
-        self._action = action + self._action_start
+        self._action = action
 
     def recv(self, out: NDArray[Any]) -> Step:
         first, reward = self._done, np.zeros(self.num_envs)
         terminated, truncated = np.zeros(self.num_envs, np.bool_), np.zeros(self.num_envs, np.bool_)
         for i, env in enumerate(self._envs):
             if first[i]:
-                observation, _ = env.reset()
+                observation, info = env.reset()
             else:
-                observation, reward[i], terminated[i], truncated[i], _ = env.step(self._action[i])
-            self._write(i, observation, out[i])
-        self._require_finite(out)
+                action = self._actions.of(self._action[i])
+                observation, reward[i], terminated[i], truncated[i], info = env.step(action)
+            self._write(i, observation, info, out[i], required=not terminated[i])
         if np.abs(reward).max() > _LARGEST:
             i = int(np.abs(reward).argmax())
             self._checked[i].refuse(f"step() returned a reward of {reward[i]:g}, which float32 does not hold")
@@ -83,25 +92,30 @@ class GymEnvs:
         episodes = self._returns.add(reward, first, self._done)
         return Step(reward, terminated, truncated, first, episodes, int(np.count_nonzero(~first)))
 
-    def _write(self, env_index: int, observation: Any, out: NDArray[Any]) -> None:
-        """Write one environment's observation into its frame. Integers keep their values, reals may be rounded."""
-        if self._states is not None:
-            out[...] = 0
-            out[self._states.number(observation)] = 1
-            return
-        try:
-            out[...] = converted("observation", observation, out.dtype, rounded=True, way_on="scale it in a wrapper")
-        except ValueError as error:
-            self._checked[env_index].refuse(f"returned an {error}")
+    def _encoder(self, config: Config) -> Encoder:
+        return Encoder(
+            config.env_id,
+            self._envs[0].observation_space,
+            channels=config.image_channels,
+            scaling=config.input_scaling,
+            masked_actions=self.num_actions if self._masked else 0,
+        )
 
-    def _require_finite(self, out: NDArray[Any]) -> None:
-        """Refuse observations that are not finite: the weights that learn from them would show it only much later."""
-        if out.dtype.kind != "f":
-            return
-        finite = np.isfinite(out)
-        if not finite.all():
-            env_index = int(np.argmin(finite.reshape(self.num_envs, -1).all(axis=1)))
-            self._checked[env_index].refuse("returned an observation that is not finite")
+    def _write(self, env_index: int, observation: Any, info: dict[str, Any], out: NDArray[Any], required: bool) -> None:
+        """Write one environment's observation and mask into its frame; a mask may be `required` to allow an action."""
+        checked = self._checked[env_index]
+        mask = None
+        if self._masked:
+            try:
+                mask = checked_mask(mask_of(self._envs[env_index], info), self.num_actions, required)
+            except ValueError as error:
+                checked.refuse(str(error))
+        elif self._takes_masks and "action_mask" in info:
+            checked.refuse("gave an action mask, though it gave none at its first reset; expected one every time")
+        try:
+            self._write_observation.write(observation, out, mask)
+        except ValueError as error:
+            checked.refuse(f"returned an {error}")
 
     def image(self) -> NDArray[np.uint8]:
         return self._checked[0].image()

@@ -51,12 +51,3 @@ def open_env(config: Config, env_index: int, num_envs: int, seed: int, *, render
         with suppress(Exception):
             env.close()
         raise RuntimeError(f"env_id: {env_id}, {which} is not a Gymnasium environment: {named(error)}") from error
-
-
-def discrete_actions(env_id: str, space: Any) -> tuple[int, int]:
-    """Return the first action and the number of actions."""
-    from gymnasium import spaces
-
-    if not isinstance(space, spaces.Discrete):
-        raise ValueError(f"env_id: {env_id} has {space} actions; DQN needs Discrete ones")
-    return int(space.start), int(space.n)

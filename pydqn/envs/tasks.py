@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from pydqn.config import Config
-from pydqn.envs.base import UNIT_RANGE, Envs
+from pydqn.envs.base import Envs
+from pydqn.envs.frames import UNIT_RANGE, Part
 from pydqn.envs.ids import rom_of, spec_of
 
 
@@ -83,13 +84,21 @@ def episode_limit(config: Config) -> int | None:
 
 
 def inputs_of(config: Config, envs: Envs) -> str:
-    """Describe for people the shape of frames and how a network scales them before its first layer."""
-    shape, (low, high) = "x".join(map(str, envs.frame_shape)), envs.input_range
+    """Describe for people the shapes of observations and how a network scales them before its first layer."""
+    texts = [_described_part(config, part) for part in envs.layout.parts]
+    return ", ".join([*texts, *(["actions masked"] if envs.layout.masked_actions else [])])
+
+
+def _described_part(config: Config, part: Part) -> str:
+    shape, (low, high) = "x".join(map(str, part.shape)), part.input_range
     scaled = f"/ {high:g}" if low == 0 else f"from {low:g}..{high:g} to 0..1"
-    scaled = "as they are" if envs.input_range == UNIT_RANGE else scaled
-    if config.network != "mlp" and (config.pixel_mean, config.pixel_std) != (0, 1):
+    scaled = "as they are" if part.input_range == UNIT_RANGE else scaled
+    convolved = part.channels and config.network != "mlp"
+    if convolved and (config.pixel_mean, config.pixel_std) != (0, 1):
         scaled += f" then (x - {config.pixel_mean:g}) / {config.pixel_std:g}"
-    return f"{shape} {envs.dtype} {scaled}"
+    channels = f" (channels {part.channels})" if convolved and part.channels != "none" else ""
+    name = f"{part.name} " if part.name else ""
+    return f"{name}{shape}{channels} {part.dtype} {scaled}"
 
 
 def described(config: Config, inputs: str) -> dict[str, str]:

@@ -28,13 +28,12 @@ def network_for(config: Config, envs: Envs, seed: int = 0) -> QNetwork | Table:
     return make_network(
         config.network,
         config.stack,
-        envs.frame_shape,
+        envs.layout,
         envs.num_actions,
         hidden_units=config.hidden_units,
         dueling=config.dueling,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
-        input_range=envs.input_range,
         seed=seed,
     )
 

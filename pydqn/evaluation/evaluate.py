@@ -125,7 +125,7 @@ def score(
     envs = evaluation_envs(config, episodes, seed)
     try:
         policy, metadata = load_policy(run, played, envs, weights)
-        with torch_threads(config):
+        with torch_threads(config, policy.network):
             returns = evaluate_policy(config, policy, episodes, seed, envs=envs)
     finally:
         envs.close()

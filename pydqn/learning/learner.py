@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn.learning.losses import LOSSES, td_error
-from pydqn.learning.networks import tensors_of
+from pydqn.learning.networks import MASKED, tensors_of
 from pydqn.learning.optimizers import OptimizerSettings, OptimizerState, make_optimizer
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.learning.settings import LearnerSettings
@@ -187,7 +187,7 @@ class Learner:
         losses = self._loss.value(errors)
         taken = values.gather(1, action.unsqueeze(1))
         loss, mean_q, max_q, norm = torch.stack([(weight * losses).mean(), taken.mean(), values.max(), norm]).tolist()
-        samples = {"loss_per_sample": losses.cpu().numpy(), "q_values": values.float().cpu().numpy()}
+        samples = {"loss_per_sample": losses.cpu().numpy(), "q_values": _allowed(values).float().cpu().numpy()}
         return Statistics(loss, mean_q, max_q, norm, samples)
 
     def diagnosis(self) -> str:
@@ -370,3 +370,9 @@ class Learner:
                             tensor.zero_()
         finally:
             self._optimizer.refresh()
+
+
+def _allowed(values: Tensor) -> Tensor:
+    """Return the values of allowed actions: all of them, as they are, or a list."""
+    allowed = values != MASKED
+    return values if bool(allowed.all()) else values[allowed]

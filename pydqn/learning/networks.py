@@ -9,11 +9,13 @@ import copy
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pydqn.envs.base import BYTE_RANGE, UNIT_RANGE
+from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
+from pydqn.envs.spaces import channels_of
 from pydqn.learning.pixels import to_channels_last
 
 
@@ -31,12 +33,28 @@ _TORSOS = {
     "nature_7x7": (*_NATURE, _Conv(512, 7, 1)),
     # The same shape with half the channels: about a third of the arithmetic.
     "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
+    "grid": (_Conv(32, 3, 1), _Conv(64, 3, 2), _Conv(64, 3, 1)),  # for images too small for strides of 4
+    "minatar": (_Conv(16, 3, 1),),  # Young and Tian 2019, https://arxiv.org/abs/1903.03176
 }
 _WITHOUT_BIASES = "nature_7x7"  # no biases, Xavier initialization, split streams
+_MOST_FEATURES = 6_400  # of the last convolution; 84x84 has 3,136 with "nature". More of them are pooled
+_POOLED = 7  # height and width
+MASKED = torch.finfo(torch.float32).min  # the value of an action that is not allowed; finite, so that 0 times it is 0
+
+
+def fitting_torso(part: Part) -> str:
+    """Return the name of a torso that fits a part of an observation."""
+    if not part.channels:
+        return "mlp"
+    side = min(part.image_size)
+    return "minatar" if side < 20 else "grid" if side < 64 else "nature"
 
 
 class PixelTorso(nn.Module):
-    """Convolutions over a stack of frames: (B, stack, H, W) to (B, features).
+    """Convolutions over a stack of frames: (B, stack, *frame_shape) to (B, features).
+
+    Frames have the shape (H, W), or with `channels` "first" (C, H, W) and with "last" (H, W, C). The first convolution
+    sees the channels of all frames of a stack. Large maps of the last one are pooled to 7x7.
 
     Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, so x / 255
     for bytes. The first layer's weights include the scaling. This saves a pass over the input, and the convolution gets
@@ -48,34 +66,39 @@ class PixelTorso(nn.Module):
         self,
         name: str,
         stack: int,
-        frame_shape: tuple[int, int],
+        frame_shape: tuple[int, ...],
         pixel_mean: float = 0.0,
         pixel_std: float = 1.0,
         input_range: tuple[float, float] = BYTE_RANGE,
+        channels: str = "none",
     ) -> None:
         super().__init__()
         layers = []
-        channels = stack
-        height, width = frame_shape
+        self._channels_are = channels
+        axes = {"none": (1, *frame_shape), "first": frame_shape, "last": (*frame_shape[2:], *frame_shape[:2])}[channels]
+        depth, height, width = stack * axes[0], axes[1], axes[2]
         for conv in _TORSOS[name]:
-            layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, bias=name != _WITHOUT_BIASES))
-            channels = conv.channels
+            layers.append(nn.Conv2d(depth, conv.channels, conv.kernel, conv.stride, bias=name != _WITHOUT_BIASES))
+            depth = conv.channels
             height, width = ((side - conv.kernel) // conv.stride + 1 for side in (height, width))
             if min(height, width) < 1:
                 raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
         self.convs = nn.ModuleList(layers)
-        self.features = channels * height * width
+        self._pools = depth * height * width > _MOST_FEATURES
+        self.features = depth * (_POOLED**2 if self._pools else height * width)
         self.splits = name == _WITHOUT_BIASES
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
         self.input_range = input_range
 
     def prepare(self, obs: Tensor) -> Tensor:
-        """Convert (B, stack, H, W) pixels to the arithmetic's dtype and memory layout, values unchanged.
+        """Convert (B, stack, *frame_shape) pixels to (B, channels, H, W) in the arithmetic's dtype, values unchanged.
 
         Floating-point frames become float32: a lower precision would lose digits. `forward` does this, too, if it has
         not been done; a learner does it once for all networks that a batch goes through.
         """
+        if obs.dim() == 5:
+            obs = (obs if self._channels_are == "first" else obs.permute(0, 1, 4, 2, 3)).flatten(1, 2)
         if obs.is_floating_point():
             return obs if obs.dtype in (torch.float32, self._dtype()) else obs.float()
         return to_channels_last(obs, self._dtype())
@@ -104,6 +127,8 @@ class PixelTorso(nn.Module):
             x = x.to(lower)
         for conv in self.convs[1:]:
             x = F.relu_(conv(x))
+        if self._pools:
+            x = F.adaptive_max_pool2d(x, _POOLED)
         return x.flatten(1)
 
 
@@ -126,6 +151,58 @@ class VectorTorso(nn.Module):
         return x if self.input_range == UNIT_RANGE else (x - low) * (1 / (high - low))
 
 
+class RecordTorso(nn.Module):
+    """A torso per part of a record: (B, stack, bytes) uint8 to (B, features of all parts)."""
+
+    def __init__(self, layout: FrameLayout, torsos: list[PixelTorso | VectorTorso]) -> None:
+        super().__init__()
+        self._layout = layout
+        self.torsos = nn.ModuleList(torsos)
+        self.features = sum(torso.features for torso in torsos)
+        self.splits = False
+
+    def prepare(self, obs: Tensor) -> Tensor:
+        """Return `obs`: records stay bytes until `forward` takes them apart."""
+        return obs
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Return the features of `obs`."""
+        parts = parts_of(obs, self._layout)
+        return torch.cat([torso(part) for torso, part in zip(self.torsos, parts, strict=True)], dim=1)
+
+
+def parts_of(obs: Tensor, layout: FrameLayout) -> list[Tensor]:
+    """Take (B, stack, bytes) records apart: one (B, stack, *shape) tensor per part, in its own dtype."""
+    parts, start = [], 0
+    for part in layout.parts:
+        values = obs[..., start : start + part.nbytes].contiguous()
+        values = values if part.dtype == np.uint8 else values.view(torch.float32)
+        parts.append(values.unflatten(-1, part.shape) if part.shape else values.squeeze(-1))
+        start += part.nbytes
+    return parts
+
+
+class ActionMask(nn.Module):
+    """Gives actions that the newest frame's mask does not allow the value `MASKED`.
+
+    So they are never the best: neither when acting, nor in the target's maximum, nor in double Q-learning's choice.
+    """
+
+    powers: Tensor
+
+    def __init__(self, num_actions: int) -> None:
+        super().__init__()
+        self._num_actions = num_actions
+        powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
+        self.register_buffer("powers", powers, persistent=False)
+
+    def forward(self, values: Tensor, obs: Tensor) -> Tensor:
+        """Return (B, A) values of (B, stack, bytes) records, masked."""
+        packed = obs[:, -1, obs.shape[-1] - -(-self._num_actions // 8) :]
+        allowed = (packed.unsqueeze(-1) & self.powers).flatten(1)[:, : self._num_actions] != 0
+        return values.masked_fill(~allowed, MASKED)
+
+
 def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in units:
@@ -143,9 +220,15 @@ class QNetwork(nn.Module):
     """
 
     def __init__(
-        self, torso: PixelTorso | VectorTorso, num_actions: int, hidden_units: tuple[int, ...], dueling: bool
+        self,
+        torso: PixelTorso | VectorTorso | RecordTorso,
+        num_actions: int,
+        hidden_units: tuple[int, ...],
+        dueling: bool,
+        masked: bool = False,
     ) -> None:
         super().__init__()
+        self.mask = ActionMask(num_actions) if masked else None
         self.torso = torso
         self._split = dueling and torso.splits
         features = torso.features // 2 if self._split else torso.features
@@ -163,13 +246,13 @@ class QNetwork(nn.Module):
         values: Tensor = self.advantage(of_advantage).float()
         if self.value is not None:
             values = self.value(of_value).float() + values - values.mean(dim=1, keepdim=True)
-        return values
+        return values if self.mask is None else self.mask(values, obs)
 
 
 def make_network(
     name: str,
     stack: int,
-    frame_shape: tuple[int, ...],
+    frame_shape: tuple[int, ...] | FrameLayout,
     num_actions: int,
     *,
     hidden_units: tuple[int, ...] = (512,),
@@ -184,16 +267,17 @@ def make_network(
     The distribution is PyTorch's default; for "nature_7x7" Xavier's (Glorot and Bengio 2010), with biases of zero.
 
     Args:
-        name: "nature", "nature_7x7" or "small" for frames of shape (H, W), "mlp" for any shape.
+        name: the torso: "nature", "nature_7x7", "small", "grid" or "minatar" for images, "mlp" for any shape; "auto"
+            for the one that fits. Parts of an observation that are no images always get "mlp".
         stack: frames per observation.
-        frame_shape: shape of one frame.
+        frame_shape: shape of one frame; or the layout of frames, which has several parts, channels or action masks.
         num_actions: A.
         hidden_units: widths of the fully connected hidden layers (of each stream when dueling).
         dueling: see `QNetwork`.
         pixel_mean: see `PixelTorso`.
         pixel_std: see `PixelTorso`.
         input_range: the values of frames that are mapped to 0 and 1; None for (0, 255) with pixels, and (0, 1), which
-            changes nothing, with "mlp".
+            changes nothing, with "mlp". A layout has its own.
         seed: of the initial weights; PyTorch's global generator stays as it was.
 
     Raises:
@@ -201,17 +285,15 @@ def make_network(
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the GPUs, too
-        torso: PixelTorso | VectorTorso
-        if name == "mlp":
-            torso = VectorTorso(stack, frame_shape, input_range or UNIT_RANGE)
-        elif name not in _TORSOS:
-            raise ValueError(f"network: expected one of {', '.join(_TORSOS)}, mlp, got {name!r}")
-        elif len(frame_shape) != 2:
-            raise ValueError(f"network: {name!r} needs frames of two axes, got {frame_shape}; mlp takes any")
-        else:
-            size = frame_shape[0], frame_shape[1]
-            torso = PixelTorso(name, stack, size, pixel_mean, pixel_std, input_range or BYTE_RANGE)
-        network = QNetwork(torso, num_actions, hidden_units, dueling)
+        if name not in (*_TORSOS, "mlp", "auto"):
+            raise ValueError(f"network: expected one of auto, {', '.join(_TORSOS)}, mlp, got {name!r}")
+        layout = frame_shape if isinstance(frame_shape, FrameLayout) else _layout_of(name, frame_shape, input_range)
+        if name not in ("mlp", "auto") and not any(part.channels for part in layout.parts):
+            shapes = ", ".join(str(part.shape) for part in layout.parts)
+            raise ValueError(f"network: {name!r} needs images, got frames of shape {shapes}; mlp takes any")
+        torsos = [_torso(name, stack, part, pixel_mean, pixel_std) for part in layout.parts]
+        torso = RecordTorso(layout, torsos) if layout.is_record else torsos[0]
+        network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0)
         if name == _WITHOUT_BIASES:
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -219,6 +301,20 @@ def make_network(
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
         return network
+
+
+def _layout_of(name: str, shape: tuple[int, ...], input_range: tuple[float, float] | None) -> FrameLayout:
+    """Return the layout of frames that are one array, of which only the shape is known."""
+    usual = UNIT_RANGE if name == "mlp" else BYTE_RANGE
+    channels = channels_of(shape, "auto", least_side=1)
+    return FrameLayout((Part("", shape, np.dtype(np.float32), input_range or usual, channels),))
+
+
+def _torso(name: str, stack: int, part: Part, pixel_mean: float, pixel_std: float) -> PixelTorso | VectorTorso:
+    name = fitting_torso(part) if name == "auto" else name
+    if name == "mlp" or not part.channels:
+        return VectorTorso(stack, part.shape, part.input_range)
+    return PixelTorso(name, stack, part.shape, pixel_mean, pixel_std, part.input_range, part.channels)
 
 
 def mixed_precision_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

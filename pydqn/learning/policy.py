@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.networks import PixelTorso, Table, VectorTorso, mixed_precision_copy
+from pydqn.learning.networks import MASKED, PixelTorso, RecordTorso, Table, VectorTorso, mixed_precision_copy
 from pydqn.replay.lookup import look_up
 
 
@@ -65,22 +65,23 @@ def _bfloat16_is_faster() -> bool:
 
 
 @contextmanager
-def torch_threads(config: Config) -> Iterator[int]:
+def torch_threads(config: Config, network: nn.Module) -> Iterator[int]:
     """Set the number of PyTorch's CPU threads, from the config or a suitable default, until the block ends.
 
     The number applies to the whole process: blocks in two of its threads interfere.
     """
-    before = set_torch_threads(config)
+    before = set_torch_threads(config, network)
     try:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
 
 
-def set_torch_threads(config: Config) -> int:
+def set_torch_threads(config: Config, network: nn.Module) -> int:
     """Set the number of PyTorch's CPU threads, as `torch_threads` does; return the number before."""
     before = torch.get_num_threads()
-    suitable = default_torch_threads(config.network != "mlp", usable_cores())
+    convolutional = any(isinstance(module, nn.Conv2d) for module in network.modules())
+    suitable = default_torch_threads(convolutional, usable_cores())
     torch.set_num_threads(config.torch_threads or min(before, suitable or before))
     return before
 
@@ -95,7 +96,7 @@ class Policy:
     def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
         self.device = device
         # bfloat16 represents pixels, integers below 256, exactly; other observations would lose digits.
-        if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, Table)):
+        if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, RecordTorso, Table)):
             precision = "float32"
         self.dtype = resolve_precision(precision, device)
         self.network = network.to(device)
@@ -125,9 +126,17 @@ class Policy:
 
     @staticmethod
     def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Return (B,) epsilon-greedy actions for (B, A) action values, drawn independently of each other."""
+        """Return (B,) epsilon-greedy actions for (B, A) action values, drawn independently of each other.
+
+        Random actions are drawn from those that are allowed: whose value is not `MASKED`.
+        """
         explore = generator.random(len(values)) < epsilon
-        random_actions = generator.integers(values.shape[1], size=len(values))
+        allowed = values != MASKED
+        if allowed.all():
+            random_actions = generator.integers(values.shape[1], size=len(values))
+        else:
+            rank = np.floor(generator.random(len(values)) * allowed.sum(axis=1))
+            random_actions = (allowed.cumsum(axis=1) > rank[:, None]).argmax(axis=1)
         return np.where(explore, random_actions, values.argmax(axis=1))
 
 

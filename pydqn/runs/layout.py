@@ -22,13 +22,14 @@ BEST_WEIGHTS = Path("weights") / "best.safetensors"
 LAST_WEIGHTS = Path("weights") / "last.safetensors"
 SCORES = "scores.jsonl"
 VIDEOS = Path("videos")
+_OF_INPUTS = ("pixel_mean", "pixel_std", "image_channels", "input_scaling")
 
 
 def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     """Read the `Config` of a run's folder, with fields replaced by `overrides`.
 
     With another environment (`env_id`), settings that belong to the run's own one are reset to neutral values, as in
-    `pydqn.presets.preset`, and a UserWarning names them; pixel_mean and pixel_std stay, as the weights depend on them.
+    `pydqn.presets.preset`, and a UserWarning names them; those of inputs stay, as the weights depend on them.
 
     Raises:
         ValueError: `run` is not the folder of a run, its config is not valid, or its environment was registered by a
@@ -43,7 +44,7 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     config = Config.from_dict(plain)
     if overrides.get("env_id", config.env_id) == config.env_id:
         _require_environment(Path(run), config.env_id)
-    trained = {name: getattr(config, name) for name in ("pixel_mean", "pixel_std")}
+    trained = {name: getattr(config, name) for name in _OF_INPUTS}
     config, note = with_overrides(config, "the run's", {**trained, **overrides})
     if note:
         warnings.warn(f"run: {note}", stacklevel=2)

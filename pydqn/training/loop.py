@@ -118,9 +118,6 @@ class Run(BaseRun):
         config = self.config
         self._device = resolve_device(config.device)
         _core.keep_freed_memory()  # ALE also allocates new frames at every step
-        # Not `torch_threads`: if a run is dropped without being closed, the garbage collector would end that generator,
-        # and so change the number of threads in the middle of another run.
-        self._until_closed.callback(torch.set_num_threads, set_torch_threads(config))
         seed = Seeds.of(seeds)
         self._generator = np.random.default_rng(seed.exploration)
         self._evaluation_seed = seed.evaluation
@@ -139,6 +136,9 @@ class Run(BaseRun):
         self._batch = self.replay.empty_batch(most * size)
         self._parts = [self._batch.part(i * size, (i + 1) * size) for i in range(most)]
         network = network_for(config, self.envs, seed.network)
+        # Not `torch_threads`: if a run is dropped without being closed, the garbage collector would end that generator,
+        # and so change the number of threads in the middle of another run.
+        self._until_closed.callback(torch.set_num_threads, set_torch_threads(config, network))
         self.learner = Learner(network, self._learner_settings(), self._device, self._batch, frames=frames)
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs, frames)
         self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
@@ -214,6 +214,11 @@ class Run(BaseRun):
             "torch_threads": torch.get_num_threads(),
             "storage": f"{self._storage.where} ({self._storage.why})",
         }
+
+    def task(self) -> dict[str, str]:
+        """Return a description of the environment as the run uses it."""
+        actions = self.envs.actions_described
+        return {**super().task(), **({"actions": actions} if actions else {})}
 
     def close(self) -> None:
         """Release the environments, and drop an unfinished video."""

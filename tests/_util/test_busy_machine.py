@@ -14,6 +14,7 @@ import torch
 
 import pydqn
 from pydqn._util.machine import Pace, bound_spinning, default_torch_threads
+from pydqn.learning.networks import make_network
 from pydqn.learning.policy import torch_threads
 from pydqn.training.loop import Run
 
@@ -68,6 +69,7 @@ torch.set_num_threads(2)
 from pydqn import _core
 _core.keep_freed_memory = None  # would be noticed if it were called
 from types import SimpleNamespace
+from pydqn.envs.frames import FrameLayout, Part
 from pydqn.evaluation.evaluate import load_policy, load_run
 from pydqn.learning.networks import make_network
 config = load_run({str(tmp_path / "run")!r})
@@ -76,7 +78,8 @@ replay = pydqn.FrameReplay(100, (84, 84))
 pydqn.TransitionReplay(100, (4,), dtype="float32")
 pydqn.DeviceReplay(100, (84, 84), device="cpu")
 network = make_network("small", 4, (84, 84), 6)
-envs = SimpleNamespace(num_envs=1, frame_shape=(84, 84), dtype=np.dtype(np.uint8), num_actions=6, input_range=(0, 255))
+layout = FrameLayout((Part("", (84, 84), np.dtype(np.uint8), (0, 255), "none"),))
+envs = SimpleNamespace(num_envs=1, layout=layout, num_actions=6)
 load_policy({str(tmp_path / "run")!r}, config, envs)
 pydqn.Learner(network, pydqn.LearnerSettings.from_config(config), "cpu", replay.empty_batch(8))
 pydqn.preprocess.resize_area(np.zeros((1, 210, 160), np.uint8))
@@ -104,6 +107,8 @@ def test_a_run_restores_the_number_of_threads(tiny, tmp_path):
 
 
 def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
+    convolutions, linear = make_network("small", 4, (84, 84), 6), make_network("mlp", 1, (4,), 2)
+
     def default(convolutions, cores, **environment):
         return default_torch_threads(convolutions, cores, environment)
 
@@ -119,10 +124,10 @@ def test_threads_suit_the_cores_and_the_network(tiny, monkeypatch):
     try:
         for already, expected in ((16, 2), (1, 1)):  # never more than PyTorch had before
             torch.set_num_threads(already)
-            with torch_threads(config) as count:
+            with torch_threads(config, convolutions) as count:
                 assert count == torch.get_num_threads() == expected
             assert torch.get_num_threads() == already
-            with torch_threads(replace(config, network="mlp")) as count:
+            with torch_threads(config, linear) as count:
                 assert count == 1
     finally:
         torch.set_num_threads(before)
@@ -203,7 +208,7 @@ cli.main(["train", "cartpole", "--total-steps", "200", "--logdir", {str(tmp_path
 
 def test_a_run_that_is_garbage_collected_leaves_the_threads_of_another_alone(tiny, tmp_path):
     """Else the sums of the other run would be rounded differently from then on."""
-    with torch_threads(replace(tiny, torch_threads=1)):
+    with torch_threads(replace(tiny, torch_threads=1), make_network("small", 4, (84, 84), 6)):
         dropped = Run(replace(tiny, torch_threads=2), tmp_path / "dropped")
         dropped.close()
         with Run(replace(tiny, torch_threads=3), tmp_path / "other"):

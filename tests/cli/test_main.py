@@ -298,7 +298,7 @@ def test_every_setting_is_an_option_with_help(capsys, monkeypatch):
             "train pong --env-id CartPol-v1",
             "env_id: Gymnasium knows no 'CartPol-v1'; did you mean CartPole-v0 or",
         ),
-        ("train pong --env-id CartPole-v1", "network: 'small' needs frames of two axes, got (4,); mlp takes any"),
+        ("train pong --env-id CartPole-v1", "network: 'small' needs images, got frames of shape (4,); mlp takes any"),
         ("train pong --env-id Pendulum-v1 --network mlp", "env_id: Pendulum-v1 has Box"),
         ("train pong --device cuda:77", "device: 'cuda:77' is not there"),
         ("train pong --device tpu", "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from pydqn import Config, Learner, LearnerSettings, evaluate, resume, train
 from pydqn.envs.discrete import StateEnv
 from pydqn.envs.make import make_envs
-from pydqn.envs.spaces import frames_of
+from pydqn.envs.spaces import Encoder
 from pydqn.evaluation.build import network_for
 from pydqn.learning.networks import make_network, mixed_precision_copy
 from pydqn.learning.policy import Actor, Policy
@@ -27,7 +27,7 @@ IMAGES = {  # name: (space, input range, description)
     "bytes": (spaces.Box(0, 255, SIDES, np.uint8), (0, 255), "uint8 / 255"),
     "few bytes": (spaces.Box(0, 10, SIDES, np.uint8), (0, 10), "uint8 / 10"),
     "bits": (spaces.Box(0, 1, SIDES, np.uint8), (0, 1), "uint8 as they are"),
-    "booleans": (spaces.Box(0, 1, SIDES, np.bool_), (0, 1), "float32 as they are"),
+    "booleans": (spaces.Box(0, 1, SIDES, np.bool_), (0, 1), "uint8 as they are"),
     "0..1": (spaces.Box(0, 1, SIDES, np.float32), (0, 1), "float32 as they are"),
     "-1..1": (spaces.Box(-1, 1, SIDES, np.float32), (0, 1), "float32 as they are"),
     "0..255": (spaces.Box(0, 255, SIDES, np.float32), (0, 255), "float32 / 255"),
@@ -101,15 +101,16 @@ def examples(space, count=3):
 @pytest.mark.parametrize("name", IMAGES)
 def test_ranges_of_images(name):
     space, expected, _ = IMAGES[name]
-    frames = frames_of("x", space)
-    assert frames.input_range == expected
-    assert frames.dtype == (np.uint8 if space.dtype == np.uint8 else np.float32)
+    part = Encoder("x", space).layout.parts[0]
+    assert part.input_range == expected
+    assert part.dtype == (np.uint8 if space.dtype in (np.uint8, np.bool_) else np.float32)
+    assert part.channels == "none"
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_ranges_of_vectors(name):
     space, expected = VECTORS[name]
-    assert frames_of("x", space).input_range == expected
+    assert Encoder("x", space).layout.parts[0].input_range == expected
 
 
 @pytest.mark.parametrize("network", ["small", "mlp"])
@@ -160,7 +161,7 @@ def test_bfloat16_on_every_kind_of_image(name):
     space, input_range, _ = IMAGES[name]
     network = make_network("small", 2, SIDES, 3, hidden_units=(16,), input_range=input_range, seed=0)
     low = mixed_precision_copy(network, torch.bfloat16)
-    obs = torch.from_numpy(np.stack(examples(space, 8)).reshape(4, 2, *SIDES).astype(frames_of("x", space).dtype))
+    obs = torch.from_numpy(np.stack(examples(space, 8)).reshape(4, 2, *SIDES).astype(Encoder("x", space).layout.dtype))
     exact = network(obs)
     torch.testing.assert_close(low(obs), exact, rtol=0.1, atol=0.05)
     assert torch.equal(low(low.prepare(obs)), low(obs))

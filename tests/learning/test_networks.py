@@ -114,7 +114,7 @@ def test_bfloat16_stays_close():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("nature", (4,)), ("nature", (20, 20)), ("small", (84, 84, 3)), ("resnet", (84, 84))]
+    ("name", "shape"), [("nature", (4,)), ("nature", (20, 20)), ("small", (2, 84, 84, 3)), ("resnet", (84, 84))]
 )
 def test_frames_that_do_not_fit(name, shape):
     with pytest.raises(ValueError, match="network"):

@@ -35,7 +35,7 @@ OLD_NAMES = {new: old for old, new in RENAMED.items()}
 OTHERS = {
     **{"env_id": "pydqn-test/Two-v0", "clip_rewards": True, "success_steps": 5, "terminal_on_life_loss": True},
     **{"full_action_space": True, "preprocess": "crop_area", "max_pool": False, "frame_skip": 2, "frame_skip_max": 7},
-    **{"sticky_actions": 0.25, "env_kwargs": '{"reward": 2}'},
+    **{"sticky_actions": 0.25, "env_kwargs": '{"reward": 2}', "input_scaling": "none"},
 }
 # Another value of each setting of the replay buffer, and the buffer's own name for it.
 OF_REPLAY = {
