@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from pydqn import preprocess as preprocess
     from pydqn.config import Config as Config
     from pydqn.evaluation.evaluate import evaluate as evaluate
+    from pydqn.evaluation.export import export as export
+    from pydqn.evaluation.loaded import RunPolicy as RunPolicy
+    from pydqn.evaluation.loaded import load_policy as load_policy
+    from pydqn.evaluation.play import play_episode as play_episode
     from pydqn.learning.learner import Learner as Learner
     from pydqn.learning.settings import LearnerSettings as LearnerSettings
     from pydqn.presets import preset as preset
@@ -17,8 +21,9 @@ if TYPE_CHECKING:
     from pydqn.replay.frames import FrameReplay as FrameReplay
     from pydqn.replay.transitions import TransitionReplay as TransitionReplay
     from pydqn.runs.result import Result as Result
-    from pydqn.training.loop import resume as resume
-    from pydqn.training.loop import train as train
+    from pydqn.training.start import resume as resume
+    from pydqn.training.start import run as run
+    from pydqn.training.start import train as train
 
 __version__ = "0.1.0"
 
@@ -31,14 +36,27 @@ _MODULE_OF = {
     "Learner": "learning.learner",
     "LearnerSettings": "learning.settings",
     "Result": "runs.result",
+    "RunPolicy": "evaluation.loaded",
     "TransitionReplay": "replay.transitions",
     "evaluate": "evaluation.evaluate",
+    "export": "evaluation.export",
+    "load_policy": "evaluation.loaded",
+    "play_episode": "evaluation.play",
     "preset": "presets",
-    "resume": "training.loop",
-    "train": "training.loop",
+    "resume": "training.start",
+    "run": "training.start",
+    "train": "training.start",
 }
 _MODULES = ("preprocess",)
-_DRIVERS = ("evaluate", "resume", "train")  # these may change settings of the whole process
+_DRIVERS = (
+    "evaluate",
+    "export",
+    "load_policy",
+    "play_episode",
+    "resume",
+    "run",
+    "train",
+)  # these may change settings of the whole process
 
 __all__ = [
     "Batch",
@@ -48,11 +66,16 @@ __all__ = [
     "Learner",
     "LearnerSettings",
     "Result",
+    "RunPolicy",
     "TransitionReplay",
     "evaluate",
+    "export",
+    "load_policy",
+    "play_episode",
     "preprocess",
     "preset",
     "resume",
+    "run",
     "train",
 ]
 

@@ -167,14 +167,19 @@ class Config:
     # The network
     network: str = _field(
         "nature",
-        "The network has this convolutional torso; mlp has none, and auto chooses one that fits.",
-        choices=("auto", "nature", "nature_7x7", "small", "grid", "minatar", "mlp"),
+        "The network has this convolutional torso; mlp has none, auto chooses one that fits, and custom is your own.",
+        choices=("auto", "nature", "nature_7x7", "small", "grid", "minatar", "mlp", "custom"),
     )
     hidden_units: tuple[int, ...] = _field(
         (512,),
         "The fully connected hidden layers have these numbers of units; without numbers there are none.",
         least=1,
         most=2**16,
+    )
+    init_weights: str = _field(
+        "",
+        "The network starts with the weights of this run, or of this .safetensors file; what does not fit starts anew.",
+        metavar="RUN",
     )
     dueling: bool = _field(False, "The network has separate streams for values and advantages (Wang et al. 2016).")
     pixel_mean: float = _field(

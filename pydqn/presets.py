@@ -52,7 +52,73 @@ _BREAKOUT = dataclasses.replace(
     video_every_episodes=50,
 )
 
+# For any task: no clipping, no rule at which the run ends early, evaluations on.
+_NEUTRAL = Config(
+    num_envs=4,
+    network="auto",
+    stack=1,
+    double=True,
+    max_grad_norm=10.0,
+    mean_episodes=100,
+    evaluation_episodes=10,
+    evaluation_epsilon=0.0,
+    log_every_steps=1_000,
+)
+
 PRESETS: dict[str, Preset] = {
+    "dqn": Preset(
+        dataclasses.replace(
+            _NEUTRAL,
+            env_id="CartPole-v1",
+            total_steps=100_000,
+            hidden_units=(256, 256),
+            batch_size=128,
+            learning_rate=5e-4,
+            optimizer_epsilon=1e-8,
+            learning_starts_steps=1_000,
+            train_period_steps=1.0,
+            target_update_period=250,
+            epsilon_end=0.05,
+            epsilon_decay_steps=10_000,
+            evaluation_every_steps=10_000,
+        ),
+        "Any task with vectors (--env-id); CartPole by default",
+        "Neutral settings for tasks that we do not know",
+    ),
+    "dqn-image": Preset(
+        dataclasses.replace(
+            _NEUTRAL,
+            env_id="ALE/Pong-v5",
+            stack=4,
+            learning_rate=1e-4,
+            target_update_period=500,
+            epsilon_end=0.05,
+            epsilon_decay_steps=100_000,
+            evaluation_every_steps=50_000,
+        ),
+        "Any task with images (--env-id); Pong by default",
+        "Neutral settings for tasks that we do not know",
+    ),
+    "minatar-dqn": Preset(
+        dataclasses.replace(
+            _PLAIN,
+            env_id="MinAtar/Breakout-v0",
+            total_steps=10_000_000,
+            stack=1,
+            network="minatar",
+            hidden_units=(128,),
+            learning_rate=2.5e-4,
+            optimizer_epsilon=3.125e-4,
+            learning_starts_steps=1_000,
+            train_period_steps=4.0,
+            target_update_period=250,  # updates: every 1,000 steps
+            epsilon_decay_steps=250_000,
+            log_every_steps=10_000,
+            checkpoint_every_steps=250_000,
+        ),
+        "A MinAtar game (--env-id; pip install 'pydqn[minatar]'); Breakout by default",
+        "Obando-Ceron and Castro 2021, Revisiting Rainbow: DQN for MinAtar",
+    ),
     "frozenlake": Preset(
         Config(
             agent="tabular",

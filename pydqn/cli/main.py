@@ -27,7 +27,15 @@ from pydqn.presets import PRESETS, preset, preset_and_note
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     bound_spinning()  # before any command imports torch
-    commands = {"presets": presets, "train": train, "play": play, "evaluate": evaluate, "plot": plot, "bench": bench}
+    commands = {
+        "presets": presets,
+        "train": train,
+        "play": play,
+        "evaluate": evaluate,
+        "export": export,
+        "plot": plot,
+        "bench": bench,
+    }
     arguments = make_parser(commands).parse_args(argv)
     try:
         with _one_line_warnings():
@@ -113,6 +121,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
         append_score(arguments.folder, result)
     except OSError as error:  # the scores have been printed, so this is no failure
         print(f"pydqn: warning: these scores could not be kept: {error}", file=sys.stderr)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a run's policy to a file."""
+    from pydqn.evaluation.export import export as exported
+
+    written = exported(arguments.folder, arguments.output, weights=arguments.weights)
+    inputs = ", ".join(f"{name} {described}" for name, described in written.inputs.items())
+    print(f"exported: {written.path}: {inputs} -> values float32 (batch, {written.num_actions})")
+    print(f"checked: its values differ from the policy's by at most {written.largest_difference:.1e}")
 
 
 def plot(arguments: argparse.Namespace) -> None:

@@ -96,6 +96,19 @@ def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | N
         "--episodes", type=int, metavar="N", help="Play this many episodes (default: as the protocol says)."
     )
 
+    command = add(
+        "export",
+        "Write a run's policy to a file for programs without pydqn.",
+        "The file is compared with the policy on observations of played episodes.",
+    )
+    command.add_argument("folder", metavar="RUN", help="Use the run in this folder.")
+    command.add_argument(
+        "output", metavar="FILE", help="Write this file: .onnx (needs pydqn[export]), or .pt2 for torch.export.load."
+    )
+    command.add_argument(
+        "--weights", choices=_WEIGHTS, help="Export these weights (default: the best, or else the newest)."
+    )
+
     command = add("plot", "Draw the learning curves of runs, or a value function.")
     command.add_argument("runs", nargs="+", metavar="RUN", help="Draw the runs in these folders.")
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="Write this image: .png, .svg or .pdf.")

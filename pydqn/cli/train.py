@@ -27,8 +27,8 @@ def train(arguments: argparse.Namespace) -> int:
     """Train a preset or resume a run; returns the exit code."""
     from pydqn.cli.progress import ProgressBar
     from pydqn.runs.checkpoint import latest_checkpoint
-    from pydqn.training.loop import open_run
     from pydqn.training.signals import deferred
+    from pydqn.training.start import open_run
 
     if (arguments.preset is None) == (arguments.resume is None):
         raise ValueError("train: expected a PRESET, or --resume RUN")

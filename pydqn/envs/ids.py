@@ -9,8 +9,10 @@ import warnings
 from typing import Any
 
 from pydqn._util.hints import did_you_mean
+from pydqn.envs.own import is_own
 
 FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # loading one of them ends the process
+_MINATAR = "MinAtar/"
 _MODULE = re.compile(r"\w+(\.\w+)*")
 _registered_by: dict[str, str] = {}  # the modules that `import_environments` has imported, by the ids they registered
 _OLD = re.compile(r"([A-Za-z0-9]+?)(NoFrameskip|Deterministic)?-v[04]")  # Gym's ids of Atari games
@@ -62,7 +64,11 @@ def spec_of(env_id: str) -> Any:
     """
     import gymnasium
 
+    if env_id.startswith(_MINATAR):
+        _register_minatar()
     spec = gymnasium.registry.get(env_id)
+    if spec is None and is_own(env_id):
+        raise ValueError(f"env_id: {env_id!r} was made by a function of yours; give it again, in Python make_env=...")
     if spec is None:
         hint = _hint_at_registered(env_id)
         hint = f"; {hint}" if hint else ""
@@ -100,7 +106,7 @@ def registered_by(env_id: str) -> str | None:
     import gymnasium
 
     spec = gymnasium.registry.get(env_id)
-    if spec is None or _is_ale(spec):
+    if spec is None or _is_ale(spec) or is_own(env_id) or env_id.startswith(_MINATAR):
         return None
     made_by = spec.entry_point
     module = made_by.partition(":")[0] if isinstance(made_by, str) else str(getattr(made_by, "__module__", "__main__"))
@@ -134,6 +140,23 @@ def _games() -> dict[str, str]:
         games = atari.games()
     gymnasium.registry.update(before)
     return games
+
+
+def _register_minatar() -> None:
+    """Register MinAtar's games, which its package does not do by itself.
+
+    Raises:
+        ValueError: MinAtar is not installed.
+    """
+    import gymnasium
+
+    if any(env_id.startswith(_MINATAR) for env_id in gymnasium.registry):
+        return
+    try:
+        from minatar.gym import register_envs
+    except ImportError as error:
+        raise ValueError(f"env_id: MinAtar is not installed: pip install 'pydqn[minatar]' ({error})") from None
+    register_envs()
 
 
 def _is_ale(spec: Any) -> bool:

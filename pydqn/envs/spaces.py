@@ -242,6 +242,17 @@ def _input_range(low: NDArray[Any], high: NDArray[Any], dtype: np.dtype[Any]) ->
     return lowest, highest
 
 
+def stacked_space(layout: FrameLayout, stack: int) -> Any:
+    """Return the space of `stack` frames, as networks get them: a Box, or for several parts a Dict of them."""
+    from gymnasium import spaces
+
+    boxes: dict[str, Any] = {}
+    for part in layout.parts:
+        low, high = (0, 255) if part.dtype == _BYTE else (-np.inf, np.inf)
+        boxes[part.name] = spaces.Box(low, high, (stack, *part.shape), part.dtype.type)
+    return spaces.Dict(boxes) if len(boxes) > 1 else next(iter(boxes.values()))
+
+
 def bounds_of(space: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Return the lowest and the highest observation of a Box space, or None for other spaces."""
     from gymnasium import spaces

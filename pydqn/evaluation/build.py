@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pydqn._util.files import Damaged
 from pydqn._util.weights import load_weights
 from pydqn.config import Config
 from pydqn.envs.base import Envs
-from pydqn.learning.networks import QNetwork, Table, make_network
+from pydqn.envs.spaces import stacked_space
+from pydqn.learning.networks import Table, custom_network, make_network
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.runs.layout import BEST_WEIGHTS, LAST_WEIGHTS
 
+MakeNetwork = Callable[[Any, int], nn.Module]  # the space of an observation, the number of actions
 WEIGHTS = ("best", "last", "checkpoint")
 
 
-def network_for(config: Config, envs: Envs, seed: int = 0) -> QNetwork | Table:
-    """Build the network (or table) of `config`, for the frames and actions of these environments."""
+def with_network(config: Config, network: MakeNetwork | None) -> Config:
+    """Return `config` for a network that the user's function makes, if there is one.
+
+    Raises:
+        ValueError: the config and the function exclude each other.
+    """
+    if network is None and config.network == "custom":
+        raise ValueError(
+            "network: expected the function that makes the network, since the config says custom: in Python network=..."
+        )
+    if network is None:
+        return config
+    if not callable(network) or config.agent == "tabular":
+        what = "no function for an agent with a table" if config.agent == "tabular" else "a function"
+        raise ValueError(f"network: expected {what}, got {network!r}")
+    return dataclasses.replace(config, network="custom")
+
+
+def network_for(config: Config, envs: Envs, seed: int = 0, network: MakeNetwork | None = None) -> nn.Module:
+    """Build the network (or table) of `config`, for the frames and actions of these environments.
+
+    Args:
+        config: what to build.
+        envs: environments with the shapes of its frames and actions.
+        seed: of the initial weights.
+        network: the user's function that makes it, see `pydqn.train`.
+
+    Raises:
+        ValueError: the network does not fit the environments, or there is none.
+    """
+    config = with_network(config, network)
+    if network is not None:
+        space = stacked_space(envs.layout, config.stack)
+        return custom_network(network, space, config.stack, envs.layout, envs.num_actions, seed)
     if config.agent == "tabular":
         return Table(envs.frame_shape[0], envs.num_actions)
     return make_network(
@@ -54,8 +92,12 @@ def replay_settings(config: Config, envs: Envs) -> dict[str, Any]:
     }
 
 
-def load_policy(
-    run: str | os.PathLike[str], config: Config, envs: Envs, weights: str | None = None
+def trained_policy(
+    run: str | os.PathLike[str],
+    config: Config,
+    envs: Envs,
+    weights: str | None = None,
+    network: MakeNetwork | None = None,
 ) -> tuple[Policy, dict[str, Any]]:
     """Build the policy of a run.
 
@@ -64,6 +106,7 @@ def load_policy(
         config: its config.
         envs: environments with the shapes of its frames and actions.
         weights: one of `WEIGHTS`; None for the best ones, or if the run has none yet, the newest.
+        network: see `pydqn.train`.
 
     Returns:
         The policy and the metadata of its weights.
@@ -71,6 +114,48 @@ def load_policy(
     Raises:
         ValueError: there are no such weights, or they do not fit `config`.
     """
+    tensors, metadata = _weights_of(run, weights)
+    module = network_for(config, envs, network=network)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"run: the weights in {str(run)!r} do not fit its config ({reason})") from None
+    return Policy(module, resolve_device(config.device), config.precision), metadata
+
+
+def start_from(network: nn.Module, source: str | os.PathLike[str]) -> None:
+    """Give a network the weights of a run or of a file; what does not fit stays, and a UserWarning names it.
+
+    Args:
+        network: the network.
+        source: folder of a run, of which the best weights count (see `trained_policy`), or a .safetensors file.
+
+    Raises:
+        ValueError: there are no such weights, or none of them fits.
+    """
+    try:
+        found, _ = _weights_of(source, None) if Path(source).is_dir() else load_weights(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"init_weights: {error}") from None
+    own = network.state_dict()
+    fitting = {name: value for name, value in found.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise ValueError(f"init_weights: none of the weights in {str(source)!r} fits the network")
+    network.load_state_dict(fitting, strict=False)
+    others = [f"{name} (here {_shape(own, name)}, there {_shape(found, name)})" for name in sorted({*own, *found})]
+    rest = [text for name, text in zip(sorted({*own, *found}), others, strict=True) if name not in fitting]
+    if rest:
+        text = f"init_weights: {len(fitting)} of {len(own)} tensors are those of {source}; not {', '.join(rest)}"
+        warnings.warn(text, stacklevel=2)
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "none"
+
+
+def _weights_of(run: str | os.PathLike[str], weights: str | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the weights of a run and their metadata; see `trained_policy`."""
     if weights is not None and weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
     best = _from_file(run, BEST_WEIGHTS) if weights in (None, "best") else None
@@ -82,14 +167,7 @@ def load_policy(
     found = [candidate for candidate in (best, last, kept) if candidate is not None]
     if not found:
         raise ValueError(f"run: {str(run)!r} has no {'' if weights is None else weights + ' '}weights yet")
-    tensors, metadata = max(found, key=lambda candidate: candidate[1].get("steps", 0))
-    network = network_for(config, envs)
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"run: the weights in {str(run)!r} do not fit its config ({reason})") from None
-    return Policy(network, resolve_device(config.device), config.precision), metadata
+    return max(found, key=lambda candidate: candidate[1].get("steps", 0))
 
 
 def _from_file(run: str | os.PathLike[str], name: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

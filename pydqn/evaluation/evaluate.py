@@ -16,12 +16,13 @@ from pydqn.config import Config
 from pydqn.envs.base import Envs
 from pydqn.envs.ids import rom_of
 from pydqn.envs.make import make_envs
-from pydqn.evaluation.build import load_policy
+from pydqn.envs.own import MakeEnv, registered
+from pydqn.evaluation.build import MakeNetwork, trained_policy
 from pydqn.evaluation.play import policy_steps
 from pydqn.evaluation.protocols import PROTOCOLS, under_protocol, warn_if_cut
 from pydqn.evaluation.scores import human_normalized
 from pydqn.learning.policy import Policy, torch_threads
-from pydqn.runs.layout import SCORES, load_run
+from pydqn.runs.layout import SCORES, env_id_of, load_run
 
 _MOST_ENVS = 16
 
@@ -96,6 +97,8 @@ def score(
     protocol: str | None = None,
     weights: str | None = None,
     seed: int = 0,
+    make_env: MakeEnv | None = None,
+    network: MakeNetwork | None = None,
     **overrides: Any,
 ) -> Score:
     """Evaluate a run.
@@ -104,14 +107,29 @@ def score(
         run: folder of the run.
         episodes: how many episodes to play; None for as many as the protocol says.
         protocol: a name of `pydqn.evaluation.protocols.PROTOCOLS`; None for that of the run's config.
-        weights: see `load_policy`.
+        weights: see `trained_policy`.
         seed: seed of the environments and of exploration.
+        make_env: see `pydqn.train`. A run whose environment or network a function made needs that function again.
+        network: see `pydqn.train`.
         overrides: fields of the run's `Config` to replace, except those that the protocol fixes.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or an argument is out of range.
     """
-    config = load_run(run, **overrides, **({} if protocol is None else {"evaluation_protocol": protocol}))
+    with registered(make_env, env_id_of(run)) as environment:
+        overrides = {**overrides, **environment, **({} if protocol is None else {"evaluation_protocol": protocol})}
+        return _score(run, load_run(run, **overrides), episodes, weights, seed, network, overrides)
+
+
+def _score(
+    run: str | os.PathLike[str],
+    config: Config,
+    episodes: int | None,
+    weights: str | None,
+    seed: int,
+    network: MakeNetwork | None,
+    overrides: dict[str, Any],
+) -> Score:
     rules = PROTOCOLS[config.evaluation_protocol]
     rom = rom_of(config.env_id)
     if rom is None and rules.settings:
@@ -124,7 +142,7 @@ def score(
     played = under_protocol(config)
     envs = evaluation_envs(config, episodes, seed)
     try:
-        policy, metadata = load_policy(run, played, envs, weights)
+        policy, metadata = trained_policy(run, played, envs, weights, network)
         with torch_threads(config, policy.network):
             returns = evaluate_policy(config, policy, episodes, seed, envs=envs)
     finally:
@@ -149,10 +167,18 @@ def append_score(run: str | os.PathLike[str], score: Score) -> None:
     append_line(Path(run) / SCORES, json.dumps(score._asdict()))
 
 
-def evaluate(run: str | os.PathLike[str], episodes: int, *, seed: int = 0, **overrides: Any) -> list[float]:
-    """Return the true returns of whole episodes played with a run's best weights; see `score` for more options.
+def evaluate(
+    run: str | os.PathLike[str],
+    episodes: int,
+    *,
+    seed: int = 0,
+    make_env: MakeEnv | None = None,
+    network: MakeNetwork | None = None,
+    **overrides: Any,
+) -> list[float]:
+    """Return the true returns of whole episodes played with a run's best weights; see `score` for all options.
 
     Raises:
         ValueError: `run` is not the folder of a run with weights, or `episodes` is not positive.
     """
-    return score(run, episodes, seed=seed, **overrides).returns
+    return score(run, episodes, seed=seed, make_env=make_env, network=network, **overrides).returns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,14 @@ from pydqn._util.checks import integer
 from pydqn.config import Config
 from pydqn.envs.base import Envs, Episode
 from pydqn.envs.make import make_envs
-from pydqn.evaluation.build import load_policy, replay_settings
+from pydqn.envs.own import MakeEnv, registered
+from pydqn.evaluation.build import MakeNetwork, replay_settings, trained_policy
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
+from pydqn.learning.networks import MASKED
 from pydqn.learning.policy import Policy
 from pydqn.replay.device import DeviceReplay
 from pydqn.replay.frames import FrameReplay
-from pydqn.runs.layout import load_run
+from pydqn.runs.layout import env_id_of, load_run
 
 
 def start_episodes(envs: Envs, replay: FrameReplay | DeviceReplay, seed: int | None = None) -> None:
@@ -54,6 +57,11 @@ def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, see
         yield PolicyStep(action, values, step.reward, step.episodes)
 
 
+def _shown(values: NDArray[np.float32]) -> tuple[float, ...]:
+    """Return action values for people: minus infinity for actions that are not allowed."""
+    return tuple(np.where(values == MASKED, -np.inf, values).tolist())
+
+
 class PlayedStep(NamedTuple):
     """One step of `play_episode`."""
 
@@ -61,7 +69,7 @@ class PlayedStep(NamedTuple):
     fps: int  # steps per second at which a person would watch
     action: int
     action_names: tuple[str, ...]
-    values: tuple[float, ...]  # the action values from which it was chosen
+    values: tuple[float, ...]  # the action values from which it was chosen; -inf where an action is not allowed
     reward: float
     total: float  # return so far
 
@@ -81,16 +89,20 @@ def play_episode(
     seed: int = 0,
     most_steps: float = math.inf,
     images: bool = True,
+    make_env: MakeEnv | None = None,
+    network: MakeNetwork | None = None,
     **overrides: Any,
 ) -> Iterator[PlayedStep | PlayedEpisode]:
     """Play one episode with a run's weights; yields a `PlayedStep` per step, and the `PlayedEpisode` at the end.
 
     Args:
         run: folder of the run.
-        weights: see `load_policy`.
+        weights: see `trained_policy`.
         seed: seed of the environment and of exploration.
         most_steps: cut the episode off after so many steps.
         images: whether steps have images; not all environments can render them.
+        make_env: see `pydqn.train`. A run whose environment or network a function made needs that function again.
+        network: see `pydqn.train`.
         overrides: fields of the run's `Config` to replace.
 
     Raises:
@@ -100,11 +112,13 @@ def play_episode(
     integer("seed", seed, 0)
     if not most_steps >= 1:
         raise ValueError(f"most_steps: expected at least 1, got {most_steps}")
-    own = load_run(run, **overrides)
-    config = under_protocol(own)
-    envs = make_envs(config, 1, seed, render=images)
-    try:
-        policy, _ = load_policy(run, config, envs, weights)
+    with ExitStack() as stack:
+        environment = stack.enter_context(registered(make_env, env_id_of(run)))
+        own = load_run(run, **overrides, **environment)
+        config = under_protocol(own)
+        envs = make_envs(config, 1, seed, render=images)
+        stack.callback(envs.close)
+        policy, _ = trained_policy(run, config, envs, weights, network)
         names = envs.action_names
         counts = dict.fromkeys(names, 0)
         total = 0.0
@@ -113,11 +127,9 @@ def play_episode(
             counts[names[action]] += 1
             total += reward
             image = envs.image() if images else None
-            yield PlayedStep(image, envs.fps, action, names, tuple(step.values[0].tolist()), reward, total)
+            yield PlayedStep(image, envs.fps, action, names, _shown(step.values[0]), reward, total)
             if step.episodes:
                 warn_if_cut(own, steps)
             if step.episodes or steps >= most_steps:
                 yield PlayedEpisode(step.episodes[0].total if step.episodes else math.nan, steps, counts)
                 return
-    finally:
-        envs.close()

@@ -15,7 +15,7 @@ from pydqn.envs.checked import close
 from pydqn.envs.make import make_envs
 from pydqn.envs.single import open_env
 from pydqn.envs.spaces import States, bounds_of
-from pydqn.evaluation.build import load_policy
+from pydqn.evaluation.build import trained_policy
 from pydqn.learning.policy import Policy
 from pydqn.plotting.figure import require_suffix, write_figure
 from pydqn.runs.layout import load_run
@@ -67,7 +67,7 @@ def values_of(run: str | os.PathLike[str]) -> list[Surface | Grid]:
     config = load_run(run)
     envs = make_envs(config, 1, 0)
     try:
-        policy, _ = load_policy(run, config, envs)
+        policy, _ = trained_policy(run, config, envs)
     finally:
         envs.close()
     task = outline(config)

@@ -35,13 +35,7 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
         ValueError: `run` is not the folder of a run, its config is not valid, or its environment was registered by a
             module that has not been imported.
     """
-    path = Path(run) / CONFIG
-    if not path.exists():
-        raise ValueError(f"run: {str(run)!r} is not the folder of a run (it has no {CONFIG})")
-    plain = read_json(path)
-    if not isinstance(plain, dict):
-        raise ValueError(f"run: {path} is not a run's config")
-    config = Config.from_dict(plain)
+    config = _config_of(run)
     if overrides.get("env_id", config.env_id) == config.env_id:
         _require_environment(Path(run), config.env_id)
     trained = {name: getattr(config, name) for name in _OF_INPUTS}
@@ -49,6 +43,25 @@ def load_run(run: str | os.PathLike[str], **overrides: Any) -> Config:
     if note:
         warnings.warn(f"run: {note}", stacklevel=2)
     return config
+
+
+def env_id_of(run: str | os.PathLike[str]) -> str:
+    """Return the environment's id in the config of a run's folder.
+
+    Raises:
+        ValueError: `run` is not the folder of a run, or its config is not valid.
+    """
+    return _config_of(run).env_id
+
+
+def _config_of(run: str | os.PathLike[str]) -> Config:
+    path = Path(run) / CONFIG
+    if not path.exists():
+        raise ValueError(f"run: {str(run)!r} is not the folder of a run (it has no {CONFIG})")
+    plain = read_json(path)
+    if not isinstance(plain, dict):
+        raise ValueError(f"run: {path} is not a run's config")
+    return Config.from_dict(plain)
 
 
 def _require_environment(run: Path, env_id: str) -> None:

@@ -24,6 +24,7 @@ from pydqn.config import Config
 from pydqn.envs.base import Episode
 from pydqn.envs.ids import registered_by
 from pydqn.envs.tasks import described, resolved
+from pydqn.evaluation.build import MakeNetwork, with_network
 from pydqn.learning.schedules import epsilon
 from pydqn.learning.statistics import Statistics
 from pydqn.replay.device import DeviceReplay
@@ -60,6 +61,7 @@ class BaseRun:
         logdir: folder of the run, made if it is not there; or a lock on it. No other run can write there until this one
             is closed.
         resume: resume from the folder's latest checkpoint, or from this one; later ones are then removed.
+        network: see `pydqn.train`.
 
     Raises:
         ValueError: the configuration cannot run on this machine; or `logdir` already holds a run, or (to resume) none,
@@ -71,13 +73,19 @@ class BaseRun:
     saving: Callable[[float], None] | None = None  # called with the share done while a replay buffer is saved
 
     def __init__(
-        self, config: Config, logdir: str | os.PathLike[str] | FolderLock, *, resume: bool | Path = False
+        self,
+        config: Config,
+        logdir: str | os.PathLike[str] | FolderLock,
+        *,
+        resume: bool | Path = False,
+        network: MakeNetwork | None = None,
     ) -> None:
         self._folder_lock = logdir if isinstance(logdir, FolderLock) else FolderLock(logdir)
         with ExitStack() as refused:  # a kept exception keeps this object, which would keep the folder locked
             refused.callback(self._folder_lock.release)
-            self.config = config = resolved(config)
+            self.config = config = with_network(resolved(config), network)
             refused.pop_all()
+        self._network = network
         self.logdir = self._folder_lock.folder
         self.steps = self.frames = 0
         self.episodes = 0  # that have ended

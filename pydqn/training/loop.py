@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +21,7 @@ from pydqn.envs.base import Envs, Episode
 from pydqn.envs.make import advise_evaluating_after_training, make_envs
 from pydqn.envs.rewards import learner_rewards
 from pydqn.envs.tasks import inputs_of
-from pydqn.evaluation.build import network_for, replay_settings
+from pydqn.evaluation.build import network_for, replay_settings, start_from
 from pydqn.evaluation.evaluate import evaluate_policy, evaluation_envs
 from pydqn.evaluation.play import start_episodes
 from pydqn.learning.learner import Learner
@@ -35,47 +32,14 @@ from pydqn.learning.statistics import Statistics
 from pydqn.replay.device import DeviceReplay, resolve_storage
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.checkpoint import Checkpoint
-from pydqn.runs.layout import VIDEOS, load_run, run_of
-from pydqn.runs.locks import FolderLock
+from pydqn.runs.layout import VIDEOS
 from pydqn.runs.logs import Report
-from pydqn.runs.result import Result
 from pydqn.runs.resuming import require_unchanged, suggest_empty_replay
 from pydqn.training.base import NUMBERS, BaseRun
 from pydqn.training.episode_videos import EpisodeVideos
 from pydqn.training.seeds import Seeds
-from pydqn.training.signals import deferred
-from pydqn.training.tabular import TabularRun
 
 _METRICS = ("loss", "mean_q", "grad_norm", "max_q")  # their order in older checkpoints
-
-
-def train(config: Config, logdir: str | os.PathLike[str]) -> Result:
-    """Train from scratch; see `BaseRun` for the files in `logdir`.
-
-    Raises:
-        ValueError: the configuration cannot run on this machine, or `logdir` already holds a run.
-        FolderInUse: another run is writing in `logdir` (a ValueError that names it).
-    """
-    return _finish(open_run(config, logdir))
-
-
-def resume(logdir: str | os.PathLike[str], **overrides: Any) -> Result:
-    """Resume a run from its latest checkpoint, with fields of its `Config` replaced by `overrides`.
-
-    `logdir` may also be one of the run's checkpoints: the run then resumes from it, and everything later is removed.
-
-    Raises:
-        ValueError: `logdir` is not the folder of a run with a checkpoint, or the overrides do not fit it; or the
-            checkpoint is damaged (the message names the file, and the checkpoint to resume instead).
-    """
-    run, checkpoint = run_of(logdir)
-    return _finish(open_run(load_run(run, **overrides), run, resume=checkpoint or True))
-
-
-def open_run(config: Config, logdir: str | os.PathLike[str] | FolderLock, *, resume: bool | Path = False) -> BaseRun:
-    """Make a run of the kind that `config.agent` names."""
-    kind = TabularRun if config.agent == "tabular" else Run
-    return kind(config, logdir, resume=resume)
 
 
 def updates_at_once(config: Config, device: torch.device) -> int:
@@ -84,17 +48,6 @@ def updates_at_once(config: Config, device: torch.device) -> int:
     On a CPU this would gain nothing, and prioritized sampling would use priorities that are that many updates old.
     """
     return max(1, round(config.num_envs / config.train_period_steps)) if device.type == "cuda" else 1
-
-
-def _finish(run: BaseRun) -> Result:
-    """Run to the end. SIGINT and SIGTERM stop the run, and are raised again for the caller when everything is saved."""
-    with deferred() as signals, run:
-        signals.stop = run.stop
-        for _ in run.reports():
-            pass
-    if signals.received is not None:
-        signal.raise_signal(signals.received)
-    return run.result()
 
 
 class Run(BaseRun):
@@ -135,7 +88,9 @@ class Run(BaseRun):
         size, most = config.batch_size, updates_at_once(config, self._device)
         self._batch = self.replay.empty_batch(most * size)
         self._parts = [self._batch.part(i * size, (i + 1) * size) for i in range(most)]
-        network = network_for(config, self.envs, seed.network)
+        network = network_for(config, self.envs, seed.network, self._network)
+        if config.init_weights and self._resumed is None:
+            start_from(network, config.init_weights)
         # Not `torch_threads`: if a run is dropped without being closed, the garbage collector would end that generator,
         # and so change the number of threads in the middle of another run.
         self._until_closed.callback(torch.set_num_threads, set_torch_threads(config, network))

@@ -171,6 +171,8 @@ class TabularRun(BaseRun):
     def _create(self, seeds: np.random.SeedSequence) -> None:
         if self.config.num_envs != 1:
             raise ValueError(f"num_envs: a table learns from 1 environment, got {self.config.num_envs}")
+        if self.config.init_weights:
+            raise ValueError(f"init_weights: expected none for a table, got {self.config.init_weights!r}")
         self._task, shape = self._make_task(*_drawn(seeds))
         self.table = np.zeros(shape)
 

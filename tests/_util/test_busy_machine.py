@@ -70,7 +70,7 @@ from pydqn import _core
 _core.keep_freed_memory = None  # would be noticed if it were called
 from types import SimpleNamespace
 from pydqn.envs.frames import FrameLayout, Part
-from pydqn.evaluation.evaluate import load_policy, load_run
+from pydqn.evaluation.evaluate import trained_policy, load_run
 from pydqn.learning.networks import make_network
 config = load_run({str(tmp_path / "run")!r})
 assert config.torch_threads == 1
@@ -80,7 +80,7 @@ pydqn.DeviceReplay(100, (84, 84), device="cpu")
 network = make_network("small", 4, (84, 84), 6)
 layout = FrameLayout((Part("", (84, 84), np.dtype(np.uint8), (0, 255), "none"),))
 envs = SimpleNamespace(num_envs=1, layout=layout, num_actions=6)
-load_policy({str(tmp_path / "run")!r}, config, envs)
+trained_policy({str(tmp_path / "run")!r}, config, envs)
 pydqn.Learner(network, pydqn.LearnerSettings.from_config(config), "cpu", replay.empty_batch(8))
 pydqn.preprocess.resize_area(np.zeros((1, 210, 160), np.uint8))
 changed = {{k for k in os.environ | before if os.environ.get(k) != before.get(k)}} - {{"KMP_INIT_AT_FORK"}}

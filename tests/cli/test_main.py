@@ -100,7 +100,7 @@ def test_protocols_set_what_is_played(run, monkeypatch):
     evaluation.score(run, 1, protocol="machado2018", max_episode_steps=20)
     assert (made[-1].sticky_actions, made[-1].noop_max_frames, made[-1].max_episode_frames) == (0.25, 0, 108_000)
     config = dataclasses.replace(evaluation.load_run(run), evaluation_protocol="nature", max_episode_steps=20)
-    policy, _ = evaluation.load_policy(run, config, real(config, 1, 0))
+    policy, _ = evaluation.trained_policy(run, config, real(config, 1, 0))
     evaluation.evaluate_policy(config, policy, 2, 0)
     assert (made[-1].evaluation_epsilon, made[-1].max_episode_frames) == (0.05, 18_000)
 

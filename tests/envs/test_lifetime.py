@@ -20,7 +20,7 @@ from pydqn.evaluation.evaluate import evaluate, score
 from pydqn.evaluation.play import play_episode
 from pydqn.plotting.values import values_of
 from pydqn.runs.logs import read_csv
-from pydqn.training.loop import open_run
+from pydqn.training.start import open_run
 from tests.helpers.odd_envs import ID, Counted, config_of, lines_of
 from tests.training.test_loop import digest
 from tests.training.test_resume import EXACT, kill

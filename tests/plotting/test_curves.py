@@ -191,9 +191,9 @@ def test_the_cost_to_go_of_mountain_car(tmp_path):
     assert surface.x[[0, -1]] == pytest.approx([-1.2, 0.6])
     # One point of it, from the network itself.
     from pydqn.envs.make import make_envs
-    from pydqn.evaluation.build import load_policy
+    from pydqn.evaluation.build import trained_policy
 
-    policy, _ = load_policy(tmp_path, config, make_envs(config, 1, 0))
+    policy, _ = trained_policy(tmp_path, config, make_envs(config, 1, 0))
     point = np.array([[[surface.x[7], surface.y[30]]]], np.float32)
     assert surface.z[30, 7] == pytest.approx(-policy.values(point).max(), rel=1e-5)
 

@@ -12,7 +12,8 @@ from pydqn._util import weights as weights_module
 from pydqn._util.weights import load_weights
 from pydqn.runs.best_weights import BestWeights
 from pydqn.runs.result import Diverged
-from pydqn.training.loop import Run, open_run
+from pydqn.training.loop import Run
+from pydqn.training.start import open_run
 from tests.helpers.runs import kill
 
 BEST = "weights/best.safetensors"

@@ -20,7 +20,7 @@ import torch
 from pydqn import preset
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.presets import PRESETS
-from pydqn.training.loop import open_run
+from pydqn.training.start import open_run
 
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
 SMALL = {

@@ -23,8 +23,9 @@ from pydqn.runs.checkpoint import checkpoints, latest_checkpoint, load_checkpoin
 from pydqn.runs.locks import FolderLock
 from pydqn.runs.logs import read_csv
 from pydqn.runs.result import Diverged
-from pydqn.training.loop import Run, open_run
+from pydqn.training.loop import Run
 from pydqn.training.signals import deferred
+from pydqn.training.start import open_run
 from tests.helpers.runs import SMALL
 
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pydqn import resume, train
 from pydqn._util.weights import load_weights, save_weights
 from pydqn.envs.make import make_envs
-from pydqn.evaluation.build import load_policy
+from pydqn.evaluation.build import trained_policy
 from pydqn.evaluation.evaluate import evaluate
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint, read_state
 from pydqn.runs.layout import EPISODES, load_run
@@ -177,7 +177,7 @@ def test_weights_are_chosen(tiny, tmp_path):
     envs = make_envs(tiny, 1, 0)
 
     def chosen(weights=None):
-        policy, metadata = load_policy(tmp_path, tiny, envs, weights)
+        policy, metadata = trained_policy(tmp_path, tiny, envs, weights)
         return metadata["steps"], next(policy.network.parameters()).detach().clone()
 
     last, _ = load_weights(tmp_path / "weights" / "last.safetensors")

@@ -12,7 +12,7 @@ from pydqn.envs.discrete import Model, StateEnv
 from pydqn.evaluation.evaluate import score
 from pydqn.runs.checkpoint import checkpoints
 from pydqn.runs.logs import read_csv
-from pydqn.training.loop import open_run, resume, train
+from pydqn.training.start import open_run, resume, train
 from pydqn.training.tabular import ModelledTask, SteppedTask, TabularRun, Trials, update
 from tests.helpers.runs import kill
 
