@@ -282,6 +282,15 @@ class Config:
     emulator_threads: int = _field(
         0, "The emulators have this many threads; 0 means one per available core.", most=2**10
     )
+    env_workers: int | str = _field(
+        "auto",
+        "Gymnasium environments step in this many processes; 0 means in this one, auto measures whether that pays.",
+        most=2**10,
+        kind=int,
+    )
+    restart_envs: bool = _field(
+        False, "A process of environments that fails is replaced; the episodes in it are lost (needs env_workers)."
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "env_kwargs", _json_object("env_kwargs", self.env_kwargs))

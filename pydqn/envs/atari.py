@@ -53,6 +53,7 @@ class AtariEnvs:
         self.num_envs = num_envs
         self.layout = FrameLayout((Part("", (SIZE, SIZE), np.dtype(np.uint8), BYTE_RANGE, "none"),))
         self.frame_shape, self.dtype = self.layout.frame_shape, self.layout.dtype
+        self.stepping = ""
         self.fps = 30  # as ALE's own environment says
         self._gray = config.preprocess == "resize_area"
         self._max_steps = config.max_episode_steps or config.max_episode_frames

@@ -40,6 +40,7 @@ class Envs(Protocol):
     dtype: np.dtype[Any]
     layout: FrameLayout  # what a frame consists of
     fps: int  # steps per second in a video
+    stepping: str  # where environments step, for people; "" if there is nothing to say
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
         """Start an episode in every environment; writes the first frames to `out`, (num_envs, *frame_shape).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +33,31 @@ class GymEnvs:
     too: environments do not know of clipping, and evaluation does not clip.
     """
 
-    def __init__(self, config: Config, num_envs: int, seed: int, *, render: bool = False) -> None:
-        self.num_envs = num_envs
-        self._seeds = _seeds(seed, num_envs)
+    stepping = ""
+
+    def __init__(
+        self,
+        config: Config,
+        num_envs: int,
+        seed: int,
+        *,
+        render: bool = False,
+        share: range | None = None,
+        most_seconds: float = math.inf,
+    ) -> None:
+        """Make `num_envs` environments, or a `share` of them by index.
+
+        If a step of the first one takes more than `most_seconds`, the others are not made: `step_seconds` says how long
+        it takes, and these environments can only be closed.
+        """
+        self._all, self._share = num_envs, range(num_envs) if share is None else share
+        self.num_envs = len(self._share)
+        self._seeds = self._seeds_of(seed)
         self._envs: list[Any] = []
         self._checked: list[Checked] = []
         with ExitStack() as failed:
             failed.callback(self.close)
-            for env_index, env_seed in enumerate(self._seeds):
-                env, checked = open_env(config, env_index, num_envs, env_seed, render=render and env_index == 0)
-                self._envs.append(env)
-                self._checked.append(checked)
-                _require_same_spaces(config.env_id, env, self._envs[0], env_index)
+            self._open(config, self._share[0], render)
             self._actions = Actions(config.env_id, self._envs[0].action_space)
             self.num_actions, self.action_names = self._actions.count, self._actions.names
             self.actions_described = self._actions.described
@@ -56,6 +71,9 @@ class GymEnvs:
             self._write_observation = self._encoder(config) if self._masked else encoder
             self.layout = self._write_observation.layout
             self.frame_shape, self.dtype = self.layout.frame_shape, self.layout.dtype
+            self.step_seconds = 0.0 if most_seconds == math.inf else self._measured(info)
+            for env_index in self._share[1:] if self.step_seconds <= most_seconds else ():
+                self._open(config, env_index, render)
             failed.pop_all()
         self.fps = self._checked[0].fps
         self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
@@ -63,7 +81,7 @@ class GymEnvs:
         self._returns = Returns(num_envs)
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
-        seeds = self._seeds if seed is None else _seeds(seed, self.num_envs)
+        seeds = self._seeds if seed is None else self._seeds_of(seed)
         first = self._first_reset if seeds == self._seeds else None
         self._seeds, self._first_reset = seeds, None
         for env_index, env in enumerate(self._envs):
@@ -91,6 +109,32 @@ class GymEnvs:
         self._done = terminated | truncated
         episodes = self._returns.add(reward, first, self._done)
         return Step(reward, terminated, truncated, first, episodes, int(np.count_nonzero(~first)))
+
+    def _seeds_of(self, seed: int) -> list[int]:
+        seeds = np.random.SeedSequence(seed).generate_state(self._all)
+        return [int(seeds[env_index]) for env_index in self._share]
+
+    def _open(self, config: Config, env_index: int, render: bool) -> None:
+        seed = self._seeds[env_index - self._share[0]]
+        env, checked = open_env(config, env_index, self._all, seed, render=render and env_index == 0)
+        self._envs.append(env)
+        self._checked.append(checked)
+        _require_same_spaces(config.env_id, env, self._envs[0], env_index)
+
+    def _measured(self, info: dict[str, Any]) -> float:
+        """Return the median time of at most 10 random steps of the first environment, which then is reset again."""
+        env, generator = self._envs[0], np.random.default_rng(0)
+        seconds: list[float] = []
+        terminated = truncated = False
+        while not (terminated or truncated) and len(seconds) < 10 and sum(seconds) < 0.2:
+            mask = checked_mask(mask_of(env, info), self.num_actions, True) if self._masked else None
+            allowed = np.arange(self.num_actions) if mask is None else np.flatnonzero(mask)
+            action = self._actions.of(generator.choice(allowed))
+            started = time.perf_counter()
+            _, _, terminated, truncated, info = env.step(action)
+            seconds.append(time.perf_counter() - started)
+        self._first_reset = None
+        return float(np.median(seconds))
 
     def _encoder(self, config: Config) -> Encoder:
         return Encoder(
@@ -125,10 +169,6 @@ class GymEnvs:
 
         while self._envs:
             close(self._envs.pop(), self._checked.pop())
-
-
-def _seeds(seed: int, num_envs: int) -> list[int]:
-    return [int(env_seed) for env_seed in np.random.SeedSequence(seed).generate_state(num_envs)]
 
 
 def _require_same_spaces(env_id: str, env: Any, first: Any, env_index: int) -> None:

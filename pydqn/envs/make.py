@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,10 @@ from pydqn.envs.base import Envs
 from pydqn.envs.gym import GymEnvs
 from pydqn.envs.ids import rom_of
 from pydqn.envs.tasks import resolved
+from pydqn.envs.workers import WorkerEnvs
+
+_SLOW_SECONDS = 1e-3  # a step of this length is worth a process: messages take about 0.1 ms
+_MOST_WORKERS = 64
 
 
 def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False) -> Envs:
@@ -27,7 +33,21 @@ def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False)
                 f"their own (frame_skip, sticky_actions, full_action_space, ...), got {config.env_kwargs}"
             )
         return AtariEnvs(rom, config, num_envs, seed, render=render)
-    return GymEnvs(config, num_envs, seed, render=render)
+    return _stepped(config, num_envs, seed, render)
+
+
+def _stepped(config: Config, num_envs: int, seed: int, render: bool) -> Envs:
+    """Make Gymnasium environments in this process, or in others if that is wanted or their steps are slow."""
+    workers, auto = config.env_workers, config.env_workers == "auto" and num_envs > 1 and os.name == "posix"
+    if isinstance(workers, int) and workers > 0:
+        return WorkerEnvs(config, num_envs, seed, workers, render=render)
+    envs = GymEnvs(config, num_envs, seed, render=render, most_seconds=_SLOW_SECONDS if auto else math.inf)
+    if not auto or envs.step_seconds <= _SLOW_SECONDS:
+        return envs
+    envs.close()
+    slow = WorkerEnvs(config, num_envs, seed, min(num_envs, _MOST_WORKERS), render=render)
+    slow.stepping += f" (a step takes {1e3 * envs.step_seconds:.1f} ms)"
+    return slow
 
 
 @contextmanager

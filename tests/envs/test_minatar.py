@@ -51,9 +51,7 @@ def test_the_published_network():
 
 @installed
 def test_a_game_that_does_not_exist():
-    with pytest.raises(
-        ValueError, match="^env_id: Gymnasium knows no 'MinAtar/Breakuot-v0'; did you mean MinAtar"
-    ):
+    with pytest.raises(ValueError, match="^env_id: Gymnasium knows no 'MinAtar/Breakuot-v0'; did you mean MinAtar"):
         spec_of("MinAtar/Breakuot-v0")
 
 
