@@ -179,8 +179,9 @@ def parts_of(obs: Tensor, layout: FrameLayout) -> list[Tensor]:
     """Take (B, stack, bytes) records apart: one (B, stack, *shape) tensor per part, in its own dtype."""
     parts, start = [], 0
     for part in layout.parts:
-        values = obs[..., start : start + part.nbytes].contiguous()
-        values = values if part.dtype == np.uint8 else values.view(torch.float32)
+        values = obs[..., start : start + part.nbytes]
+        if part.dtype != np.uint8:  # from the start of memory of their own: bytes may begin anywhere, numbers may not
+            values = values.clone(memory_format=torch.contiguous_format).view(torch.float32)
         parts.append(values.unflatten(-1, part.shape) if part.shape else values.squeeze(-1))
         start += part.nbytes
     return parts

@@ -167,6 +167,19 @@ def test_records_come_apart_as_they_were_put_together():
     np.testing.assert_array_equal(values.detach().numpy() > -1e9, masks[1::2])  # those of the newest frames
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)])
+def test_numbers_come_out_of_records_wherever_they_begin(shape):
+    space = spaces.Dict(image=Box(0, 255, (11, 13), np.uint8), numbers=Box(-1, 1, (2,)))
+    encoder = Encoder("x", space, masked_actions=3)  # 143 + 8 + 1 bytes
+    observations = [space.sample() for _ in range(shape[0] * shape[1])]
+    frames = np.stack([frame_of(encoder, observation, np.ones(3, bool)) for observation in observations])
+    obs = torch.from_numpy(frames.reshape(*shape, -1))
+    for start in (obs, torch.cat([obs, obs])[shape[0] :]):
+        _, numbers = parts_of(start, encoder.layout)
+        expected = np.stack([observation["numbers"] for observation in observations]).reshape(*shape, 2)
+        np.testing.assert_array_equal(numbers, expected)
+
+
 def test_each_part_of_a_record_goes_through_a_torso_of_its_own():
     encoder = Encoder("x", MIXED)
     network = make_network("auto", 2, encoder.layout, 5, hidden_units=(8,), seed=0)

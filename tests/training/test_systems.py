@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydqn import preset, train
+from pydqn import Config, preset, train
 from pydqn.envs.base import Episode
 from pydqn.envs.tasks import resolved
 from pydqn.presets import PRESETS
@@ -159,6 +159,25 @@ PUBLISHED = {
         "dueling": False,
         "max_grad_norm": 0.0,
     },
+    # Obando-Ceron and Castro 2021, Revisiting Rainbow; Young and Tian 2019, MinAtar
+    "minatar-dqn": {
+        "num_envs": 1,
+        "stack": 1,
+        "network": "minatar",
+        "hidden_units": (128,),
+        "n_step": 1,
+        "optimizer": "adam",
+        "learning_rate": 2.5e-4,
+        "optimizer_epsilon": 3.125e-4,
+        "batch_size": 32,
+        "replay_capacity_frames": 100_000,
+        "learning_starts_steps": 1_000,
+        "train_period_steps": 4.0,
+        "target_update_period": 250,  # updates
+        "epsilon_end": 0.01,
+        "epsilon_decay_steps": 250_000,
+        "total_steps": 10_000_000,
+    },
 }
 
 
@@ -169,7 +188,11 @@ def test_settings_are_those_published(name):
 
 
 def test_presets_differ_where_they_say():
-    assert set(PRESETS) == {*PUBLISHED, "pong", "breakout-double"}
+    assert set(PRESETS) == {*PUBLISHED, "pong", "breakout-double", "dqn", "dqn-image"}
+    for name in ("dqn", "dqn-image"):  # neutral: nothing that is for one task alone
+        bound = {field.name: field.default for field in dataclasses.fields(Config) if field.metadata["bound_to"]}
+        assert {field: getattr(preset(name), field) for field in bound} == bound
+        assert preset(name).evaluation_every_steps > 0
     assert preset("breakout-double") == dataclasses.replace(preset("breakout"), double=True)
     # 17 of 20 episodes is the first mean above 0.80, 1,901 points in 100 episodes the first above 19.
     assert preset("frozenlake").stop_evaluation_return == 17 / 20
