@@ -32,6 +32,11 @@ def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False)
                 f"env_kwargs: expected none for {config.env_id}, since the options of Atari games are settings of "
                 f"their own (frame_skip, sticky_actions, full_action_space, ...), got {config.env_kwargs}"
             )
+        if isinstance(config.env_workers, int) and config.env_workers:
+            raise ValueError(
+                f"env_workers: expected auto or 0 for {config.env_id}, got {config.env_workers}: Atari's emulators "
+                "have threads of their own (emulator_threads)"
+            )
         return AtariEnvs(rom, config, num_envs, seed, render=render)
     return _stepped(config, num_envs, seed, render)
 
@@ -39,6 +44,8 @@ def make_envs(config: Config, num_envs: int, seed: int, *, render: bool = False)
 def _stepped(config: Config, num_envs: int, seed: int, render: bool) -> Envs:
     """Make Gymnasium environments in this process, or in others if that is wanted or their steps are slow."""
     workers, auto = config.env_workers, config.env_workers == "auto" and num_envs > 1 and os.name == "posix"
+    if workers == "auto" and config.restart_envs:  # only processes can be replaced
+        workers = min(num_envs, _MOST_WORKERS)
     if isinstance(workers, int) and workers > 0:
         return WorkerEnvs(config, num_envs, seed, workers, render=render)
     envs = GymEnvs(config, num_envs, seed, render=render, most_seconds=_SLOW_SECONDS if auto else math.inf)

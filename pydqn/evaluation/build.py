@@ -18,7 +18,8 @@ from pydqn._util.weights import load_weights
 from pydqn.config import Config
 from pydqn.envs.base import Envs
 from pydqn.envs.spaces import stacked_space
-from pydqn.learning.networks import Table, custom_network, make_network
+from pydqn.learning.custom import custom_network
+from pydqn.learning.networks import Table, make_network
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.runs.layout import BEST_WEIGHTS, LAST_WEIGHTS

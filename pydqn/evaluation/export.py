@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pydqn._util.files import atomic_write
 from pydqn.evaluation.loaded import RunPolicy, load_policy
-from pydqn.learning.networks import MASKED, PartsNetwork
+from pydqn.learning.custom import PartsNetwork
+from pydqn.learning.records import MASKED
 
 _EXAMPLES = 64  # observations on which the file is compared with the policy
 _TOLERANCE = 1e-3  # of a value, relative to the largest one

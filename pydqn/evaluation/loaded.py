@@ -19,8 +19,8 @@ from pydqn.envs.make import make_envs
 from pydqn.envs.own import MakeEnv, registered
 from pydqn.evaluation.build import MakeNetwork, trained_policy
 from pydqn.evaluation.protocols import under_protocol
-from pydqn.learning.networks import MASKED, ActionMask, parts_of
 from pydqn.learning.policy import Policy
+from pydqn.learning.records import MASKED, ActionMask, parts_of
 from pydqn.runs.layout import env_id_of, load_run
 
 

@@ -18,8 +18,8 @@ from pydqn.envs.make import make_envs
 from pydqn.envs.own import MakeEnv, registered
 from pydqn.evaluation.build import MakeNetwork, replay_settings, trained_policy
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
-from pydqn.learning.networks import MASKED
 from pydqn.learning.policy import Policy
+from pydqn.learning.records import MASKED
 from pydqn.replay.device import DeviceReplay
 from pydqn.replay.frames import FrameReplay
 from pydqn.runs.layout import env_id_of, load_run

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn.learning.losses import LOSSES, td_error
-from pydqn.learning.networks import MASKED, tensors_of
+from pydqn.learning.networks import tensors_of
 from pydqn.learning.optimizers import OptimizerSettings, OptimizerState, make_optimizer
 from pydqn.learning.policy import Policy, resolve_device
+from pydqn.learning.records import MASKED
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.statistics import Statistics
 from pydqn.replay.frames import Batch

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
 from pydqn.learning.pixels import to_channels_last
+from pydqn.learning.records import ActionMask, RecordTorso
 
 
 class _Conv(NamedTuple):
@@ -40,7 +40,6 @@ _TORSOS = {
 _WITHOUT_BIASES = "nature_7x7"  # no biases, Xavier initialization, split streams
 _MOST_FEATURES = 6_400  # of the last convolution; 84x84 has 3,136 with "nature". More of them are pooled
 _POOLED = 7  # height and width
-MASKED = torch.finfo(torch.float32).min  # the value of an action that is not allowed; finite, so that 0 times it is 0
 
 
 def fitting_torso(part: Part) -> str:
@@ -152,65 +151,6 @@ class VectorTorso(nn.Module):
         return x if self.input_range == UNIT_RANGE else (x - low) * (1 / (high - low))
 
 
-class RecordTorso(nn.Module):
-    """A torso per part of a record: (B, stack, bytes) uint8 to (B, features of all parts)."""
-
-    def __init__(self, layout: FrameLayout, torsos: list[PixelTorso | VectorTorso]) -> None:
-        super().__init__()
-        self._layout = layout
-        self.torsos = nn.ModuleList(torsos)
-        self.features = sum(torso.features for torso in torsos)
-        self.splits = False
-
-    def prepare(self, obs: Tensor) -> Tensor:
-        """Return `obs`: records stay bytes until `forward` takes them apart."""
-        return obs
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Return the features of `obs`."""
-        return self.of_parts(parts_of(obs, self._layout))
-
-    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the features of records that have been taken apart."""
-        return torch.cat([torso(part) for torso, part in zip(self.torsos, parts, strict=True)], dim=1)
-
-
-def parts_of(obs: Tensor, layout: FrameLayout) -> list[Tensor]:
-    """Take (B, stack, bytes) records apart: one (B, stack, *shape) tensor per part, in its own dtype."""
-    parts, start = [], 0
-    for part in layout.parts:
-        values = obs[..., start : start + part.nbytes]
-        if part.dtype != np.uint8:  # from the start of memory of their own: bytes may begin anywhere, numbers may not
-            values = values.clone(memory_format=torch.contiguous_format).view(torch.float32)
-        parts.append(values.unflatten(-1, part.shape) if part.shape else values.squeeze(-1))
-        start += part.nbytes
-    return parts
-
-
-class ActionMask(nn.Module):
-    """Gives actions that the newest frame's mask does not allow the value `MASKED`.
-
-    So they are never the best: neither when acting, nor in the target's maximum, nor in double Q-learning's choice.
-    """
-
-    powers: Tensor
-
-    def __init__(self, num_actions: int) -> None:
-        super().__init__()
-        self._num_actions = num_actions
-        powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
-        self.register_buffer("powers", powers, persistent=False)
-
-    def allowed(self, obs: Tensor) -> Tensor:
-        """Return (B, A) booleans: which actions the newest frames of (B, stack, bytes) records allow."""
-        packed = obs[:, -1, obs.shape[-1] - -(-self._num_actions // 8) :]
-        return (packed.unsqueeze(-1) & self.powers).flatten(1)[:, : self._num_actions] != 0
-
-    def forward(self, values: Tensor, obs: Tensor) -> Tensor:
-        """Return (B, A) values of (B, stack, bytes) records, masked."""
-        return values.masked_fill(~self.allowed(obs), MASKED)
-
-
 def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in units:
@@ -304,7 +244,7 @@ def make_network(
             shapes = ", ".join(str(part.shape) for part in layout.parts)
             raise ValueError(f"network: {name!r} needs images, got frames of shape {shapes}; mlp takes any")
         torsos = [_torso(name, stack, part, pixel_mean, pixel_std) for part in layout.parts]
-        torso = RecordTorso(layout, torsos) if layout.is_record else torsos[0]
+        torso = RecordTorso(layout, torsos, sum(torso.features for torso in torsos)) if layout.is_record else torsos[0]
         network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0)
         if name == _WITHOUT_BIASES:
             for layer in network.modules():
@@ -313,85 +253,6 @@ def make_network(
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
         return network
-
-
-class RecordNetwork(nn.Module):
-    """A network of the user's, for frames that are records: gets their parts, and masks the values that it returns."""
-
-    def __init__(self, network: nn.Module, layout: FrameLayout, num_actions: int) -> None:
-        super().__init__()
-        self.network = network
-        self._layout = layout
-        self.mask = ActionMask(num_actions) if layout.masked_actions else None
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Return (B, num_actions) values of (B, stack, bytes) records."""
-        values = self.of_parts(parts_of(obs, self._layout))
-        return values if self.mask is None else self.mask(values, obs)
-
-    def of_parts(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return (B, num_actions) values, not masked, of records that have been taken apart."""
-        named = {part.name: values for part, values in zip(self._layout.parts, parts, strict=True)}
-        values: Tensor = self.network(named if len(parts) > 1 else parts[0]).float()
-        return values
-
-
-class PartsNetwork(nn.Module):
-    """The network of records with one input per part and, if there are masks, a last one, (B, num_actions) booleans."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return (B, num_actions) values of (B, stack, *shape) parts."""
-        network = self.network
-        assert isinstance(network, (QNetwork, RecordNetwork))
-        parts = inputs if network.mask is None else inputs[:-1]
-        if isinstance(network, RecordNetwork):
-            values = network.of_parts(parts)
-        else:
-            assert isinstance(network.torso, RecordTorso)
-            values = network.of_features(network.torso.of_parts(parts))
-        return values if network.mask is None else values.masked_fill(~inputs[-1], MASKED)
-
-
-def custom_network(
-    make: Callable[[Any, int], nn.Module], space: Any, stack: int, layout: FrameLayout, num_actions: int, seed: int
-) -> nn.Module:
-    """Build a network by the user's function, with weights drawn from `seed` alone, and try it on zeros.
-
-    Args:
-        make: gets the space of an observation and the number of actions.
-        space: that space.
-        stack: frames per observation.
-        layout: of the frames.
-        num_actions: A.
-        seed: of the initial weights; PyTorch's global generator stays as it was.
-
-    Raises:
-        ValueError: the function returned no module, or one that does not return (B, A) values.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        module = make(space, num_actions)
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"network: expected a function that returns a torch.nn.Module, got {type(module).__name__}")
-    network = RecordNetwork(module, layout, num_actions) if layout.is_record else module
-    dtype = torch.uint8 if layout.dtype == np.uint8 else torch.float32
-    obs = torch.zeros((2, stack, *layout.frame_shape), dtype=dtype, device="cpu")
-    training = network.training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            values: object = network.eval()(obs)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"network: failed for two observations of {space}: {reason}") from error
-    network.train(training)
-    if not isinstance(values, Tensor) or values.shape != (2, num_actions) or not values.is_floating_point():
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"network: expected (2, {num_actions}) values for two observations, got {found}")
-    return network
 
 
 def _layout_of(name: str, shape: tuple[int, ...], input_range: tuple[float, float] | None) -> FrameLayout:

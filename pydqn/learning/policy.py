@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.networks import MASKED, PixelTorso, RecordTorso, Table, VectorTorso, mixed_precision_copy
+from pydqn.learning.networks import PixelTorso, Table, VectorTorso, mixed_precision_copy
+from pydqn.learning.records import MASKED, RecordTorso
 from pydqn.replay.lookup import look_up
 
 

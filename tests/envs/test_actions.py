@@ -16,8 +16,8 @@ from pydqn import Config, Learner, LearnerSettings, evaluate, resume, train
 from pydqn.envs.actions import Actions
 from pydqn.envs.make import make_envs
 from pydqn.evaluation.build import network_for, replay_settings
-from pydqn.learning.networks import MASKED
 from pydqn.learning.policy import Policy
+from pydqn.learning.records import MASKED
 from pydqn.replay.frames import FrameReplay
 
 QUICK = Config(

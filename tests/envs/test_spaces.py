@@ -11,9 +11,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from pydqn import Config, evaluate, resume, train
+from pydqn import Config, evaluate, preset, resume, train
 from pydqn.envs.spaces import Encoder, channels_of
-from pydqn.learning.networks import PixelTorso, RecordTorso, make_network, parts_of
+from pydqn.learning.networks import PixelTorso, make_network
+from pydqn.learning.records import RecordTorso, parts_of
 
 Box = spaces.Box
 CAMERA = Box(0, 255, (20, 24, 3), np.uint8)
@@ -271,3 +272,42 @@ def test_a_run_is_the_same_after_a_resume(tmp_path, space, inputs):
         assert evaluate(tmp_path / "whole", 2) == [9, 9]
     finally:
         gymnasium.registry.pop("Sampled-v0")
+
+
+class Colours(gymnasium.Env):
+    """Episodes of one step: the number of the only bright colour is the right action; the shape says nothing."""
+
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, first, render_mode=None):
+        self._first = first
+        self.observation_space = Box(0, 255, (3, 12, 12) if first else (12, 12, 3), np.uint8)
+
+    def _seen(self):
+        self._colour = int(self.np_random.integers(3))
+        image = np.zeros((3, 12, 12), np.uint8)
+        image[self._colour] = self.np_random.integers(100, 256, (12, 12))
+        return image if self._first else image.transpose(1, 2, 0)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._seen(), {}
+
+    def step(self, action):
+        right = float(action == self._colour)
+        return self._seen(), right, True, False, {}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_colours_are_told_apart(tmp_path, first):
+    settings = {
+        "stack": 1,
+        "total_steps": 2_000,
+        "epsilon_decay_steps": 500,
+        "learning_rate": 2e-3,
+        "hidden_units": (32,),
+    }
+    settings |= {"learning_starts_steps": 100, "evaluation_every_steps": 0, "device": "cpu", "torch_threads": 1}
+    config = preset("dqn-image", **settings, env_kwargs={"first": first}, env_id="own/Colours")
+    train(config, tmp_path, make_env=Colours)
+    assert np.mean(evaluate(tmp_path, 40, make_env=Colours)) > 0.95

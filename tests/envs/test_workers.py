@@ -172,7 +172,7 @@ def test_an_error_is_that_of_one_process(tmp_path):
 @pytest.mark.parametrize("end", ["kill", "raise"])
 def test_processes_are_replaced(tmp_path, end):
     """No transition leads from a lost episode into the new one."""
-    config = replace(QUICK, env_kwargs={"end": end}, env_workers=5, restart_envs=True)
+    config = replace(QUICK, env_kwargs={"end": end}, restart_envs=True)  # implies processes
     with pytest.warns(RuntimeWarning, match="^replaced: env_id: Odd-v0, env ind"):
         result = pydqn.train(config, tmp_path)
     assert result.steps >= 300
@@ -194,6 +194,11 @@ def test_processes_are_replaced(tmp_path, end):
             assert not step.reward[replaced].any()
     envs.close()
     assert lost >= 4
+
+
+def test_atari_games_have_threads_instead():
+    with pytest.raises(ValueError, match="^env_workers: expected auto or 0 for pong, got 2: Atari's emulators"):
+        make_envs(pydqn.Config(env_id="pong", env_workers=2), 2, 0)
 
 
 def test_what_close_says_is_a_warning():

@@ -13,7 +13,7 @@ from gymnasium import spaces
 import pydqn
 from pydqn.cli.main import main
 from pydqn.evaluation import export as exporting
-from pydqn.learning.networks import MASKED
+from pydqn.learning.records import MASKED
 
 ONNX = pytest.param(
     "policy.onnx",
