@@ -34,7 +34,7 @@ _TORSOS = {
     "nature_7x7": (*_NATURE, _Conv(512, 7, 1)),
     # The same shape with half the channels: about a third of the arithmetic.
     "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
-    "grid": (_Conv(32, 3, 1), _Conv(64, 3, 2), _Conv(64, 3, 1)),  # for images too small for strides of 4
+    "grid": (_Conv(32, 4, 2), _Conv(64, 3, 2), _Conv(64, 3, 1)),  # for images too small for strides of 4
     "minatar": (_Conv(16, 3, 1),),  # Young and Tian 2019, https://arxiv.org/abs/1903.03176
 }
 _WITHOUT_BIASES = "nature_7x7"  # no biases, Xavier initialization, split streams
