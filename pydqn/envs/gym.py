@@ -127,7 +127,7 @@ class GymEnvs:
         seconds: list[float] = []
         terminated = truncated = False
         while not (terminated or truncated) and len(seconds) < 10 and sum(seconds) < 0.2:
-            mask = checked_mask(mask_of(env, info), self.num_actions, True) if self._masked else None
+            mask = self._mask(0, info, required=True)
             allowed = np.arange(self.num_actions) if mask is None else np.flatnonzero(mask)
             action = self._actions.of(generator.choice(allowed))
             started = time.perf_counter()
@@ -148,18 +148,23 @@ class GymEnvs:
     def _write(self, env_index: int, observation: Any, info: dict[str, Any], out: NDArray[Any], required: bool) -> None:
         """Write one environment's observation and mask into its frame; a mask may be `required` to allow an action."""
         checked = self._checked[env_index]
-        mask = None
-        if self._masked:
-            try:
-                mask = checked_mask(mask_of(self._envs[env_index], info), self.num_actions, required)
-            except ValueError as error:
-                checked.refuse(str(error))
-        elif self._takes_masks and "action_mask" in info:
-            checked.refuse("gave an action mask, though it gave none at its first reset; expected one every time")
+        mask = self._mask(env_index, info, required)
         try:
             self._write_observation.write(observation, out, mask)
         except ValueError as error:
             checked.refuse(f"returned an {error}")
+
+    def _mask(self, env_index: int, info: dict[str, Any], required: bool) -> NDArray[np.bool_] | None:
+        """Return the (A,) action mask that an environment gave, or None without masks."""
+        checked = self._checked[env_index]
+        if self._masked:
+            try:
+                return checked_mask(mask_of(self._envs[env_index], info), self.num_actions, required)
+            except ValueError as error:
+                checked.refuse(str(error))
+        if self._takes_masks and "action_mask" in info:
+            checked.refuse("gave an action mask, though it gave none at its first reset; expected one every time")
+        return None
 
     def image(self) -> NDArray[np.uint8]:
         return self._checked[0].image()
