@@ -21,7 +21,14 @@ _util < config < preprocess < replay, envs < presets < learning < runs < evaluat
 RANKS = {name: rank for rank, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
 FOREIGN = {  # where other libraries may be imported
-    "gymnasium": ("envs", "adapters/_common", "adapters/cleanrl", "adapters/gymnasium", "adapters/sb3"),
+    "gymnasium": (
+        "envs",
+        "evaluation/framed",
+        "adapters/_common",
+        "adapters/cleanrl",
+        "adapters/gymnasium",
+        "adapters/sb3",
+    ),
     "ale_py": ("envs/atari",),
     "argparse": ("cli",),
     "matplotlib": ("plotting/figure", "plotting/curves", "plotting/values"),

@@ -54,6 +54,10 @@ class Actions:
         self.names = tuple(",".join(map(str, np.ravel(self.of(number)))) for number in range(self.count))
         self.described = f"{self.count} combinations of {space}: number n is numpy.unravel_index(n, sizes) + start"
 
+    def of_all(self, numbers: NDArray[np.int64]) -> Any:
+        """Return the actions with these numbers, one per environment."""
+        return numbers + self._start if self._sizes is None else [self.of(number) for number in numbers]
+
     def of(self, number: Any) -> Any:
         """Return the environment's action with this number."""
         if self._sizes is None:

@@ -76,9 +76,9 @@ class GymEnvs:
                 self._open(config, env_index, render)
             failed.pop_all()
         self.fps = self._checked[0].fps
-        self._action: NDArray[np.int64] = np.zeros(num_envs, np.int64)
-        self._done = np.zeros(num_envs, np.bool_)
-        self._returns = Returns(num_envs)
+        self._action: Any = self._actions.of_all(np.zeros(self.num_envs, np.int64))
+        self._done = np.zeros(self.num_envs, np.bool_)
+        self._returns = Returns(self.num_envs)
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
         seeds = self._seeds if seed is None else self._seeds_of(seed)
@@ -87,11 +87,12 @@ class GymEnvs:
         for env_index, env in enumerate(self._envs):
             observation, info = first if first is not None and not env_index else env.reset(seed=seeds[env_index])
             self._write(env_index, observation, info, out[env_index], required=True)
+        self._require_finite(out)
         self._done = np.zeros(self.num_envs, np.bool_)
         self._returns = Returns(self.num_envs)
 
     def send(self, action: NDArray[np.int64]) -> None:
-        self._action = action
+        self._action = self._actions.of_all(action)
 
     def recv(self, out: NDArray[Any]) -> Step:
         first, reward = self._done, np.zeros(self.num_envs)
@@ -100,9 +101,9 @@ class GymEnvs:
             if first[i]:
                 observation, info = env.reset()
             else:
-                action = self._actions.of(self._action[i])
-                observation, reward[i], terminated[i], truncated[i], info = env.step(action)
+                observation, reward[i], terminated[i], truncated[i], info = env.step(self._action[i])
             self._write(i, observation, info, out[i], required=not terminated[i])
+        self._require_finite(out)
         if np.abs(reward).max() > _LARGEST:
             i = int(np.abs(reward).argmax())
             self._checked[i].refuse(f"step() returned a reward of {reward[i]:g}, which float32 does not hold")
@@ -147,12 +148,20 @@ class GymEnvs:
 
     def _write(self, env_index: int, observation: Any, info: dict[str, Any], out: NDArray[Any], required: bool) -> None:
         """Write one environment's observation and mask into its frame; a mask may be `required` to allow an action."""
-        checked = self._checked[env_index]
-        mask = self._mask(env_index, info, required)
+        mask = self._mask(env_index, info, required) if self._masked or "action_mask" in info else None
         try:
             self._write_observation.write(observation, out, mask)
         except ValueError as error:
-            checked.refuse(f"returned an {error}")
+            self._checked[env_index].refuse(f"returned an {error}")
+
+    def _require_finite(self, out: NDArray[Any]) -> None:
+        """Refuse observations that are not finite: the weights that learn from them would show it only much later.
+
+        All at once, since this costs as much as a step of CartPole if done one by one. (The encoder checks records.)
+        """
+        if out.dtype.kind == "f" and not np.isfinite(out).all():
+            env_index = int(np.argmin(np.isfinite(out).reshape(self.num_envs, -1).all(axis=1)))
+            self._checked[env_index].refuse("returned an observation that is not finite")
 
     def _mask(self, env_index: int, info: dict[str, Any], required: bool) -> NDArray[np.bool_] | None:
         """Return the (A,) action mask that an environment gave, or None without masks."""

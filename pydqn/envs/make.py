@@ -15,7 +15,7 @@ from pydqn.envs.ids import rom_of
 from pydqn.envs.tasks import resolved
 from pydqn.envs.workers import WorkerEnvs
 
-_SLOW_SECONDS = 1e-3  # a step of this length is worth a process: messages take about 0.1 ms
+_SLOW_SECONDS = 1e-3  # several steps of this length take longer than messages to other processes
 _MOST_WORKERS = 64
 
 

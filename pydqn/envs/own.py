@@ -76,7 +76,7 @@ def _register(env_id: str, make_env: MakeEnv) -> None:
 
     with _lock:
         spec = gymnasium.registry.get(env_id)
-        if spec is not None and getattr(spec.entry_point, "make_env", None) is not make_env:
+        if spec is not None and getattr(spec.entry_point, "make_env", None) != make_env:  # bound methods are made anew
             raise ValueError(
                 f"make_env: another function has the id {env_id!r} in a run that is not over; give yours another name, "
                 "or close that run"

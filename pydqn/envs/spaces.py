@@ -96,17 +96,14 @@ class Encoder:
         self, env_id: str, space: Any, *, channels: str = "auto", scaling: str = "auto", masked_actions: int = 0
     ) -> None:
         self._options = channels, scaling
-        self._joint = States.of(space)
-        if self._joint is not None and self._joint.total > _MAX_ONE_HOT and len(self._joint.sizes) > 1:
-            self._joint = None
-        if self._joint is not None:
-            size = self._joint.total
-            self._require_size(env_id, space, size)
-            self._leaves = [_Leaf((), Part("", (size,), _REAL, UNIT_RANGE), self._joint.one_hot)]
+        joint = States.of(space)
+        if joint is not None and (len(joint.sizes) == 1 or joint.total <= _MAX_ONE_HOT):
+            _require_size(env_id, space, joint.total)
+            self._leaves = [_Leaf((), Part("", (joint.total,), _REAL, UNIT_RANGE), joint.one_hot)]
         else:
             self._leaves = list(self._leaves_of(env_id, space, ()))
         parts = [leaf.part for leaf in self._leaves]
-        images = [part for part in parts if part.channels]
+        self._images = [leaf for leaf in self._leaves if leaf.part.channels]
         self._vectors = [leaf for leaf in self._leaves if not leaf.part.channels]
         self._merged = len(self._leaves) > 1 and bool(self._vectors)
         if self._merged:
@@ -114,25 +111,28 @@ class Encoder:
                 leaf.part.dtype == _BYTE and leaf.part.input_range == UNIT_RANGE for leaf in self._vectors
             )
             size = sum(math.prod(leaf.part.shape) for leaf in self._vectors)
-            parts = [*images, Part("vector", (size,), _BYTE if bytes_alone else _REAL, UNIT_RANGE)]
-            parts = [parts[0]._replace(name="")] if len(parts) == 1 else parts
+            images = [leaf.part for leaf in self._images]
+            name = "vector" if images else ""
+            while name in {part.name for part in images}:
+                name += "_"
+            parts = [*images, Part(name, (size,), _BYTE if bytes_alone else _REAL, UNIT_RANGE)]
         self.layout = FrameLayout(tuple(parts), masked_actions)
-        self._images = [leaf for leaf in self._leaves if leaf.part.channels]
+        self._plain = not self.layout.is_record and not self._merged and self._leaves[0].convert is None
 
     def write(self, observation: Any, out: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> None:
         """Write an observation, and the action mask if the layout has one, into a frame.
 
         Raises:
-            ValueError: a value would change, or is not finite.
+            ValueError: a value would change, or a number in a record is not finite.
         """
+        if self._plain:  # the usual case, and faster
+            _copy(self._leaves[0], self._leaves[0].values(observation), out)
+            return
         views = self.layout.views(out)
+        for leaf, view in zip(self._images if self._merged else self._leaves, views, strict=not self._merged):
+            _copy(leaf, leaf.values(observation), view, self.layout.is_record)
         if self._merged:
-            for leaf, view in zip(self._images, views[:-1] if len(views) > 1 else [], strict=True):
-                _copy(leaf, leaf.values(observation), view)
             self._write_vector(observation, views[-1])
-        else:
-            for leaf, view in zip(self._leaves, views, strict=True):
-                _copy(leaf, leaf.values(observation), view)
         if mask is not None:
             self.layout.write_mask(out, mask)
 
@@ -141,7 +141,7 @@ class Encoder:
         for leaf in self._vectors:
             size, (low, high) = math.prod(leaf.part.shape), leaf.part.input_range
             view = out[start : start + size].reshape(leaf.part.shape)
-            _copy(leaf, leaf.values(observation), view)
+            _copy(leaf, leaf.values(observation), view, self.layout.is_record)
             if leaf.part.input_range != UNIT_RANGE:
                 view -= low
                 view /= high - low
@@ -165,9 +165,10 @@ class Encoder:
                 if isinstance(space, spaces.MultiDiscrete)
                 else ([space.n], [space.start])
             )
-            self._require_size(env_id, space, int(np.sum(sizes)))
+            size = int(np.sum(sizes))
+            _require_size(env_id, space, size)
             first = np.concatenate([[0], np.cumsum(sizes)[:-1]]) - starts  # index of the one, for the value 0
-            yield _Leaf(path, Part(name, (int(np.sum(sizes)),), _BYTE, UNIT_RANGE), _OneHots(first, int(np.sum(sizes))))
+            yield _Leaf(path, Part(name, (size,), _BYTE, UNIT_RANGE), _OneHots(first, size))
         elif isinstance(space, spaces.Box) and (space.shape or path):  # a single number only as one of several parts
             yield _Leaf(path, self._array(name, space), None)
         else:
@@ -180,13 +181,6 @@ class Encoder:
         shape = tuple(int(size) for size in space.shape)
         scale = _input_range(space.low, space.high, dtype) if scaling == "auto" else UNIT_RANGE
         return Part(name, shape, dtype, scale, channels_of(shape, channels))
-
-    def _require_size(self, env_id: str, space: Any, size: int) -> None:
-        if size > _MAX_ONE_HOT:
-            raise ValueError(
-                f"env_id: {env_id} has {size:,} states ({space}); as one-hot frames a network takes at most "
-                f"{_MAX_ONE_HOT:,}. Describe them by numbers (a Box space) in a wrapper of your own"
-            )
 
 
 class _OneHots:
@@ -201,16 +195,23 @@ class _OneHots:
         return row
 
 
+def _require_size(env_id: str, space: Any, size: int) -> None:
+    if size > _MAX_ONE_HOT:
+        raise ValueError(
+            f"env_id: {env_id} has {size:,} states ({space}); as one-hot frames a network takes at most "
+            f"{_MAX_ONE_HOT:,}. Describe them by numbers (a Box space) in a wrapper of your own"
+        )
+
+
 def _whole(observation: Any) -> NDArray[np.uint8]:
     return np.asarray(observation).astype(np.uint8)
 
 
-def _copy(leaf: _Leaf, values: NDArray[Any], out: NDArray[Any]) -> None:
+def _copy(leaf: _Leaf, values: NDArray[Any], out: NDArray[Any], require_finite: bool = False) -> None:
     """Write values of any dtype. Integers keep their values, reals may be rounded."""
     name = f"observation ({leaf.part.name})" if leaf.part.name else "observation"
     out[...] = converted(name, values, out.dtype, rounded=True, way_on="scale it in a wrapper")
-    # The weights that learn from such numbers would show it only much later.
-    if out.dtype.kind == "f" and not np.isfinite(out).all():
+    if require_finite and out.dtype.kind == "f" and not np.isfinite(out).all():
         raise ValueError(f"{name} that is not finite")
 
 
@@ -246,11 +247,16 @@ def stacked_space(layout: FrameLayout, stack: int) -> Any:
     """Return the space of `stack` frames, as networks get them: a Box, or for several parts a Dict of them."""
     from gymnasium import spaces
 
-    boxes: dict[str, Any] = {}
-    for part in layout.parts:
-        low, high = (0, 255) if part.dtype == _BYTE else (-np.inf, np.inf)
-        boxes[part.name] = spaces.Box(low, high, (stack, *part.shape), part.dtype.type)
+    boxes: dict[str, Any] = {part.name: numbers((stack, *part.shape), part.dtype) for part in layout.parts}
     return spaces.Dict(boxes) if len(boxes) > 1 else next(iter(boxes.values()))
+
+
+def numbers(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return the Box space of all arrays of this shape and dtype."""
+    from gymnasium import spaces
+
+    low, high = (0, 255) if dtype == _BYTE else (-np.inf, np.inf)
+    return spaces.Box(low, high, shape, dtype.type)
 
 
 def bounds_of(space: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:

@@ -82,7 +82,7 @@ class _Worker:
         folder = _SHARED if os.access(_SHARED, os.W_OK) else None
         self._memory = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the process runs)
         fds = (theirs.fileno(), self._memory.fileno())
-        command = [sys.executable, "-c", _PROGRAM, *map(str, fds), json.dumps(sys.path)]
+        command = [sys.executable, "-c", _PROGRAM, *map(str, fds), json.dumps([*map(str, sys.path)])]
         self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
         theirs.close()
         self._connection = Connection(ours.detach())
@@ -124,7 +124,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"by signal {names.get(-code, -code)}" if code < 0 else f"with exit code {code}"
         which = f"index {self.share[0]}" if len(self.share) == 1 else f"indices {self.share[0]} to {self.share[-1]}"
         raise WorkerDied(
             f"env_id: {self._env_id}, env {which}: the process (pid {self._process.pid}) ended {how}; what it printed "
@@ -132,8 +133,7 @@ class _Worker:
         )
 
     def close(self) -> None:
-        """End the process: politely at first."""
-        self.send(None)
+        """End a process that has been told to (by the message None), and that may have something to say."""
         end = time.monotonic() + _CLOSING_SECONDS
         with suppress(EOFError, OSError):  # what comes at last
             while self._connection.poll(max(0.0, end - time.monotonic())):
@@ -196,20 +196,20 @@ class WorkerEnvs:
         self.num_actions, self.action_names = self._about.num_actions, self._about.action_names
         self.actions_described, self.layout, self.fps = self._about[2:]
         self.frame_shape, self.dtype = self.layout.frame_shape, self.layout.dtype
-        self.stepping = f"in {len(self._workers)} processes"
+        self.stepping = f"{len(self._workers)} processes"
 
     def reset(self, out: NDArray[Any], seed: int | None = None) -> None:
         for worker in self._workers:
             worker.send(("reset", seed))
         for number in range(len(self._workers)):
-            self._answer(number, out, seed)
+            self._answer(number, out)
 
     def send(self, action: NDArray[np.int64]) -> None:
         for worker in self._workers:
             worker.send(("step", action[worker.share.start : worker.share.stop]))
 
     def recv(self, out: NDArray[Any]) -> Step:
-        steps = [self._answer(number, out, None) for number in range(len(self._workers))]
+        steps = [self._answer(number, out) for number in range(len(self._workers))]
         episodes = [
             episode._replace(env_index=worker.share.start + episode.env_index)
             for worker, step in zip(self._workers, steps, strict=True)
@@ -230,10 +230,12 @@ class WorkerEnvs:
         return image
 
     def close(self) -> None:
+        for worker in self._workers:
+            worker.send(None)
         while self._workers:
             self._workers.pop().close()
 
-    def _answer(self, number: int, out: NDArray[Any], seed: int | None) -> Step:
+    def _answer(self, number: int, out: NDArray[Any]) -> Step:
         """Return a worker's step (of a reset, one of first frames), and copy its frames to their places."""
         worker = self._workers[number]
         try:

@@ -144,10 +144,10 @@ def start_from(network: nn.Module, source: str | os.PathLike[str]) -> None:
     if not fitting:
         raise ValueError(f"init_weights: none of the weights in {str(source)!r} fits the network")
     network.load_state_dict(fitting, strict=False)
-    others = [f"{name} (here {_shape(own, name)}, there {_shape(found, name)})" for name in sorted({*own, *found})]
-    rest = [text for name, text in zip(sorted({*own, *found}), others, strict=True) if name not in fitting]
+    rest = sorted({*own, *found} - fitting.keys())
     if rest:
-        text = f"init_weights: {len(fitting)} of {len(own)} tensors are those of {source}; not {', '.join(rest)}"
+        shapes = ", ".join(f"{name} (here {_shape(own, name)}, there {_shape(found, name)})" for name in rest)
+        text = f"init_weights: {len(fitting)} of {len(own)} tensors are those of {source}; not {shapes}"
         warnings.warn(text, stacklevel=2)
 
 

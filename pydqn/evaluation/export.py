@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pydqn._util.files import atomic_write
@@ -41,8 +42,8 @@ def export(
 ) -> Exported:
     """Write a run's policy to a file, and compare the file with the policy on observations of played episodes.
 
-    The input "obs" is (B, stack, *frame_shape) as `policy.env()` gives it, for any B. Observations of several parts and
-    action masks, are several inputs, as `policy.parts(obs)` gives them. The output "values" is (B, num_actions)
+    The input "obs" is (B, stack, *frame_shape) as `policy.env()` gives it, for any B. Observations of several parts,
+    and action masks, are several inputs, as `policy.parts(obs)` gives them. The output "values" is (B, num_actions)
     float32; masked actions have the lowest float32.
 
     Args:
@@ -63,19 +64,19 @@ def export(
         raise ValueError(f"export: there is no folder {str(target.parent)!r}")
     if target.suffix == ".onnx":
         _require_onnx()
-    with load_policy(run, weights=weights, **{"device": "cpu", "precision": "float32", **options}) as policy:
-        obs = _examples(policy)
-        inputs = {name: torch.from_numpy(values) for name, values in policy.parts(obs).items()}
-        network = policy.network if list(inputs) == ["obs"] else PartsNetwork(policy.network).eval()
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder) / target.name
-            with _quiet():
-                values_of = (_to_onnx if target.suffix == ".onnx" else _to_pt2)(network, inputs, part)
-                difference = _difference(policy, obs, values_of, inputs)
-            with atomic_write(target) as file:
-                file.write(part.read_bytes())
-        described = {name: _described(values) for name, values in inputs.items()}
-        return Exported(target, described, policy.num_actions, difference)
+    policy = load_policy(run, weights=weights, **{"device": "cpu", "precision": "float32", **options})
+    obs = _examples(policy)
+    inputs = {name: torch.from_numpy(values) for name, values in policy.parts(obs).items()}
+    network = policy.network if list(inputs) == ["obs"] else PartsNetwork(policy.network).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / target.name
+        with _quiet():
+            values_of = (_to_onnx if target.suffix == ".onnx" else _to_pt2)(network, inputs, part)
+            difference = _difference(policy, obs, values_of, inputs)
+        with atomic_write(target) as file:
+            file.write(part.read_bytes())
+    described = {name: _described(values) for name, values in inputs.items()}
+    return Exported(target, described, policy.num_actions, difference)
 
 
 def _described(values: Tensor) -> str:
@@ -83,7 +84,7 @@ def _described(values: Tensor) -> str:
     return f"{str(values.dtype).removeprefix('torch.')} ({shape})"
 
 
-def _examples(policy: RunPolicy) -> np.ndarray[Any, Any]:
+def _examples(policy: RunPolicy) -> NDArray[Any]:
     """Return observations of episodes that the policy plays with epsilon 0.1."""
     env = policy.env()
     try:
@@ -97,7 +98,7 @@ def _examples(policy: RunPolicy) -> np.ndarray[Any, Any]:
     return np.stack(found)
 
 
-def _difference(policy: RunPolicy, obs: np.ndarray[Any, Any], values_of: _Values, inputs: _Inputs) -> float:
+def _difference(policy: RunPolicy, obs: NDArray[Any], values_of: _Values, inputs: _Inputs) -> float:
     """Return the largest difference of a value, of all observations together and of some alone."""
     expected = torch.from_numpy(np.maximum(policy.values(obs), MASKED))
     alone = [values_of({name: values[i : i + 1] for name, values in inputs.items()}) for i in range(3)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,14 +12,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from pydqn.config import Config
 from pydqn.envs.base import Envs
-from pydqn.envs.framed import FramedEnv
+from pydqn.envs.frames import FrameLayout
 from pydqn.envs.make import make_envs
 from pydqn.envs.own import MakeEnv, registered
 from pydqn.evaluation.build import MakeNetwork, trained_policy
+from pydqn.evaluation.framed import FramedEnv
 from pydqn.evaluation.protocols import under_protocol
 from pydqn.learning.policy import Policy
 from pydqn.learning.records import MASKED, ActionMask, parts_of
 from pydqn.runs.layout import env_id_of, load_run
+
+_MASK = "action_mask"
 
 
 class RunPolicy:
@@ -31,12 +32,12 @@ class RunPolicy:
     (B, stack, *frame_shape).
     """
 
-    def __init__(self, policy: Policy, config: Config, envs: Envs, made: ExitStack) -> None:
+    def __init__(self, policy: Policy, config: Config, envs: Envs, make_env: MakeEnv | None) -> None:
         self.config = config
         self.network = policy.network
         self.num_actions, self.action_names = envs.num_actions, envs.action_names
         self.obs_shape, self.dtype = (config.stack, *envs.frame_shape), envs.dtype
-        self._policy, self._made, self._layout = policy, made, envs.layout
+        self._policy, self._make_env, self._layout = policy, make_env, envs.layout
         self._generator = np.random.default_rng(config.seed)
 
     def values(self, obs: ArrayLike) -> NDArray[np.float32]:
@@ -75,10 +76,10 @@ class RunPolicy:
         if not self._layout.is_record:
             return {"obs": array}
         tensor = torch.from_numpy(array)
-        found = parts_of(tensor, self._layout)
-        named = {_input_name(part.name): values.numpy() for part, values in zip(self._layout.parts, found, strict=True)}
+        found = [values.numpy() for values in parts_of(tensor, self._layout)]
+        named = dict(zip(_input_names(self._layout), found, strict=True))
         if self._layout.masked_actions:
-            named["action_mask"] = ActionMask(self.num_actions).allowed(tensor).numpy()
+            named[_MASK] = ActionMask(self.num_actions).allowed(tensor).numpy()
         return named
 
     def env(self, *, seed: int = 0, render: bool = False) -> FramedEnv:
@@ -86,23 +87,19 @@ class RunPolicy:
 
         Episodes are limited as in the run's evaluations.
         """
-        return FramedEnv(under_protocol(self.config), seed, render=render)
-
-    def close(self) -> None:
-        """Forget the environment that `make_env` makes."""
-        self._made.close()
-
-    def __enter__(self) -> RunPolicy:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        with registered(self._make_env, self.config.env_id):
+            return FramedEnv(under_protocol(self.config), seed, render=render)
 
 
-def _input_name(name: str) -> str:
-    return re.sub(r"\W", "_", name) if name else "obs"
+def _input_names(layout: FrameLayout) -> list[str]:
+    """Return a name for each part that a program can use, all different."""
+    names: list[str] = []
+    for part in layout.parts:
+        name = re.sub(r"\W", "_", part.name) or "obs"
+        while name in (*names, _MASK):
+            name += "_"
+        names.append(name)
+    return names
 
 
 def load_policy(
@@ -125,14 +122,13 @@ def load_policy(
     Raises:
         ValueError: `run` is not the folder of a run with weights, or an argument is out of range.
     """
-    with ExitStack() as made:
-        environment = made.enter_context(registered(make_env, env_id_of(run)))
+    with registered(make_env, env_id_of(run)) as environment:
         config = load_run(run, **overrides, **environment)
         envs = make_envs(under_protocol(config), 1, config.seed)
         try:
             policy, _ = trained_policy(run, config, envs, weights, network)
         finally:
             envs.close()
-        policy.network.eval()
-        policy.compute_network.eval()
-        return RunPolicy(policy, config, envs, made.pop_all())
+    policy.network.eval()
+    policy.compute_network.eval()
+    return RunPolicy(policy, config, envs, make_env)

@@ -163,13 +163,13 @@ class Run(BaseRun):
 
     def arithmetic(self) -> dict[str, str | int]:
         """Return the learner's device, precision and threads, and where frames are stored."""
-        stepping = {"environments": self.envs.stepping} if self.envs.stepping else {}
+        workers = {"env_workers": self.envs.stepping} if self.envs.stepping else {}
         return {
             "device": str(self._device),
             "precision": str(self.learner.policy.dtype).removeprefix("torch."),
             "torch_threads": torch.get_num_threads(),
             "storage": f"{self._storage.where} ({self._storage.why})",
-            **stepping,
+            **workers,
         }
 
     def task(self) -> dict[str, str]:

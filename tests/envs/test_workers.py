@@ -105,7 +105,7 @@ def test_the_same_as_in_one_process(workers):
     try:
         for name in ("num_envs", "num_actions", "action_names", "layout", "frame_shape", "dtype", "fps"):
             assert getattr(one, name) == getattr(several, name)
-        assert several.stepping == f"in {min(workers, 5)} processes"
+        assert several.stepping == f"{min(workers, 5)} processes"
         for expected, found in zip(played(one), played(several), strict=True):
             np.testing.assert_array_equal(found, expected)
     finally:
@@ -119,7 +119,7 @@ def test_a_run_is_the_same_and_says_how_it_steps(tmp_path):
         run = pydqn.train(replace(QUICK, env_workers=workers), tmp_path / str(workers)).logdir
         weights.append((run / "weights" / "last.safetensors").read_bytes())
         about = json.loads((run / "environment.json").read_text())
-        assert about.get("environments") == ("in 3 processes" if workers else None)
+        assert about.get("env_workers") == ("3 processes" if workers else None)
     assert weights[0] == weights[1]
     assert pydqn.resume(run, total_steps=350, env_workers=2).steps >= 350
     assert len(pydqn.evaluate(run, 3)) == 3
@@ -135,7 +135,7 @@ def test_slow_environments_get_processes(seconds, expected):
     try:
         assert isinstance(envs, expected)
         if expected is WorkerEnvs:
-            assert envs.stepping.startswith("in 3 processes (a step takes 3.")
+            assert envs.stepping.startswith("3 processes (a step takes 3.")
         for one, other in zip(played(envs, 15), played(serial, 15), strict=True):  # measuring has changed nothing
             np.testing.assert_array_equal(one, other)
     finally:
@@ -244,7 +244,7 @@ pydqn.train(config, {str(tmp_path / "run")!r}, make_env=Mine)
     assert "KeyboardInterrupt" in errors
     assert (tmp_path / "run" / "weights" / "last.safetensors").exists()
     about = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert about["environments"].startswith("in 4 processes (a step takes 3.")
+    assert about["env_workers"].startswith("4 processes (a step takes 3.")
 
 
 def test_workers_end_with_their_run(tmp_path):

@@ -73,19 +73,19 @@ def test_a_file_computes_the_values_of_the_policy(tmp_path, kind, name, capsys):
         assert "checked: its values differ from the policy's by at most" in printed.out
         assert "warning" not in printed.err
         written = pydqn.export(run, tmp_path / name)
-    with pydqn.load_policy(run, device="cpu", precision="float32", **options) as policy:
-        expected_inputs = ["obs"] if kind != "masked parts" else ["image", "vector", "action_mask"]
-        assert list(written.inputs) == expected_inputs
-        env = policy.env()
-        obs = np.stack([env.reset(seed=seed)[0] for seed in range(5)])
-        expected = np.maximum(policy.values(obs), MASKED)
-        for batch in (1, 5):
-            found = values_of(tmp_path / name, policy.parts(obs[:batch]))
-            np.testing.assert_allclose(found, expected[:batch], rtol=1e-3, atol=1e-3)
-        if kind == "masked parts":
-            assert (found[:, 1] > MASKED).all()
-            obs, *_ = env.step(0)
-            assert values_of(tmp_path / name, policy.parts(obs))[0, 1] == MASKED
+    policy = pydqn.load_policy(run, device="cpu", precision="float32", **options)
+    expected_inputs = ["obs"] if kind != "masked parts" else ["image", "vector", "action_mask"]
+    assert list(written.inputs) == expected_inputs
+    env = policy.env()
+    obs = np.stack([env.reset(seed=seed)[0] for seed in range(5)])
+    expected = np.maximum(policy.values(obs), MASKED)
+    for batch in (1, 5):
+        found = values_of(tmp_path / name, policy.parts(obs[:batch]))
+        np.testing.assert_allclose(found, expected[:batch], rtol=1e-3, atol=1e-3)
+    if kind == "masked parts":
+        assert (found[:, 1] > MASKED).all()
+        obs, *_ = env.step(0)
+        assert values_of(tmp_path / name, policy.parts(obs))[0, 1] == MASKED
 
 
 @pytest.mark.parametrize("name", ["policy.pt2", ONNX])

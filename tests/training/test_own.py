@@ -102,8 +102,8 @@ def test_everything_takes_the_function(tmp_path):
     *steps, episode = pydqn.play_episode(tmp_path, make_env=short_poles)
     assert len(steps) == episode.steps == episode.total <= 13
     assert steps[0].image.shape == (400, 600, 3)
-    with pydqn.load_policy(tmp_path, make_env=short_poles) as policy:
-        assert policy.env().reset(seed=0)[0].shape == (2, 4)
+    policy = pydqn.load_policy(tmp_path, make_env=short_poles)
+    assert policy.env().reset(seed=0)[0].shape == (2, 4)
     assert own_ids() == []
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_function(tmp_path, make_env):
     with pytest.raises(ValueError, match="^make_env: expected a function"):
         pydqn.train(QUICK, tmp_path, make_env=make_env)
     with pytest.raises(RuntimeError, match="could not be made: .*no environment"):
-        pydqn.train(QUICK, tmp_path, make_env=lambda: 1 / 0 if False else _raise("no environment"))
+        pydqn.train(QUICK, tmp_path, make_env=lambda: _raise("no environment"))
 
 
 def _raise(text):
@@ -223,21 +223,21 @@ def test_a_network_of_the_users(tmp_path, make_env, network):
     for call in (pydqn.resume, pydqn.load_policy):
         with pytest.raises(ValueError, match="^network: expected the function that makes the network"):
             call(tmp_path / "whole", make_env=make_env)
-    with pydqn.load_policy(tmp_path / "whole", **arguments()) as policy:
-        obs, _ = policy.env().reset(seed=1)
-        values = policy.values(obs)
-        if make_env is Pair:
-            assert np.isneginf(values).tolist() == [False, True, False]
-            with torch.no_grad():
-                inner = policy.network.network
-                parts = {
-                    "image": torch.from_numpy(obs[:, :144].reshape(1, 2, 12, 12)),
-                    "vector": torch.from_numpy(obs[:, 144:152].copy().view(np.float32)[None]),
-                }
-                np.testing.assert_allclose(values[[0, 2]], inner(parts)[0, [0, 2]], rtol=1e-6)
-        else:
-            with torch.no_grad():
-                np.testing.assert_allclose(values, policy.network(torch.from_numpy(obs[None]))[0], rtol=1e-6)
+    policy = pydqn.load_policy(tmp_path / "whole", **arguments())
+    obs, _ = policy.env().reset(seed=1)
+    values = policy.values(obs)
+    if make_env is Pair:
+        assert np.isneginf(values).tolist() == [False, True, False]
+        with torch.no_grad():
+            inner = policy.network.network
+            parts = {
+                "image": torch.from_numpy(obs[:, :144].reshape(1, 2, 12, 12)),
+                "vector": torch.from_numpy(obs[:, 144:152].copy().view(np.float32)[None]),
+            }
+            np.testing.assert_allclose(values[[0, 2]], inner(parts)[0, [0, 2]], rtol=1e-6)
+    else:
+        with torch.no_grad():
+            np.testing.assert_allclose(values, policy.network(torch.from_numpy(obs[None]))[0], rtol=1e-6)
     assert len(pydqn.evaluate(tmp_path / "whole", 2, **arguments())) == 2
 
 
@@ -304,25 +304,25 @@ def test_a_policy_plays_like_its_evaluation(tmp_path):
     """In `policy.env()`, greedy episodes have the returns that `evaluate` finds for the same seed."""
     pydqn.train(QUICK, tmp_path, make_env=short_poles)
     expected = pydqn.evaluate(tmp_path, 1, seed=5, make_env=short_poles, evaluation_epsilon=0.0)
-    with pydqn.load_policy(tmp_path, make_env=short_poles) as policy:
-        env = policy.env()
-        obs, _ = env.reset(seed=5)
-        total, batch = 0.0, [obs]
-        while True:
-            obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            total, batch = total + reward, [*batch, obs]
-            if terminated or truncated:
-                break
-        with pytest.raises(RuntimeError, match="^step: the episode is over"):
-            env.step(0)
-        env.close()
-        assert total == expected[0]
-        np.testing.assert_allclose(policy.values(np.stack(batch)), [policy.values(one) for one in batch], rtol=1e-5)
-        assert policy(np.stack(batch)).tolist() == [policy(one) for one in batch]
-        assert {policy(obs, epsilon=1.0) for _ in range(50)} == {0, 1}
-        for bad in (obs[0], obs.astype(np.float64), np.zeros((2, 2, 5), np.float32)):
-            with pytest.raises(ValueError, match=r"^obs: expected float32 of shape \(2, 4\)"):
-                policy(bad)
+    policy = pydqn.load_policy(tmp_path, make_env=short_poles)
+    env = policy.env()
+    obs, _ = env.reset(seed=5)
+    total, batch = 0.0, [obs]
+    while True:
+        obs, reward, terminated, truncated, _ = env.step(policy(obs))
+        total, batch = total + reward, [*batch, obs]
+        if terminated or truncated:
+            break
+    with pytest.raises(RuntimeError, match="^step: the episode is over"):
+        env.step(0)
+    env.close()
+    assert total == expected[0]
+    np.testing.assert_allclose(policy.values(np.stack(batch)), [policy.values(one) for one in batch], rtol=1e-5)
+    assert policy(np.stack(batch)).tolist() == [policy(one) for one in batch]
+    assert {policy(obs, epsilon=1.0) for _ in range(50)} == {0, 1}
+    for bad in (obs[0], obs.astype(np.float64), np.zeros((2, 2, 5), np.float32)):
+        with pytest.raises(ValueError, match=r"^obs: expected float32 of shape \(2, 4\)"):
+            policy(bad)
 
 
 def test_a_policy_of_an_atari_game(tmp_path):
@@ -339,6 +339,60 @@ def test_a_policy_of_an_atari_game(tmp_path):
         obs = after
     assert env.render().shape == (210, 160, 3)
     env.close()
+
+
+def test_the_environment_of_a_policy_has_a_seed(tmp_path):
+    pydqn.train(QUICK, tmp_path, make_env=short_poles)
+    policy = pydqn.load_policy(tmp_path, make_env=short_poles)
+    seen = []
+    for seed in (3, 3, 4):
+        env = policy.env(seed=seed)
+        seen.append([env.reset()[0].tolist() for _ in range(3)])
+        env.close()
+    assert seen[0] == seen[1] != seen[2]
+    assert len({str(obs) for obs in seen[0]}) == 3
+    assert own_ids() == []
+
+
+def test_a_function_may_be_defined_anew(tmp_path):
+    """As by running a cell of a notebook again, while the policy that it made before is still there."""
+    for _ in range(2):
+
+        def mine():
+            return gymnasium.make("CartPole-v1")
+
+        if not (tmp_path / "config.json").exists():
+            pydqn.train(QUICK, tmp_path, make_env=mine)
+        policy = pydqn.load_policy(tmp_path, make_env=mine)
+        assert policy.env().reset()[0].shape == (2, 4)
+
+
+def test_a_method_makes_environments():
+    class Makers:
+        def make(self):
+            return gymnasium.make("CartPole-v1")
+
+    makers = Makers()
+    with registered(makers.make, "x") as one, registered(makers.make, "x") as again:
+        assert one == again == {"env_id": "own/make"}
+
+
+def test_parts_have_names_of_their_own(tmp_path):
+    image = spaces.Box(0, 255, (12, 12), np.uint8)
+
+    class Names(Pair):
+        observation_space = spaces.Dict(
+            {"vector": image, "action_mask": image, "a.b": image, "a_b": image, "numbers": spaces.Box(-1, 1, (2,))}
+        )
+
+        def _seen(self):
+            return {name: space.sample() for name, space in self.observation_space.items()}
+
+    pydqn.train(QUICK, tmp_path, make_env=Names)
+    policy = pydqn.load_policy(tmp_path, make_env=Names)
+    parts = policy.parts(policy.env().reset()[0])
+    assert list(parts) == ["a_b", "a_b_", "action_mask_", "vector", "vector_", "action_mask"]
+    assert parts["vector_"].shape == (1, 2, 2)
 
 
 def test_masked_actions_are_shown_without_a_value(tmp_path):

@@ -1,4 +1,4 @@
-"""One environment as a Gymnasium environment whose observations are stacked frames, as networks get them."""
+"""One environment as a Gymnasium environment whose observations are stacks of frames, as networks get them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 from pydqn.config import Config
 from pydqn.envs.make import make_envs
+from pydqn.envs.spaces import numbers
+from pydqn.evaluation.build import replay_settings
+from pydqn.evaluation.play import start_episodes
+from pydqn.replay.frames import FrameReplay
 
 
 class FramedEnv(gymnasium.Env[NDArray[Any], Any]):
@@ -19,7 +23,7 @@ class FramedEnv(gymnasium.Env[NDArray[Any], Any]):
 
     Args:
         config: of the run.
-        seed: of the first episodes.
+        seed: of the first episode, and of all that are reset without a seed.
         render: whether images are needed.
 
     Raises:
@@ -28,46 +32,37 @@ class FramedEnv(gymnasium.Env[NDArray[Any], Any]):
 
     def __init__(self, config: Config, seed: int = 0, *, render: bool = False) -> None:
         self._envs = make_envs(config, 1, seed, render=render)
+        self._replay = FrameReplay(config.stack + config.n_step, **replay_settings(config, self._envs))  # stacks frames
+        self._seed: int | None = seed  # until the first reset
         self.render_mode = "rgb_array" if render else None
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": self._envs.fps}
         self.action_names = self._envs.action_names
-        self._stack, self._first_padding = config.stack, config.padding == "first"
-        shape, dtype = (config.stack, *self._envs.frame_shape), self._envs.dtype
-        low, high = (0, 255) if dtype == np.uint8 else (-np.inf, np.inf)
-        self.observation_space = gymnasium.spaces.Box(low, high, shape, dtype.type)
+        self.observation_space = numbers((config.stack, *self._envs.frame_shape), self._envs.dtype)
         self.action_space = gymnasium.spaces.Discrete(self._envs.num_actions)
-        self._frames = np.zeros(shape, dtype)
-        self._slot = np.zeros((1, *self._envs.frame_shape), dtype)
         self._over = True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Start an episode. Without a seed, it is drawn from the last one."""
+        """Start an episode. Later ones without a seed draw theirs from the last seed."""
+        seed, self._seed = self._seed if seed is None else seed, None
         super().reset(seed=seed)
-        self._envs.reset(self._slot, int(self.np_random.integers(2**31)) if seed is None else seed)
-        self._start()
-        return self._frames.copy(), {}
+        start_episodes(self._envs, self._replay, int(self.np_random.integers(2**31)) if seed is None else seed)
+        self._over = False
+        return self._replay.latest()[0].copy(), {}
 
     def step(self, action: Any) -> tuple[NDArray[Any], SupportsFloat, bool, bool, dict[str, Any]]:
         """Take one action, given by its number."""
         if self._over:
             raise RuntimeError("step: the episode is over, or none has begun; call reset first")
-        self._envs.send(np.array([action], np.int64))
-        step = self._envs.recv(self._slot)
-        if step.first[0]:  # the start of an Atari game that begins with actions of its own
-            self._start()
-        else:
-            self._frames[:-1] = self._frames[1:]
-            self._frames[-1] = self._slot[0]
-        self._over = bool(step.episodes)
-        ended = step.terminated[0] and self._over, step.truncated[0] and self._over
-        return self._frames.copy(), float(step.reward[0]), bool(ended[0]), bool(ended[1]), {}
-
-    def _start(self) -> None:
-        self._frames[...] = self._slot[0] if self._first_padding else 0
-        self._frames[-1] = self._slot[0]
-        self._over = False
+        actions = np.array([action], np.int64)
+        self._envs.send(actions)
+        slot = self._replay.next_slot()
+        step = self._envs.recv(slot)
+        self._replay.append(slot, actions, step.reward, step.terminated, step.truncated, step.first)
+        self._over = bool(step.episodes)  # not after a lost life
+        terminated, truncated = (bool(flag[0]) and self._over for flag in (step.terminated, step.truncated))
+        return self._replay.latest()[0].copy(), float(step.reward[0]), terminated, truncated, {}
 
     def render(self) -> NDArray[np.uint8]:
         """Return the image that people see, (H, W, 3) uint8."""
