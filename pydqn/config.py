@@ -289,7 +289,7 @@ class Config:
         kind=int,
     )
     restart_envs: bool = _field(
-        False, "A process of environments that fails is replaced; the episodes in it are lost (needs env_workers)."
+        False, "Gymnasium environments step in processes, and one that fails is replaced; its episodes are lost."
     )
 
     def __post_init__(self) -> None:

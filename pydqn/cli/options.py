@@ -175,8 +175,9 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = {float: float, str: str}.get(kind, _integer)
-            options["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "N"}[kind]
+            auto = kind is int and field.default == "auto"
+            options["type"] = _integer_or_auto if auto else {float: float, str: str}.get(kind, _integer)
+            options["metavar"] = "N|auto" if auto else {int: "N", float: "X", str: "NAME", tuple: "N"}[kind]
             if kind is tuple:
                 options["nargs"] = "*"
             options["metavar"] = "|".join(field.metadata["choices"]) or field.metadata["metavar"] or options["metavar"]
@@ -194,4 +195,8 @@ def _integer(text: str) -> int:
         return int(value)
 
 
-_integer.__name__ = "integer"  # argparse names the type in its message
+def _integer_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _integer(text)
+
+
+_integer.__name__ = _integer_or_auto.__name__ = "integer"  # argparse names the type in its message

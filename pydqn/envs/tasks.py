@@ -9,7 +9,6 @@ from pydqn.config import Config
 from pydqn.envs.base import Envs
 from pydqn.envs.frames import UNIT_RANGE, Part
 from pydqn.envs.ids import rom_of, spec_of
-from pydqn.envs.own import is_own
 
 
 def resolved(config: Config) -> Config:
@@ -120,7 +119,7 @@ def described(config: Config, inputs: str) -> dict[str, str]:
     elif limit is not None:
         episodes = f"of at most {limit:,} steps"
     else:
-        episodes = "as make_env limits them" if is_own(config.env_id) else "without a limit of steps"
+        episodes = "as the environment ends them"  # it may have a limit of its own
         episodes += f" (in evaluation {cut:,}: evaluation_max_episode_steps)" if cut else ""
     arguments = "" if config.env_kwargs == "{}" else f" with {config.env_kwargs}"
     environment = f"{config.env_id}{arguments} ({'Gymnasium' if rom is None else 'Atari'})"

@@ -64,11 +64,10 @@ def by_hand(space, observation):
 
 
 def test_bytes_in_a_vector_are_scaled_from_their_bounds():
-    encoder = Encoder("x", spaces.Dict(a=Box(0, 200, (2,), np.uint8), b=Box(-50, 50, (1,))))
-    frame = frame_of(encoder, {"a": np.array([0, 150], np.uint8), "b": np.array([-7.0], np.float32)})
-    np.testing.assert_allclose(frame, [0, 0.75, -7])
-    raw = Encoder("x", spaces.Dict(a=Box(0, 200, (2,), np.uint8), b=Box(-50, 50, (1,))), scaling="none")
-    assert frame_of(raw, {"a": np.array([0, 150], np.uint8), "b": np.array([-7.0], np.float32)})[1] == 150
+    space = spaces.Dict(a=Box(50, 250, (2,), np.uint8), b=Box(-50, 50, (1,)))
+    observation = {"a": np.array([50, 200], np.uint8), "b": np.array([-7.0], np.float32)}
+    np.testing.assert_allclose(frame_of(Encoder("x", space), observation), [0, 0.75, -7])
+    np.testing.assert_array_equal(frame_of(Encoder("x", space, scaling="none"), observation), [50, 200, -7])
 
 
 @pytest.mark.parametrize(

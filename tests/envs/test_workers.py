@@ -18,6 +18,7 @@ import pytest
 from gymnasium import spaces
 
 import pydqn
+from pydqn.cli.main import main
 from pydqn.envs.checked import CloseWarning
 from pydqn.envs.gym import GymEnvs
 from pydqn.envs.make import make_envs
@@ -194,6 +195,16 @@ def test_processes_are_replaced(tmp_path, end):
             assert not step.reward[replaced].any()
     envs.close()
     assert lost >= 4
+
+
+def test_the_command_takes_a_number_or_auto(tmp_path, capsys):
+    given = ["train", "dqn", "--total-steps", "8", "--device", "cpu", "--logdir", str(tmp_path / "run")]
+    assert main([*given, "--env-workers", "auto"]) == 0
+    assert main([*given[:-1], str(tmp_path / "other"), "--env-workers", "2"]) == 0
+    assert "env_workers 2 processes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*given, "--env-workers", "all"])
+    assert "argument --env-workers: invalid integer value: 'all'" in capsys.readouterr().err
 
 
 def test_atari_games_have_threads_instead():

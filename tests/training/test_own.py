@@ -93,7 +93,7 @@ def test_everything_takes_the_function(tmp_path):
     assert max(result.returns) <= 13
     recorded = json.loads((tmp_path / "environment.json").read_text())
     assert recorded["environment"] == 'own/short_poles with {"length": 13} (Gymnasium)'
-    assert recorded["episodes"].startswith("as make_env limits them")
+    assert recorded["episodes"].startswith("as the environment ends them (in evaluation")
     assert "registered_by" not in recorded
     assert own_ids() == []
     resumed = pydqn.resume(tmp_path, make_env=short_poles, total_steps=300)
@@ -244,8 +244,9 @@ def test_a_network_of_the_users(tmp_path, make_env, network):
 def test_a_network_starts_from_the_runs_seed(tmp_path):
     found = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.rand(3)  # the global generator does not matter
-        pydqn.train(pydqn.Config(**{**vars(QUICK), "seed": seed}), tmp_path / folder, network=Plain)
+        with torch.random.fork_rng():
+            torch.manual_seed(len(found))  # the global generator does not matter
+            pydqn.train(pydqn.Config(**{**vars(QUICK), "seed": seed}), tmp_path / folder, network=Plain)
         found.append((tmp_path / folder / "weights" / "last.safetensors").read_bytes())
     assert found[0] == found[1] != found[2]
 
