@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ def appended(replay, time_step, with_slot):
     replay.append(frame, [0], [0.0], [False], [False], [time_step == 0])
 
 
-def run_beside(replay, read, with_slot, time_steps=3000):
-    """Append in this thread while another one reads; return how often it did."""
+def run_beside(replay, read, with_slot, time_steps=3000, least_reads=50, limit_s=120):
+    """Append `time_steps` frames in this thread, and more until another one has read `least_reads` times."""
     for time_step in range(20):
         appended(replay, time_step, with_slot)
     reads, wrong, over = 0, [], threading.Event()
@@ -39,14 +40,15 @@ def run_beside(replay, read, with_slot, time_steps=3000):
 
     thread = threading.Thread(target=reader)
     thread.start()
-    for time_step in range(20, time_steps):
+    start, time_step = time.monotonic(), 20
+    # How often the scheduler lets the reader in is the machine's matter: no number of appends makes sure of it.
+    while (time_step < time_steps or reads < least_reads) and not wrong and time.monotonic() - start < limit_s:
         appended(replay, time_step, with_slot)
-        if wrong:
-            break
+        time_step += 1
     over.set()
     thread.join()
     assert not wrong, wrong[:3]
-    return reads
+    assert reads >= least_reads, f"{reads} reads beside {time_step} appends"
 
 
 def uniform(frames):
@@ -64,7 +66,7 @@ def test_another_thread_sees_the_newest_frame_whole(with_slot):
         (time_steps,) = uniform(looked_up(replay, replay.latest()))
         return [] if (np.diff(time_steps) == 1).all() else [time_steps]
 
-    assert run_beside(replay, read, with_slot) > 50
+    run_beside(replay, read, with_slot)
 
 
 @pytest.mark.parametrize("with_slot", [False, True])
@@ -81,7 +83,7 @@ def test_rows_stay_as_they_are_while_another_thread_reads(with_slot):
         expected = [batch.index, batch.index + 1, batch.index]
         return [] if np.array_equal(found, expected) and (np.diff(time_steps) == 1).all() else [(found, time_steps)]
 
-    assert run_beside(replay, read, with_slot) > 20
+    run_beside(replay, read, with_slot)
 
 
 def test_several_threads_may_append():
@@ -208,4 +210,4 @@ def test_another_thread_with_its_own_stream():
             found = look_up(replay.frames, torch.from_numpy(batch.obs).cuda())[:, -1, 0, 0].cpu().numpy()
         return [] if np.array_equal(found, batch.index) else [batch.index]
 
-    assert run_beside(replay, read, with_slot=True) > 20
+    run_beside(replay, read, with_slot=True)
