@@ -11,7 +11,7 @@ from pydqn._util.checks import converted
 
 try:
     from tianshou import data as theirs
-    from tianshou.data import Batch
+    from tianshou.data import Batch, to_numpy
     from tianshou.data.batch import alloc_by_keys_diff
 except ImportError as error:
     raise ImportError("pydqn.adapters.tianshou needs Tianshou: pip install 'pydqn[adapters]'") from error
@@ -79,6 +79,62 @@ class EnvBuffer(NoColumn, theirs.ReplayBuffer):
     def set_batch(self, batch: Any) -> None:
         """Use a part of the whole buffer's columns, with any names."""
         self._meta = batch
+
+
+class Masks:
+    """Action masks of the observations before and after each transition, a bit per action.
+
+    Args:
+        size: positions in the buffer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._num_actions: int | None = None  # 0 if observations come without masks, None as long as nothing is held
+        self._dtype = np.dtype(bool)
+        self._bits = np.zeros((0, 2, 0), np.uint8)  # (size, 2, bytes) with masks
+
+    def split(self, batch: Any, count: int, *, stacked: bool) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Return the observations of a batch and their masks, (count, number of actions) each, by name.
+
+        Raises:
+            ValueError: a mask is missing or not as in the first transition, or comes with observations in stacks.
+        """
+        parts, masks = {name: getattr(batch, name, None) for name in SEEN}, {}
+        for name, value in parts.items():
+            if isinstance(value, Batch) and set(value.get_keys()) == {"obs", "mask"}:
+                parts[name], masks[name] = value.obs, np.asarray(to_numpy(value.mask))
+        expects = bool(masks) if self._num_actions is None else self._num_actions > 0
+        if len(masks) != len(SEEN) * expects:
+            wanted = "masks in obs and obs_next" if expects else "no masks, as in the first transition"
+            raise ValueError(f"mask: expected {wanted}, got {' and '.join(masks) or 'none'} with a mask")
+        if masks and stacked:
+            raise ValueError("mask: expected observations without masks, as stack_num or save_only_last_obs is set")
+        for name, mask in masks.items():
+            shape = (count, self._num_actions or masks["obs"].shape[-1])
+            if mask.shape != shape or mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+                got = f"{mask.dtype} of shape {mask.shape}" + (" with other numbers" if mask.shape == shape else "")
+                raise ValueError(f"{name}.mask: expected zeros and ones of shape {shape}, got {got}")
+        return parts, masks
+
+    def write(self, positions: NDArray[Any], masks: dict[str, NDArray[Any]]) -> None:
+        """Store the masks of transitions that have been added."""
+        if self._num_actions is None:
+            self._num_actions = masks["obs"].shape[-1] if masks else 0
+            self._dtype = masks["obs"].dtype if masks else self._dtype
+            self._bits = np.zeros((self._size, len(SEEN), (self._num_actions + 7) // 8), np.uint8)
+        if masks:
+            self._bits[positions] = np.packbits(np.stack([masks[name] == 1 for name in SEEN], axis=1), axis=-1)
+
+    def joined(self, positions: NDArray[Any], observations: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Return obs and obs_next, in batches with their masks where they came with masks."""
+        if not self._num_actions:
+            return observations
+        masks = np.unpackbits(self._bits[positions], axis=-1, count=self._num_actions).astype(self._dtype)
+        obs, obs_next = (
+            Batch(obs=value, mask=masks[..., number, :].copy()) for number, value in enumerate(observations)
+        )
+        return obs, obs_next
 
 
 def odd_columns(columns: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydqn._util.checks import integer
-from pydqn.adapters._tianshou import SEEN, EnvBuffer, Refusals, add_others, exactly, fill, odd_columns, take
+from pydqn.adapters._tianshou import SEEN, EnvBuffer, Masks, Refusals, add_others, exactly, fill, odd_columns, take
 from pydqn.replay.transitions import TransitionReplay
 
 try:
@@ -40,6 +40,8 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
     * `sample_indices(None)` returns all in random order. Slices of a buffer that is not full hold only transitions.
     * `hasnull`, which a trainer calls after each collection, does not copy the whole buffer.
     * A copy, pickled or not, behaves as the buffer itself would.
+    * Observations may come as `Batch(obs=..., mask=...)`, where the mask has a number per action, 0 for those that are
+      not allowed. Masks are stored as bits, and come back as they were. They need `stack_num` 1.
 
     Where episodes are shorter than 32 steps, images may be overwritten before their positions are used again (see
     `pydqn.TransitionReplay`). Such transitions are neither drawn nor counted. Files and pickles are of Tianshou's own
@@ -84,6 +86,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
         self._breaks = np.zeros(self.maxsize, bool)  # positions at which episodes end without a flag
         self._least = np.zeros(self.buffer_num, np.int64)  # per environment: all indices from here on are held
         self._seen_nan = False
+        self._masks = Masks(self.maxsize)
 
     def __len__(self) -> int:
         """Return how many transitions are held."""
@@ -98,18 +101,21 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
 
         Args:
             batch: n rows of obs, obs_next (at the end of an episode its last observation), act, rew, terminated and
-                truncated; info and policy are optional. Observations are arrays of numbers.
+                truncated; info and policy are optional. Observations are arrays of numbers, or batches of such an `obs`
+                and a `mask`, (n, number of actions).
             buffer_ids: (n,) different environments; None for all.
 
         Returns:
             As Tianshou: positions, and returns, lengths and start positions of the episodes that ended, (n,) each.
 
         Raises:
-            ValueError: observations are missing, no arrays of numbers or of another shape than the first ones, or
+            ValueError: observations are missing, no arrays of numbers or of another shape than the first ones; a mask
+                is missing, comes although the first observations had none, or holds other numbers than 0 and 1; or
                 `obs_next` is not `obs` moved on by a frame (in that case, make the buffer with `stack=1`).
         """
         env_indices = np.arange(self.buffer_num) if buffer_ids is None else np.asarray(buffer_ids)
-        obs, obs_next = (self._observations(batch, name, len(env_indices)) for name in SEEN)
+        parts, masks = self._masks.split(batch, len(env_indices), stacked=self.stack_num > 1 or self._newest_alone)
+        obs, obs_next = (self._observations(parts, name, len(env_indices)) for name in SEEN)
         done = np.logical_or(batch.terminated, batch.truncated)
         last, known = self.last_index[env_indices], len(self._meta.get_keys()) > 0
         before, ended = (
@@ -127,10 +133,11 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
             self._meta.obs[np.delete(self._indices, added[0])] = -1
         self._breaks[last] = (before >= 0) & (index != before + self.buffer_num) & ~ended
         self._breaks[added[0]] = False
+        self._masks.write(added[0], masks)
         return added
 
-    def _observations(self, batch: Any, name: str, count: int) -> NDArray[Any]:
-        value = getattr(batch, name, None)
+    def _observations(self, parts: dict[str, Any], name: str, count: int) -> NDArray[Any]:
+        value = parts[name]
         array = np.asarray(value)
         if isinstance(value, Batch) or array.dtype.kind not in "biuf":
             raise ValueError(f"{name}: expected an array of numbers, got {type(value).__name__}")
@@ -189,7 +196,7 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
             ValueError: no transition is held at one of them.
         """
         positions, meta = self._positions(index), self._meta
-        obs, obs_next = self._gather(positions)
+        obs, obs_next = self._masks.joined(positions, self._gather(positions))
         others = {key: self.get(positions, key, Batch()) for key in ("info", "policy")}
         columns = {key: meta[key][positions] for key in meta.get_keys() if key not in ("obs", *others)}
         return Batch({"obs": obs, "obs_next": obs_next, **columns, **others})
@@ -200,7 +207,8 @@ class VectorReplayBuffer(Refusals, theirs.VectorReplayBuffer):
             return super().get(index, key, default_value, stack_num)
         if stack_num not in (None, self.stack_num):
             raise ValueError(f"stack_num: expected {self.stack_num} of {key}, as of the buffer, got {stack_num}")
-        return self._gather(self._positions(index))[SEEN.index(key)]
+        positions = self._positions(index)
+        return self._masks.joined(positions, self._gather(positions))[SEEN.index(key)]
 
     def _positions(self, index: Any) -> _Positions:
         if not isinstance(index, slice):
