@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,8 @@ _MOST_JOINT = 4_096
 class Actions:
     """Numbers the actions of a space from 0.
 
-    Discrete actions keep their order. Those of MultiDiscrete and MultiBinary spaces become the combinations of their
-    parts (at most 4,096); the last part changes fastest.
+    Discrete actions keep their order. Those of other spaces (MultiDiscrete, MultiBinary, and Dict and Tuple of these
+    and of Discrete) become the combinations of their parts (at most 4,096); the last part changes fastest.
 
     Args:
         env_id: for messages.
@@ -28,42 +30,79 @@ class Actions:
     def __init__(self, env_id: str, space: Any) -> None:
         from gymnasium import spaces
 
-        self._sizes: NDArray[np.int64] | None = None  # of the parts, in the shape of an action
-        if isinstance(space, spaces.Discrete):
-            self._start: Any = int(space.start)
-            self.count = int(space.n)
+        self._space = space
+        try:
+            digits = list(_digits_of(space))
+        except _NotNumbered:
+            raise ValueError(
+                f"env_id: {env_id} has {space} actions; DQN needs Discrete ones, or MultiDiscrete, MultiBinary, Dict "
+                "or Tuple ones, whose combinations it numbers. Choose some of the others in a "
+                "gymnasium.ActionWrapper of your own"
+            ) from None
+        self._sizes, starts = tuple(size for size, _ in digits), [start for _, start in digits]
+        self.count = math.prod(self._sizes)
+        self._start = starts[0] if isinstance(space, spaces.Discrete) else None
+        if self._start is not None:
             self.names = tuple(map(str, range(self.count)))
             self.described = ""
             return
-        if isinstance(space, spaces.MultiDiscrete):
-            self._sizes, self._start = np.asarray(space.nvec, np.int64), np.asarray(space.start)
-        elif isinstance(space, spaces.MultiBinary):
-            self._sizes, self._start = np.full(space.shape, 2, np.int64), np.zeros(space.shape, np.int64)
-        else:
-            raise ValueError(
-                f"env_id: {env_id} has {space} actions; DQN needs Discrete ones, or MultiDiscrete or MultiBinary ones, "
-                "whose combinations it numbers. Choose some of the others in a gymnasium.ActionWrapper of your own"
-            )
-        self._dtype = space.dtype
-        self.count = math.prod(self._sizes.ravel().tolist())
         if self.count > _MOST_JOINT:
             raise ValueError(
                 f"env_id: {env_id} has {self.count:,} combinations of actions ({space}); a network has at most "
                 f"{_MOST_JOINT:,}. Choose some of them in a gymnasium.ActionWrapper of your own"
             )
-        self.names = tuple(",".join(map(str, np.ravel(self.of(number)))) for number in range(self.count))
+        rows = np.stack(np.unravel_index(np.arange(self.count), self._sizes), axis=1) + starts
+        self.names = tuple(",".join(map(str, row)) for row in rows.tolist())
         self.described = f"{self.count} combinations of {space}: number n is numpy.unravel_index(n, sizes) + start"
 
     def of_all(self, numbers: NDArray[np.int64]) -> Any:
         """Return the actions with these numbers, one per environment."""
-        return numbers + self._start if self._sizes is None else [self.of(number) for number in numbers]
+        return [self.of(number) for number in numbers] if self._start is None else numbers + self._start
 
     def of(self, number: Any) -> Any:
         """Return the environment's action with this number."""
-        if self._sizes is None:
+        if self._start is not None:
             return number + self._start
-        parts = np.array(np.unravel_index(int(number), tuple(self._sizes.ravel())), np.int64)
-        return (parts.reshape(self._sizes.shape) + self._start).astype(self._dtype)
+        return _action_of(self._space, map(int, np.unravel_index(int(number), self._sizes)))
+
+
+class _NotNumbered(Exception):
+    """A space whose actions cannot be numbered."""
+
+
+def _digits_of(space: Any) -> Iterator[tuple[int, int]]:
+    """Return the number of values and the lowest value of each number in an action."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Discrete):
+        yield int(space.n), int(space.start)
+    elif isinstance(space, spaces.MultiDiscrete):
+        yield from zip(np.ravel(space.nvec).tolist(), np.ravel(space.start).tolist(), strict=True)
+    elif isinstance(space, spaces.MultiBinary):
+        yield from [(2, 0)] * math.prod(space.shape)
+    elif isinstance(space, (spaces.Dict, spaces.Tuple)) and len(space.spaces):
+        for part in _parts_of(space):
+            yield from _digits_of(part)
+    else:
+        raise _NotNumbered
+
+
+def _parts_of(space: Any) -> Iterable[Any]:
+    return space.spaces.values() if isinstance(space.spaces, Mapping) else space.spaces
+
+
+def _action_of(space: Any, digits: Iterator[int]) -> Any:
+    """Return the action of a space whose numbers, less their lowest values, come next."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Discrete):
+        return space.dtype.type(next(digits) + space.start)
+    if isinstance(space, spaces.Dict):
+        return {key: _action_of(part, digits) for key, part in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_action_of(part, digits) for part in space.spaces)
+    numbers = np.fromiter(itertools.islice(digits, math.prod(space.shape)), np.int64).reshape(space.shape)
+    return (numbers + getattr(space, "start", 0)).astype(space.dtype)
 
 
 def mask_of(env: Any, info: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ class GymEnvs:
             self._first_reset: tuple[Any, Any] | None = observation, info
             self._takes_masks = config.agent != "tabular"  # tables know numbered states alone
             self._masked = self._takes_masks and mask_of(self._envs[0], info) is not None
+            if self._takes_masks and not self._masked and 0 in self._share:
+                _warn_of_mask_in(config.env_id, self._envs[0].observation_space)
             self._write_observation = self._encoder(config) if self._masked else encoder
             self.layout = self._write_observation.layout
             self.frame_shape, self.dtype = self.layout.frame_shape, self.layout.dtype
@@ -192,3 +195,15 @@ def _require_same_spaces(env_id: str, env: Any, first: Any, env_index: int) -> N
             raise ValueError(
                 f"env_id: {env_id}, env index {env_index}: its {name} is {space}, that of env index 0 {expected}"
             )
+
+
+def _warn_of_mask_in(env_id: str, space: Any) -> None:
+    """Say what a part of the observations is that looks like a mask, as some other trainers expect it."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict) and "action_mask" in space.spaces:
+        warnings.warn(
+            f"env_id: {env_id} has a part 'action_mask' in its observations, which is an input of the network like any "
+            "other. To forbid actions, return the mask in info['action_mask'] or by a method action_masks()",
+            stacklevel=3,
+        )

@@ -42,6 +42,8 @@ def open_env(config: Config, env_index: int, num_envs: int, seed: int, *, render
         raise ValueError(f"env_id: Gymnasium cannot make {env_id!r} ({str(error).splitlines()[0]})") from None
     except (Exception, SystemExit) as error:
         hint = f"; {WITHOUT_IMAGES}" if "'render_mode'" in str(error) else ""
+        if isinstance(error, TypeError) and "missing" in str(error) and "argument" in str(error):
+            hint = "; give it in env_kwargs (--env-kwargs)"
         raise RuntimeError(f"env_id: {env_id}, {which} could not be made: {named(error)}{hint}") from error
     try:
         for name in ("observation_space", "action_space"):

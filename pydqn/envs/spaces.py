@@ -169,16 +169,17 @@ class Encoder:
             _require_size(env_id, space, size)
             first = np.concatenate([[0], np.cumsum(sizes)[:-1]]) - starts  # index of the one, for the value 0
             yield _Leaf(path, Part(name, (size,), _BYTE, UNIT_RANGE), _OneHots(first, size))
-        elif isinstance(space, spaces.Box) and (space.shape or path):  # a single number only as one of several parts
-            yield _Leaf(path, self._array(name, space), None)
+        elif isinstance(space, spaces.Box):
+            alone = not path and not space.shape  # a single number becomes a vector of one
+            yield _Leaf(path, self._array(name, space, (1,) if alone else space.shape), np.ravel if alone else None)
         else:
             which = f"{space} observations" if not path else f"{space} in observations ({name})"
             raise ValueError(f"env_id: {env_id} has {which}; expected {_EXPECTED}")
 
-    def _array(self, name: str, space: Any) -> Part:
+    def _array(self, name: str, space: Any, shape: tuple[int, ...]) -> Part:
         channels, scaling = self._options
         dtype = _BYTE if space.dtype in (np.uint8, np.bool_) else _REAL
-        shape = tuple(int(size) for size in space.shape)
+        shape = tuple(int(size) for size in shape)
         scale = _input_range(space.low, space.high, dtype) if scaling == "auto" else UNIT_RANGE
         return Part(name, shape, dtype, scale, channels_of(shape, channels))
 

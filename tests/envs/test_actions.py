@@ -37,14 +37,20 @@ QUICK = Config(
         spaces.MultiDiscrete([[3, 2], [2, 2]]),
         spaces.MultiBinary(4),
         spaces.MultiBinary((2, 3)),
+        spaces.Tuple((spaces.Discrete(3), spaces.Discrete(2, start=5))),
+        spaces.Dict(gear=spaces.Discrete(3), keys=spaces.MultiBinary(2), more=spaces.Tuple((spaces.Discrete(2),))),
     ],
     ids=str,
 )
 def test_every_action_has_one_number(space):
     actions = Actions("x", space)
     found = [actions.of(np.int64(number)) for number in range(actions.count)]
-    assert all(space.contains(np.int64(action) if np.ndim(action) == 0 else action) for action in found)
-    assert len({tuple(np.ravel(action)) for action in found}) == actions.count == len(actions.names)
+    assert all(space.contains(action) for action in found)
+    flat = [tuple(spaces.flatten(space, action)) for action in found]
+    assert len(set(flat)) == actions.count == len(set(actions.names))
+    if not isinstance(space, spaces.Discrete):
+        assert flat[0] != flat[1]
+        assert actions.described.startswith(f"{actions.count} combinations of ")
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
         ranges = [range(start, start + size) for start, size in zip(space.start, space.nvec, strict=True)]
         assert [tuple(action) for action in found] == list(itertools.product(*ranges))
@@ -55,7 +61,9 @@ def test_every_action_has_one_number(space):
     [
         (spaces.MultiDiscrete([17] * 3), "x has 4,913 combinations of actions .*; a network has at most 4,096"),
         (spaces.Box(-1, 1, (2,)), "x has Box.* actions; DQN needs Discrete ones, or MultiDiscrete"),
-        (spaces.Dict(a=spaces.Discrete(2)), "x has Dict.* actions; DQN needs"),
+        (spaces.Dict(a=spaces.Discrete(2), b=spaces.Box(0, 1)), "x has Dict.* actions; DQN needs"),
+        (spaces.Tuple(()), "x has Tuple.* actions; DQN needs"),
+        (spaces.Text(3), "x has Text.* actions; DQN needs"),
     ],
 )
 def test_actions_that_cannot_be_numbered(space, message):
