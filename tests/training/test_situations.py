@@ -198,3 +198,128 @@ def test_refusals(tmp_path, name):
         trained(tmp_path, make_env)
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
     assert str(caught.value).startswith(("env_id: own/", "make_env: "))
+
+
+class Moves(World):
+    """A game for one: each of eight moves may be made once (hill-a/stable-baselines 1155)."""
+
+    def __init__(self, by_method=False):
+        super().__init__(BOX, spaces.Discrete(8))
+        if by_method:  # sb3-contrib's way
+            self.action_masks = self._left
+
+    def _left(self):
+        return np.isin(np.arange(8), sorted(self.made), invert=True)
+
+    def _with_mask(self, observation):
+        return observation, {} if hasattr(self, "action_masks") else {"action_mask": self._left()}
+
+    def reset(self, *, seed=None, options=None):
+        self.made = set()
+        observation, _ = super().reset(seed=seed)
+        return self._with_mask(observation)
+
+    def step(self, action):
+        assert action not in self.made, f"move {action} is made again"
+        self.made.add(int(action))
+        observation, info = self._with_mask(super().step(action)[0])
+        return observation, 1.0, len(self.made) == 8, False, info
+
+
+@pytest.mark.parametrize("by_method", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masks_that_grow(tmp_path, by_method, workers):
+    """Also in processes (DLR-RM/stable-baselines3 1793), with n steps and priorities (1876)."""
+    make_env = lambda: Moves(by_method)  # noqa: E731
+    settings = {"n_step": 3, "prioritized": True, "double": True}
+    assert set(trained(tmp_path, make_env, env_workers=workers, **settings).returns) == {8.0}
+    assert pydqn.evaluate(tmp_path, 2, make_env=make_env) == [8.0, 8.0]
+    values = pydqn.load_policy(tmp_path, make_env=make_env)
+    env = values.env()
+    observation, _ = env.reset()
+    made = []
+    for _ in range(8):
+        assert set(np.flatnonzero(values.values(observation) == -np.inf)) == set(made)
+        made.append(values(observation))
+        observation = env.step(made[-1])[0]
+    env.close()
+    assert sorted(made) == list(range(8))
+
+
+def test_masks_of_combined_actions_with_parts_of_observations(tmp_path):
+    """Stable-Baselines-Team/stable-baselines3-contrib 149."""
+    mask = np.array([1, 0, 0, 1, 1, 0])  # of (0, 0), (0, 1), (1, 0), ...
+
+    class Both(World):
+        def __init__(self):
+            super().__init__(spaces.Dict(image=images(12, 12), numbers=BOX), spaces.MultiDiscrete([3, 2]))
+
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=seed)[0], {"action_mask": mask}
+
+        def step(self, action):
+            assert mask[2 * action[0] + action[1]]
+            return *super().step(action)[:4], {"action_mask": mask}
+
+    trained(tmp_path, Both)
+    assert pydqn.evaluate(tmp_path, 1, make_env=Both) == [7.0]
+
+
+def test_a_mask_in_the_observation_is_explained(tmp_path):
+    """RLlib's and PettingZoo's habit."""
+    space = spaces.Dict(observation=BOX, action_mask=spaces.MultiBinary(3))
+    with pytest.warns(UserWarning, match=r"a part 'action_mask' in its observations.*info\['action_mask'\]"):
+        trained(tmp_path, lambda: World(space))
+
+
+def test_functions_inside_functions_in_processes(tmp_path):
+    """What pickle refuses (thu-ml/tianshou 1153, pfnet/pfrl 180)."""
+    length = 5
+
+    class Local(World):
+        def step(self, action):
+            return *super().step(action)[:2], self.steps == length, False, {}
+
+    assert set(trained(tmp_path, lambda: Local(), env_workers=2).returns) == {5.0}
+
+
+def test_errors_in_processes_are_those_of_the_environment(tmp_path):
+    """Other trainers report the end of a pipe (DeckardAgent/deckard 1, hill-a/stable-baselines 988)."""
+
+    def broken(observation, steps):
+        raise OSError("the simulator does not answer")
+
+    with pytest.raises(RuntimeError, match=r"env index \d .*step 1: step\(\) failed: OSError: the simulator does not"):
+        trained(tmp_path, lambda: World(step=broken), env_workers=2)
+
+
+def test_episodes_without_an_end(tmp_path):
+    """They are learned from; evaluations end them and say so."""
+    endless = lambda: World(step=lambda observation, steps: (observation, 1.0, False, False, {}))  # noqa: E731
+    assert trained(tmp_path, endless).returns == []
+    with pytest.warns(UserWarning, match="an evaluation cut an episode after 50; its return so far counts"):
+        returns = pydqn.evaluate(tmp_path, 1, make_env=endless, evaluation_max_episode_steps=50)
+    assert returns == [50.0]
+
+
+def test_arguments_of_an_environment(tmp_path):
+    """env_kwargs reach training, evaluation and the policy's environment."""
+    lengths = []
+
+    def make_env(length=7, shape=(3,)):
+        lengths.append(length)
+        return World(spaces.Box(-1, 1, tuple(shape)), step=lambda obs, steps: (obs, 1.0, steps == length, False, {}))
+
+    trained(tmp_path, make_env, env_kwargs={"length": 3, "shape": [2, 2]})
+    assert pydqn.evaluate(tmp_path, 1, make_env=make_env) == [3.0]
+    assert pydqn.load_policy(tmp_path, make_env=make_env).env().reset()[0].shape == (1, 2, 2)
+    assert set(lengths) == {3}
+
+
+def test_weights_of_another_task(tmp_path):
+    """What fits is taken over; what does not is named."""
+    trained(tmp_path / "one", World)
+    with pytest.warns(
+        UserWarning, match=r"init_weights: 2 of 4 tensors are those of .*; not advantage.2.bias .here .5,., there .3,.."
+    ):
+        trained(tmp_path / "other", lambda: World(action_space=spaces.Discrete(5)), init_weights=str(tmp_path / "one"))
