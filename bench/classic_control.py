@@ -125,7 +125,9 @@ def one(chosen):
 
 
 def finished(command, path):
-    """Run a command whose last line is the result; keep it."""
+    """Run a command whose last line is the result, and keep that, unless somebody else has meanwhile."""
+    if path.exists():
+        return
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{path.name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
@@ -154,9 +156,8 @@ def main():
                 for library in chosen.libraries:
                     path = chosen.directory / task / f"{library}-{seed}.json"
                     named = ["--tasks", task, "--seeds", str(seed), "--libraries", library, "--runs", chosen.runs]
-                    if not path.exists():
-                        command = [sys.executable, __file__, str(chosen.directory), *named, "--one"]
-                        pool.submit(finished, command, path)
+                    command = [sys.executable, __file__, str(chosen.directory), *named, "--one"]
+                    pool.submit(finished, command, path)
     print(f"\nmean return of {EPISODES} greedy episodes: mean (standard deviation) over seeds, lowest seed")
     for task in chosen.tasks:
         for library in chosen.libraries:
