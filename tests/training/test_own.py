@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import gymnasium
@@ -206,6 +209,42 @@ def test_a_function_in_a_spawned_process(tmp_path):
 
 def _train_there(folder):
     pydqn.train(QUICK, folder, make_env=short_poles)
+
+
+RAY_SCRIPT = """
+import sys
+
+import gymnasium
+import ray
+
+import pydqn
+
+
+def make_env():  # of this script: a task gets it by value
+    return gymnasium.wrappers.TimeLimit(gymnasium.make("CartPole-v1"), 9)
+
+
+def train(folder, workers=0):
+    settings = {"total_steps": 200, "learning_starts_steps": 40, "hidden_units": (16,), "env_workers": workers}
+    config = pydqn.preset("dqn", env_id="own/make_env", device="cpu", torch_threads=1, **settings)
+    return max(pydqn.train(config, folder, make_env=make_env).returns)
+
+
+ray.init(_node_ip_address="127.0.0.2", include_dashboard=False, num_cpus=2)
+task, (here, one, other) = ray.remote(train), sys.argv[1:]
+assert ray.get([task.remote(one), task.remote(other, 2)]) == [9.0, 9.0] == 2 * [train(here)]
+ray.shutdown()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install ray")
+def test_a_function_in_ray_tasks(tmp_path):
+    """The runs are those of this process."""
+    (tmp_path / "script.py").write_text(RAY_SCRIPT)
+    runs = [tmp_path / name for name in ("here", "one", "other")]
+    subprocess.run([sys.executable, tmp_path / "script.py", *runs], check=True, timeout=300)
+    weights = [(run / "weights" / "last.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1] == weights[2]
 
 
 # --- networks ---
