@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -144,3 +145,20 @@ def test_the_replay_alone_needs_neither_torch_nor_emulators():
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_programs_import_what_exists():
+    """Scripts and benchmarks that no other test runs."""
+    files = [path for folder in ("bench", "examples", "scripts") for path in sorted((ROOT / folder).rglob("*"))]
+    programs = [path for path in files if path.is_file() and (path.suffix == ".py" or _is_python(path))]
+    assert len(programs) > 30
+    for path in programs:
+        for name in imports(path):
+            if name.split(".")[0] == "pydqn":
+                module, _, attribute = name.rpartition(".")
+                found = importlib.import_module(module or name)
+                assert not module or hasattr(found, attribute) or importlib.util.find_spec(name), f"{path}: {name}"
+
+
+def _is_python(path):
+    return path.read_bytes().startswith(b"#!/usr/bin/env python")
