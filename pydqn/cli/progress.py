@@ -24,6 +24,7 @@ class ProgressBar:
         if self._bar is None:
             self._bar = tqdm(
                 total=self._total,
+                initial=min(report.steps, self._total),  # the time left follows from what is done from here on
                 unit="step",
                 unit_scale=True,
                 dynamic_ncols=True,
