@@ -29,12 +29,19 @@ PYDQN: dict[str, dict[str, float]] = {
     "MountainCar-v0": {
         "gamma": 0.98,
         "learning_rate": 4e-3,
+        "learning_rate_end": 4e-4,
         "train_period_steps": 2.0,
         "target_update_period": 300,
         "epsilon_decay_steps": 24_000,
         "epsilon_end": 0.07,
     },
-    "LunarLander-v3": {},
+    "LunarLander-v3": {
+        "learning_rate": 6.3e-4,
+        "learning_rate_end": 6.3e-4,
+        "epsilon_decay_steps": 12_000,
+        "epsilon_end": 0.1,
+        "replay_capacity_frames": 50_000,
+    },
 }
 # hyperparams/dqn.yml of RL Baselines3 Zoo 2.x; LunarLander-v2's settings for v3.
 _ZOO = {"learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000, "learning_starts": 0, "gamma": 0.99}
@@ -77,8 +84,6 @@ def with_pydqn(task, seed, steps, runs):
     import pydqn
 
     settings = {"total_steps": steps, "learning_rate_decay_steps": steps, **PYDQN[task]}
-    if "learning_rate" in settings:
-        settings["learning_rate_end"] = settings["learning_rate"] / 10
     config = pydqn.preset("dqn", env_id=task, seed=seed, **settings, device="cpu", torch_threads=1)
     logdir = Path(runs) / task / f"seed-{seed}"
     pydqn.train(config, logdir)

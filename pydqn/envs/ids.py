@@ -108,9 +108,21 @@ def registered_by(env_id: str) -> str | None:
     spec = gymnasium.registry.get(env_id)
     if spec is None or _is_ale(spec) or is_own(env_id) or env_id.startswith(_MINATAR):
         return None
-    made_by = spec.entry_point
-    module = made_by.partition(":")[0] if isinstance(made_by, str) else str(getattr(made_by, "__module__", "__main__"))
+    module = _module_of(spec)
     return _registered_by.get(env_id) or (None if module.partition(".")[0] in ("gymnasium", "__main__") else module)
+
+
+def package_of(env_id: str) -> str | None:
+    """Return the top-level package that an environment's class is in; None for an id that is not registered."""
+    import gymnasium
+
+    spec = gymnasium.registry.get(env_id)
+    return None if spec is None else _module_of(spec).partition(".")[0]
+
+
+def _module_of(spec: Any) -> str:
+    made_by = spec.entry_point
+    return made_by.partition(":")[0] if isinstance(made_by, str) else str(getattr(made_by, "__module__", "__main__"))
 
 
 def require_registered(env_id: str, module: object) -> None:

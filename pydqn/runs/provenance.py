@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 
 from pydqn._util.machine import instruction_sets, processor, usable_cores
@@ -28,11 +29,19 @@ class Process:
             }
 
 
-def provenance() -> dict[str, str]:
-    """Return what a result depends on besides its config: versions, and the processor and its instruction sets."""
+def provenance(env_package: str | None = None) -> dict[str, str]:
+    """Return what a result depends on besides its config: versions, and the processor and its instruction sets.
+
+    Args:
+        env_package: the package that the environment's class is in. It is left out if it has no version.
+    """
     packages = ("pydqn", "torch", "numpy", "numba", "gymnasium", "ale-py")
+    versions = {name: metadata.version(name) for name in packages}
+    if env_package is not None:
+        with suppress(metadata.PackageNotFoundError, ValueError):
+            versions.setdefault(env_package, metadata.version(env_package))
     return {
-        **{name: metadata.version(name) for name in packages},
+        **versions,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),

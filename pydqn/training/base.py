@@ -22,7 +22,7 @@ from pydqn._util.files import Damaged, write_json
 from pydqn._util.weights import save_weights
 from pydqn.config import Config
 from pydqn.envs.base import Episode
-from pydqn.envs.ids import registered_by
+from pydqn.envs.ids import package_of, registered_by
 from pydqn.envs.tasks import described, resolved
 from pydqn.evaluation.build import MakeNetwork, with_network
 from pydqn.learning.schedules import epsilon
@@ -142,7 +142,8 @@ class BaseRun:
             (self.logdir / folder).mkdir(exist_ok=True)
         module = registered_by(config.env_id)
         hint = {} if module is None else {"registered_by": module}
-        write_json(self.logdir / ENVIRONMENT, {**provenance(), **self.arithmetic(), **self.task(), **hint})
+        versions = provenance(package_of(config.env_id))
+        write_json(self.logdir / ENVIRONMENT, {**versions, **self.arithmetic(), **self.task(), **hint})
         self._log = RunLog(self.logdir, self.steps, self.episodes)
         if checkpoint is None:
             self._checkpoint()  # so that there always is one to resume from

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from importlib import metadata
 
 import gymnasium
 import pytest
@@ -32,6 +33,7 @@ def test_games_are_registered_when_they_are_needed(tmp_path, game):
     channels = {"Breakout-v0": 4, "Seaquest-v1": 10}[game]
     assert recorded["inputs"] == f"10x10x{channels} (channels last) uint8 as they are"
     assert registered_by(f"MinAtar/{game}") is None
+    assert recorded["minatar"] == metadata.version("MinAtar")
     for env_id in [env_id for env_id in gymnasium.registry if env_id.startswith("MinAtar/")]:
         gymnasium.registry.pop(env_id)  # as in another process
     assert len(pydqn.evaluate(tmp_path, 1)) == 1
