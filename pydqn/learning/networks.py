@@ -90,6 +90,7 @@ class PixelTorso(nn.Module):
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
         self.input_range = input_range
+        self.dtype_after_first: torch.dtype | None = None  # that of the last convolution; see `mixed_precision_copy`
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert (B, stack, *frame_shape) pixels to (B, channels, H, W) in the arithmetic's dtype, values unchanged.
@@ -107,7 +108,7 @@ class PixelTorso(nn.Module):
         """Return the dtype of the layers after the first one."""
         weight = self.convs[-1].weight
         assert isinstance(weight, Tensor)
-        return weight.dtype
+        return self.dtype_after_first or weight.dtype
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the features of `obs`, in the dtype of the layers after the first one."""
@@ -278,13 +279,16 @@ def mixed_precision_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     run under autocast.
     """
     other: nn.Module = copy.deepcopy(network, {id(part): part for part in tensors_of(network)})
-    firsts = [module.convs[0] for module in other.modules() if isinstance(module, PixelTorso)]
+    torsos = [module for module in other.modules() if isinstance(module, PixelTorso)]
+    firsts = [torso.convs[0] for torso in torsos]
     made: dict[int, nn.Parameter] = {}  # layers may share a parameter
     for module in other.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in firsts:
             for name, parameter in module.named_parameters(recurse=False):
                 low = made.setdefault(id(parameter), nn.Parameter(parameter.detach().to(dtype)))
                 setattr(module, name, low.requires_grad_(parameter.requires_grad))
+    for torso in torsos:
+        torso.dtype_after_first = dtype
     return other
 
 

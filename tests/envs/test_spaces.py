@@ -201,7 +201,6 @@ def test_each_part_of_a_record_goes_through_a_torso_of_its_own():
         ),
         (spaces.Dict(a=spaces.Dict(b=spaces.Text(5))), r"x has Text\(.*\) in observations \(a\.b\); expected Box"),
         (spaces.Discrete(70_000), "x has 70,000 states"),
-        (Box(-1, 1, ()), "x has Box"),
     ],
 )
 def test_spaces_that_cannot_be_used_are_named(space, message):

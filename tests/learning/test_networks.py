@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pydqn.learning.networks import Table, make_network, mixed_precision_copy
+from pydqn.envs.frames import FrameLayout, Part
+from pydqn.learning.networks import _TORSOS, Table, make_network, mixed_precision_copy
+from pydqn.learning.policy import Policy
 
 
 def pixels(size=3, seed=0):
@@ -111,6 +113,35 @@ def test_bfloat16_stays_close():
         rough = network(pixels())
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (10, 10, 4), (3, 20, 24), (96, 96, 3), (130, 160)], ids=str)
+@pytest.mark.parametrize("name", _TORSOS)
+def test_bfloat16_on_any_machine(name, shape):
+    """Every network, also one with a single convolution, in the precision that some processors choose by themselves."""
+    try:
+        network = make_network(name, 2, shape, 3, hidden_units=(16,), dueling=True)
+    except ValueError as error:
+        assert "larger frames" in str(error)  # noqa: PT017
+        return
+    obs = torch.randint(0, 256, (4, 2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for frames in (obs, obs.float()):
+        policy = Policy(network, torch.device("cpu"), "bfloat16")
+        torch.testing.assert_close(policy.forward(frames), network(frames), rtol=0.05, atol=0.03)
+        policy.compute_network(frames).sum().backward()
+        assert all(parameter.grad is not None for parameter in policy.compute_network.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_records_in_either_precision(precision):
+    parts = (
+        Part("grid", (10, 10, 4), np.dtype(np.uint8), (0, 1), "last"),
+        Part("position", (2,), np.dtype(np.float32), (-1, 1), ""),
+    )
+    network = make_network("auto", 1, FrameLayout(parts), 3, hidden_units=(16,))
+    obs = torch.randint(0, 2, (4, 1, 408), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    values = Policy(network, torch.device("cpu"), precision).forward(obs)
+    torch.testing.assert_close(values, network(obs), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize(
