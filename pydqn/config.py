@@ -269,7 +269,10 @@ class Config:
     # The machine
     device: str = _field("auto", "PyTorch computes on this device: auto, cpu, cuda or cuda:N.")
     precision: str = _field(
-        "auto", "The network computes in this precision; weights stay float32.", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "The network computes in this precision; auto is float32, but bfloat16 for pydqn's own networks of pixels on "
+        "processors with instructions for it.",
+        choices=("auto", "float32", "bfloat16"),
     )
     storage: str = _field(
         "auto",

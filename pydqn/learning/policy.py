@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.networks import PixelTorso, Table, VectorTorso, mixed_precision_copy
-from pydqn.learning.records import MASKED, RecordTorso
+from pydqn.learning.networks import PixelTorso, mixed_precision_copy
+from pydqn.learning.records import MASKED
 from pydqn.replay.lookup import look_up
 
 
@@ -46,7 +46,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn "auto", "float32" or "bfloat16" into the dtype of the network's arithmetic.
 
     "auto" is bfloat16 on processors with instructions for it (AVX-512 BF16, AMX), and float32 elsewhere. (In a `Policy`
-    whose observations are not pixels it is always float32.)
+    it is always float32, unless its network is one of pydqn's that sees nothing but pixels.)
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cpu" and _bfloat16_is_faster() else torch.float32
@@ -96,8 +96,9 @@ class Policy:
 
     def __init__(self, network: nn.Module, device: torch.device, precision: str = "auto") -> None:
         self.device = device
-        # bfloat16 represents pixels, integers below 256, exactly; other observations would lose digits.
-        if precision == "auto" and isinstance(getattr(network, "torso", network), (VectorTorso, RecordTorso, Table)):
+        # bfloat16 represents pixels, integers below 256, exactly. Other observations would lose digits, and of a
+        # network that is not ours we do not know what it can lose.
+        if precision == "auto" and not isinstance(getattr(network, "torso", None), PixelTorso):
             precision = "float32"
         self.dtype = resolve_precision(precision, device)
         self.network = network.to(device)
@@ -116,9 +117,9 @@ class Policy:
 
     @torch.no_grad()
     def forward(self, obs: Tensor) -> Tensor:
-        """Return (B, A) action values of (B, stack, *frame_shape) observations, both on the device."""
+        """Return (B, A) float32 action values of (B, stack, *frame_shape) observations, both on the device."""
         with self.autocast():
-            values: Tensor = self.compute_network(obs)
+            values: Tensor = self.compute_network(obs).float()  # NumPy does not know bfloat16
         return values
 
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:

