@@ -173,13 +173,9 @@ class WorkerEnvs:
     def __init__(self, config: Config, num_envs: int, seed: int, workers: int, *, render: bool = False) -> None:
         if os.name != "posix":
             raise ValueError(f"env_workers: expected 0 on this system, got {workers}; it works on Linux and macOS")
-        import cloudpickle
-
         self.num_envs, self._restarts_left = num_envs, _MOST_RESTARTS if config.restart_envs else 0
         self._seed, self._render = seed, render
-        # Environments that were defined in a notebook or script are sent by value.
-        self._start = _Start(config.to_dict(), num_envs, seed, range(0), render, b"")
-        self._start = self._start._replace(spec=cloudpickle.dumps(spec_of(config.env_id)))
+        self._start = _Start(config.to_dict(), num_envs, seed, range(0), render, _pickled(spec_of(config.env_id)))
         bounds = np.linspace(0, num_envs, min(workers, num_envs) + 1).round().astype(int)
         self._workers: list[_Worker] = []
         with ExitStack() as failed:
@@ -328,6 +324,19 @@ def _work(connection: Connection, memory: int) -> None:
         name, argument = message
         answered(calls[name], argument)
     answered(made.close)
+
+
+def _pickled(spec: Any) -> bytes:
+    """Pickle an EnvSpec. What was defined in a notebook or script is sent by value."""
+    import cloudpickle
+
+    with ExitStack() as after:
+        # The script's name in processes that `multiprocessing` has started with "spawn"; a worker cannot import it.
+        script = sys.modules.get("__mp_main__")
+        if script is not None and script.__name__ == "__mp_main__":
+            cloudpickle.register_pickle_by_value(script)
+            after.callback(cloudpickle.unregister_pickle_by_value, script)
+        return bytes(cloudpickle.dumps(spec))
 
 
 def _category(category: type[Warning]) -> type[Warning]:

@@ -212,6 +212,39 @@ def _train_there(folder):
     pydqn.train(QUICK, folder, make_env=short_poles)
 
 
+SPAWNING_SCRIPT = """
+import multiprocessing, sys
+
+import gymnasium
+
+import pydqn
+
+
+class ShortPoles(gymnasium.Wrapper):  # of this script, which is not the main module of the process that trains
+    def __init__(self):
+        super().__init__(gymnasium.wrappers.TimeLimit(gymnasium.make("CartPole-v1"), 9))
+
+
+def train(folder, workers):
+    settings = {"total_steps": 200, "learning_starts_steps": 40, "hidden_units": (16,), "env_workers": workers}
+    config = pydqn.preset("dqn", device="cpu", torch_threads=1, **settings)
+    assert max(pydqn.train(config, folder, make_env=ShortPoles).returns) == 9.0
+
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(train, [(folder, workers) for workers, folder in enumerate(sys.argv[1:])])
+"""
+
+
+def test_a_class_of_the_script_in_spawned_processes_with_workers(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWNING_SCRIPT)
+    runs = [tmp_path / name for name in ("serial", "one", "two")]
+    subprocess.run([sys.executable, tmp_path / "script.py", *runs], check=True, timeout=300)
+    weights = [(run / "weights" / "last.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1] == weights[2]
+
+
 RAY_SCRIPT = """
 import sys
 
