@@ -162,7 +162,13 @@ class Config:
     priority_beta: float = _field(
         0.4, "Importance weights are raised to this power at the start; it rises to 1 at total_steps."
     )
-    priority_epsilon: float = _field(1e-6, "This is added to the absolute value of a TD error for its priority.")
+    priority_epsilon: float = _field(1e-6, "This is added to the error that a priority is made of.")
+    priority_error: str = _field(
+        "auto",
+        "A priority is made of the absolute TD error (for scalar values auto is that), of the loss (for others auto is "
+        "that) or of its square root.",
+        choices=("auto", "td_error", "loss", "root_loss"),
+    )
 
     # The network
     network: str = _field(
@@ -195,8 +201,63 @@ class Config:
     )
     loss: str = _field(
         "huber",
-        "The loss is this function of the TD error; huber's gradient is the clipped error.",
+        "The loss of scalar values is this function of the TD error; huber's gradient is the clipped error.",
         choices=("huber", "mse"),
+    )
+
+    # The value representation
+    value: str = _field(
+        "scalar",
+        "An action's value is one number, or the mean of a distribution that is learned: categorical is C51, quantile "
+        "is QR-DQN, implicit_quantile is IQN, hl_gauss classifies the scalar target.",
+        choices=("scalar", "categorical", "hl_gauss", "quantile", "implicit_quantile"),
+    )
+    num_atoms: int = _field(51, "A categorical value has this many atoms, an hl_gauss value bins.", least=2, most=2**12)
+    value_min: float = _field(
+        -10.0,
+        "The lowest return that a categorical or hl_gauss value can represent.",
+        least=-math.inf,
+        bound_to="environment",
+    )
+    value_max: float = _field(
+        10.0,
+        "The highest return that a categorical or hl_gauss value can represent.",
+        least=-math.inf,
+        bound_to="environment",
+    )
+    hl_gauss_sigma: float = _field(
+        0.75, "An hl_gauss target is a normal distribution with this standard deviation, in widths of a bin."
+    )
+    num_quantiles: int = _field(200, "A quantile value has this many quantiles.", least=2, most=2**12)
+    num_taus: int = _field(64, "An update draws this many levels of implicit quantiles to learn.", least=1, most=2**12)
+    num_target_taus: int = _field(
+        64, "An update draws this many levels of implicit quantiles for the target.", least=1, most=2**12
+    )
+    num_action_taus: int = _field(
+        32,
+        "Actions are chosen by the mean of this many implicit quantiles, at evenly spaced levels.",
+        least=1,
+        most=2**12,
+    )
+    num_cosines: int = _field(
+        64, "A level of implicit quantiles is embedded by this many cosines.", least=1, most=2**12
+    )
+    first_cosine: int = _field(1, "The first of these cosines has this frequency, in half periods.", most=1)
+    quantile_kappa: float = _field(
+        1.0, "The quantile Huber loss becomes linear at this error; with 0 it is linear everywhere."
+    )
+
+    # Munchausen
+    munchausen: bool = _field(
+        False, "Rewards get a share of the log-policy, and targets a softmax for the maximum (Vieillard et al. 2020)."
+    )
+    munchausen_alpha: float = _field(0.9, "This is the log-policy's share in the reward.")
+    munchausen_temperature: float = _field(0.03, "The policy is the softmax of action values divided by this.")
+    munchausen_least: float = _field(
+        -1.0, "The temperature times the log-policy is raised to this value if it is below.", least=-math.inf
+    )
+    munchausen_policy: str = _field(
+        "target", "The log-policy in the reward is this network's.", choices=("target", "online")
     )
 
     # The optimizer
@@ -222,6 +283,11 @@ class Config:
     )
     train_period_steps: float = _field(
         4.0, "There is one update per this many steps; the replay ratio is batch_size / train_period_steps."
+    )
+    updates_in_a_row: int = _field(
+        1,
+        "As soon as this many updates are due, they are made one after the other; until then the policy stays.",
+        least=1,
     )
     target_update_period: int = _field(
         500, "The online network is copied to the target network once per this many updates; 0 means never."
@@ -299,10 +365,12 @@ class Config:
         object.__setattr__(self, "env_kwargs", _json_object("env_kwargs", self.env_kwargs))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        for name in ("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", *_EPSILONS):
+        shares = ("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", "munchausen_alpha")
+        for name in (*shares, *_EPSILONS):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "train_period_steps", "pixel_std", "priority_epsilon"):
+        positive = ("learning_rate", "train_period_steps", "pixel_std", "priority_epsilon")
+        for name in (*positive, "hl_gauss_sigma", "munchausen_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if ":" in self.env_id:  # Gymnasium would import the module before the colon: a config must not run code
@@ -311,6 +379,18 @@ class Config:
                 f"env_id: expected an id without ':', got {self.env_id!r}: a config imports nothing. In Python, "
                 f"import {module} and call pydqn.train(pydqn.preset(..., env_id={name!r}), logdir)"
             )
+        if not -math.inf < self.value_min < self.value_max < math.inf:
+            raise ValueError(
+                f"value_max: expected a finite number above value_min = {self.value_min:g}, got {self.value_max:g}"
+            )
+        if self.munchausen_least > 0:
+            raise ValueError(f"munchausen_least: expected at most 0, got {self.munchausen_least:g}")
+        if self.munchausen and (self.double or self.value == "categorical"):
+            given = "double" if self.double else "value = 'categorical'"
+            why = "takes no maximum" if self.double else "is not defined for masses at atoms (hl_gauss is possible)"
+            raise ValueError(f"munchausen: expected False with {given}, got True: it {why}")
+        if self.agent == "tabular" and self.value != "scalar":
+            raise ValueError(f"value: expected scalar for an agent with a table, got {self.value!r}")
         if self.stop_successes and not self.success_steps:
             raise ValueError(
                 f"stop_successes: expected 0 without success_steps, which defines a success, got {self.stop_successes}"
@@ -408,6 +488,8 @@ SECTIONS = {
     "stack": "observations and the replay buffer",
     "network": "the network",
     "gamma": "the loss",
+    "value": "the value representation",
+    "munchausen": "Munchausen",
     "optimizer": "the optimizer",
     "batch_size": "the training loop",
     "evaluation_every_steps": "evaluation",

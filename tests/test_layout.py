@@ -104,7 +104,7 @@ def test_nothing_prints_or_exits_outside_the_command_line():
 
 
 # A run sends the environment's constructor, which may be defined in a notebook, to the processes that it has started.
-MESSAGES = {"workers.py": ("cloudpickle.dumps(spec_of(config.env_id))", "cloudpickle.loads(start.spec)")}
+MESSAGES = {"workers.py": ("cloudpickle.dumps(spec)", "cloudpickle.loads(start.spec)")}
 
 
 def test_no_file_is_unpickled():

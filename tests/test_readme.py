@@ -110,7 +110,10 @@ CLI_OPTIONS = {
 }
 # Settings that are younger than some of the results, which had what is their default now.
 LATER = {"evaluation_max_episode_steps", "env_kwargs", "image_channels", "input_scaling", "init_weights"}
-LATER |= {"env_workers", "restart_envs"}
+LATER |= {"env_workers", "restart_envs", "updates_in_a_row", "priority_error", "value", "num_atoms", "value_min"}
+LATER |= {"value_max", "hl_gauss_sigma", "num_quantiles", "num_taus", "num_target_taus", "num_action_taus"}
+LATER |= {"num_cosines", "first_cosine", "quantile_kappa", "munchausen", "munchausen_alpha", "munchausen_temperature"}
+LATER |= {"munchausen_least", "munchausen_policy"}
 RUNS = sorted((ROOT / "results").glob("*/seed-*"))
 MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 

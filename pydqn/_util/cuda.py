@@ -133,14 +133,24 @@ class Graph(Generic[T]):
         stream: the stream to capture on, of a CUDA device.
         pool: a memory pool shared with graphs that never run at the same time (`torch.cuda.graph_pool_handle`); these
             overwrite each other's results. None for memory of its own.
+        generator: the random generator that the function draws from, if that is not the device's own. Each replay draws
+            new numbers.
 
     Raises:
         CaptureError: the function does what a graph cannot hold. The current stream is as it was before.
         torch.OutOfMemoryError: the device has too little memory. The current stream is as it was before.
     """
 
-    def __init__(self, function: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> None:
+    def __init__(
+        self,
+        function: Callable[[], T],
+        stream: torch.cuda.Stream,
+        pool: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            self._graph.register_generator_state(generator)
         before = torch.cuda.current_stream(stream.device)
         reason: BaseException | None = None  # why the function stopped; then the end of the capture fails, too
         try:
@@ -157,7 +167,7 @@ class Graph(Generic[T]):
         except BaseException as error:
             torch.cuda.set_stream(before)
             _failed_graphs.append(self._graph)
-            _release_generator(stream.device)
+            _release_generators(stream.device, generator)
             reason = reason or error
             if not isinstance(reason, Exception) or isinstance(reason, torch.OutOfMemoryError):
                 raise reason from None
@@ -237,14 +247,15 @@ def _garbage_collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _release_generator(device: torch.device) -> None:
-    """Make the device's random number generator usable after a failed capture, until whose end PyTorch refuses to draw.
+def _release_generators(device: torch.device, other: torch.Generator | None) -> None:
+    """Make random number generators usable after a failed capture, until whose end PyTorch refuses to draw.
 
-    A copy of the generator's state lacks the mark that a capture is going on.
+    A copy of a generator's state lacks the mark that a capture is going on.
     """
-    with suppress(RuntimeError):
-        generator = torch.cuda.default_generators[device.index]
-        generator.graphsafe_set_state(generator.clone_state())
+    for generator in (torch.cuda.default_generators[device.index], other):
+        if generator is not None:
+            with suppress(RuntimeError):
+                generator.graphsafe_set_state(generator.clone_state())
 
 
 def _summary(error: BaseException) -> str:

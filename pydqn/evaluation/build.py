@@ -21,6 +21,7 @@ from pydqn.envs.spaces import stacked_space
 from pydqn.learning.custom import custom_network
 from pydqn.learning.networks import Table, make_network
 from pydqn.learning.policy import Policy, resolve_device
+from pydqn.learning.settings import LearnerSettings
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.runs.layout import BEST_WEIGHTS, LAST_WEIGHTS
 
@@ -43,6 +44,10 @@ def with_network(config: Config, network: MakeNetwork | None) -> Config:
     if not callable(network) or config.agent == "tabular":
         what = "no function for an agent with a table" if config.agent == "tabular" else "a function"
         raise ValueError(f"network: expected {what}, got {network!r}")
+    if config.value != "scalar":
+        raise ValueError(
+            f"value: expected scalar with a network of your own, which returns values, got {config.value!r}"
+        )
     return dataclasses.replace(config, network="custom")
 
 
@@ -73,6 +78,7 @@ def network_for(config: Config, envs: Envs, seed: int = 0, network: MakeNetwork 
         dueling=config.dueling,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
+        settings=LearnerSettings.from_config(config),
         seed=seed,
     )
 

@@ -16,29 +16,19 @@ from torch import Tensor, nn
 
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn.learning.losses import LOSSES, td_error
-from pydqn.learning.networks import tensors_of
+from pydqn.learning.networks import QNetwork, tensors_of
+from pydqn.learning.objectives import DISTRIBUTIONAL, Objective, Transitions, munchausen_target
 from pydqn.learning.optimizers import OptimizerSettings, OptimizerState, make_optimizer
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.learning.records import MASKED
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.statistics import Statistics
+from pydqn.learning.values import represented
 from pydqn.replay.frames import Batch
 from pydqn.replay.lookup import look_up
 
+_GENERATOR = "generator"  # in a learner's state
 _WAY_ON = "leave the settings of network and optimizer as they were, or start a new run"
-
-
-class Transitions(NamedTuple):
-    """What a custom loss gets: B transitions, as tensors on the device that it must not change.
-
-    Importance weights are not included. The learner multiplies the losses by them.
-    """
-
-    obs: Tensor  # (B, stack, *frame_shape), the replay buffer's dtype; or what the network's `prepare` made of that
-    action: Tensor  # (B,) int64
-    reward: Tensor  # (B,) float32: sum of gamma^j r_j over the window, j < k
-    discount: Tensor  # (B,) float32: gamma^k, or 0 after termination
-    next_obs: Tensor  # as obs, k steps later
 
 
 CustomLoss = Callable[[nn.Module, nn.Module, Transitions], Tensor]  # online, target, batch: one loss per sample, (B,)
@@ -50,7 +40,7 @@ class _UpdateOutputs(NamedTuple):
     grad_norm: Tensor
     action: Tensor  # (B,)
     weight: Tensor  # (B,)
-    errors: Tensor  # (B,): TD errors, or what a custom loss returned
+    errors: Tensor  # (B,): TD errors of scalar values; else the losses
     values: Tensor | None  # (B, A); None with a custom loss
 
 
@@ -85,7 +75,8 @@ class Learner:
             (`DeviceReplay.frames`).
         loss: `loss(online, target, batch)` returns the (B,) losses of `Transitions`. `settings.loss` and
             `settings.double` have no effect then, precision "auto" is float32, and "bfloat16" means autocast. None for
-            the loss of TD errors that `settings` name.
+            the loss that `settings` name.
+        seed: of the levels of implicit quantiles.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -101,9 +92,12 @@ class Learner:
         frames: Tensor | None = None,
         *,
         loss: CustomLoss | None = None,
+        seed: int = 0,
     ) -> None:
         if loss is not None and not callable(loss):
             raise ValueError(f"loss: expected a function of (online, target, batch), got {loss!r} (see Config.loss)")
+        if loss is None:
+            _require_representation(network, settings)
         self.device = device = resolve_device(device) if isinstance(device, str) else device
         self.updates = 0
         self._settings = settings
@@ -126,6 +120,8 @@ class Learner:
             self._learning_rate,
         )
         self._loss, self._custom_loss = LOSSES[settings.loss], loss
+        self._scalar = loss is None and settings.value == "scalar"
+        self._generator = _generator(device, seed) if loss is None and settings.value == "implicit_quantile" else None
         self._frames = frames
         self._max_steps = len(example.action) // settings.batch_size  # in one `update`
         self._to_device = HostToDevice(example, device, names=example._fields)
@@ -185,7 +181,7 @@ class Learner:
         if values is None:
             loss, norm = torch.stack([(weight * errors).mean(), norm]).tolist()
             return Statistics(loss, math.nan, math.nan, norm, {"loss_per_sample": errors.cpu().numpy().copy()})
-        losses = self._loss.value(errors)
+        losses = self._loss.value(errors) if self._scalar else errors
         taken = values.gather(1, action.unsqueeze(1))
         loss, mean_q, max_q, norm = torch.stack([(weight * losses).mean(), taken.mean(), values.max(), norm]).tolist()
         samples = {"loss_per_sample": losses.cpu().numpy(), "q_values": _allowed(values).float().cpu().numpy()}
@@ -212,6 +208,10 @@ class Learner:
     def td_errors(self) -> NDArray[np.float32]:
         """Return the absolute TD errors, unweighted, of all transitions in the latest `update`.
 
+        These are what priorities are made of. If the setting `priority_error` says so, they are the losses or their
+        square roots instead; "auto" is the loss wherever values are not scalar. What the TD error of a distribution is,
+        `pydqn.learning.objectives` says.
+
         With a custom loss, return its losses, which may be negative; a prioritized replay buffer takes no negative
         priorities. `update` launches the copy to the host: after the next actions have arrived, this does not wait.
         """
@@ -229,11 +229,14 @@ class Learner:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that a learner needs to go on, by name, not copies of them.
 
-        These are those of both networks and of the optimizer, and "updates", the number of gradient steps (int64).
+        These are those of both networks and of the optimizer, and "updates", the number of gradient steps (int64); with
+        implicit quantiles also "generator", the state of the random generator.
         """
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64, device="cpu")}
         state |= {f"online.{name}": value for name, value in self.online.state_dict().items()}
         state |= {f"target.{name}": value for name, value in self.target.state_dict().items()}
+        if self._generator is not None:
+            state[_GENERATOR] = self._generator.get_state()
         for number, tensors in enumerate(self._optimizer.state()):
             state |= {f"optimizer.{number}.{name}": value for name, value in tensors.items()}
         return state
@@ -258,7 +261,7 @@ class Learner:
                 optimizer[int(number)][rest] = value
             elif part in networks:
                 networks[part][rest] = value
-            elif name != "updates":
+            elif name not in ("updates", _GENERATOR):
                 raise ValueError(f"checkpoint: {name!r} is not part of a learner")
         if "updates" not in state or state["updates"].dim():
             raise ValueError("checkpoint: expected 'updates' to be one number")
@@ -270,6 +273,11 @@ class Learner:
             raise ValueError(f"checkpoint: does not fit the config ({reason}); {_WAY_ON}") from None
         self._optimizer.load_state(optimizer)
         self._optimizer.refresh()
+        # Another kind of device has another kind of state; a run that goes on there is another run anyway.
+        if self._generator is not None and _GENERATOR in state:
+            drawn = state[_GENERATOR].cpu()
+            if drawn.shape == self._generator.get_state().shape:
+                self._generator.set_state(drawn)
         self.updates, self._outputs = int(state["updates"]), None
 
     def _run(self, start: int, count: int) -> _UpdateOutputs:
@@ -281,7 +289,7 @@ class Learner:
             if not self._graphs:
                 self._warm_up(self._stream)
             if (start, count) not in self._graphs:
-                self._graphs[start, count] = Graph(steps, self._stream, self._pool)
+                self._graphs[start, count] = Graph(steps, self._stream, self._pool, self._generator)
         except CaptureError as error:
             if self._must_capture:
                 raise CaptureError(f"capture: the update cannot become a CUDA graph ({error})") from error
@@ -303,10 +311,14 @@ class Learner:
         obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._to_device.tensors)
         batch = Transitions(obs, action, reward, discount, next_obs)
         values: Tensor | None = None
-        if self._custom_loss is None:
+        if self._scalar:
             root, gradient, errors = self._differentiate(batch, weight)
             values = root.detach()
-            torch.abs(errors, out=self._errors[part])
+            self._keep_errors(part, errors, errors)
+        elif self._custom_loss is None:
+            root, td_errors, values = self._objective(batch)
+            gradient, errors = weight / size, root.detach()
+            self._keep_errors(part, td_errors, errors)
         else:
             root = self._trace(self._custom_loss, batch)
             gradient, errors = weight / size, self._errors[part].copy_(root.detach())
@@ -319,18 +331,40 @@ class Learner:
     def _differentiate(self, batch: Transitions, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (B, A) action values, the gradient of the weighted mean of their losses, and (B,) TD errors."""
         with self.policy.autocast():
-            obs, action, reward, discount, next_obs = self._observe(batch)
+            batch = self._observe(batch)
+            obs, action, reward, discount, next_obs = batch
             # With gradients first: autocast remembers its casts of the weights, and casts that were made without
             # gradients would cut the graph (PyTorch before 2.10).
             q_tm1 = self._compute_network(obs)
+            values = q_tm1.detach()
             with torch.no_grad():
-                q_t = self.target(next_obs)
-                selector_t = self._compute_network(next_obs) if self._settings.double else None
-        values = q_tm1.detach()
-        errors = td_error(values, action, reward, discount, q_t, selector_t)
+                if self._settings.munchausen:
+                    goal = munchausen_target(self.target, values, batch, self._settings)
+                    errors = goal - values.gather(1, action.unsqueeze(1)).squeeze(1)
+                else:
+                    q_t = self.target(next_obs)
+                    selector_t = self._compute_network(next_obs) if self._settings.double else None
+                    errors = td_error(values, action, reward, discount, q_t, selector_t)
         # Only the actions that were taken have a slope.
         slope = (weight * self._loss.slope(errors)).mul_(-1 / len(action)).to(values.dtype)
         return q_tm1, torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope.unsqueeze(1)), errors
+
+    def _objective(self, batch: Transitions) -> Objective:
+        """Return the losses of distributions of returns, for autograd to differentiate."""
+        assert isinstance(self._compute_network, QNetwork)
+        assert isinstance(self.target, QNetwork)
+        with self.policy.autocast():
+            losses = DISTRIBUTIONAL[self._settings.value]
+            return losses(self._compute_network, self.target, self._observe(batch), self._settings, self._generator)
+
+    def _keep_errors(self, part: slice, td_errors: Tensor, errors: Tensor) -> None:
+        """Keep what priorities are made of: see `td_errors` and `_UpdateOutputs.errors`."""
+        kind = self._settings.priority_error
+        if kind == "td_error" or (kind == "auto" and self._scalar):
+            torch.abs(td_errors, out=self._errors[part])
+        else:
+            losses = self._loss.value(errors) if self._scalar else errors
+            self._errors[part].copy_(losses.sqrt() if kind == "root_loss" else losses)
 
     def _trace(self, custom_loss: CustomLoss, batch: Transitions) -> Tensor:
         """Return the (B,) losses that `custom_loss` computes, for autograd to differentiate."""
@@ -360,6 +394,7 @@ class Learner:
         Meanwhile libraries choose their kernels, and the optimizer makes its state.
         """
         existing = [tensor for tensors in self._optimizer.state() for tensor in tensors.values()]
+        drawn = None if self._generator is None else self._generator.get_state()
         try:
             with preserved([*tensors_of(self.online), *tensors_of(self.target), *existing]):
                 try:
@@ -371,6 +406,26 @@ class Learner:
                             tensor.zero_()
         finally:
             self._optimizer.refresh()
+            if self._generator is not None and drawn is not None:
+                self._generator.set_state(drawn)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    return generator
+
+
+def _require_representation(network: nn.Module, settings: LearnerSettings) -> None:
+    """Raise ValueError if the network represents values in another way than the settings say."""
+    expected = represented(settings)
+    found = network.represents if isinstance(network, QNetwork) else {"value": "scalar"}
+    if found != expected:
+        shown = [", ".join(f"{name}={value!r}" for name, value in one.items()) for one in (expected, found)]
+        raise ValueError(
+            f"network: expected one with {shown[0]}, as the settings say, got one with {shown[1]}; make_network(..., "
+            "settings=settings) makes such networks, and a network of your own with another output needs a loss"
+        )
 
 
 def _allowed(values: Tensor) -> Tensor:

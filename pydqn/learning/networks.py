@@ -18,6 +18,8 @@ from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
 from pydqn.learning.pixels import to_channels_last
 from pydqn.learning.records import ActionMask, RecordTorso
+from pydqn.learning.settings import LearnerSettings
+from pydqn.learning.values import ImplicitQuantiles, make_representation, represented
 
 
 class _Conv(NamedTuple):
@@ -161,11 +163,11 @@ def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
 
 
 class QNetwork(nn.Module):
-    """A torso, hidden layers, and linear action values.
+    """A torso, hidden layers, and linear action values, or distributions of returns whose means they are.
 
     With `dueling`, two streams of hidden layers compute a value and advantages: Q = V + A - mean A
-    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581). Both get all features, unless the torso `splits`:
-    then the first half goes to the value and the second to the advantages.
+    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581); of distributions, for each atom or quantile. Both
+    get all features, unless the torso `splits`: then the first half goes to the value and the second to the advantages.
     """
 
     def __init__(
@@ -175,14 +177,19 @@ class QNetwork(nn.Module):
         hidden_units: tuple[int, ...],
         dueling: bool,
         masked: bool = False,
+        settings: LearnerSettings | None = None,
     ) -> None:
         super().__init__()
         self.mask = ActionMask(num_actions) if masked else None
         self.torso = torso
         self._split = dueling and torso.splits
         features = torso.features // 2 if self._split else torso.features
-        self.advantage = _hidden(features, hidden_units, num_actions)
-        self.value = _hidden(features, hidden_units, 1) if dueling else None
+        settings = settings or LearnerSettings()
+        self.represents = represented(settings)
+        self.representation = make_representation(settings, torso.features)
+        self._outputs = 1 if self.representation is None else self.representation.outputs  # per action
+        self.advantage = _hidden(features, hidden_units, num_actions * self._outputs)
+        self.value = _hidden(features, hidden_units, self._outputs) if dueling else None
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert observations as the torso does; `forward` takes them either way."""
@@ -195,10 +202,45 @@ class QNetwork(nn.Module):
 
     def of_features(self, features: Tensor) -> Tensor:
         """Return (B, num_actions) float32 action values, not masked, of what the torso returns."""
+        if self.representation is None:
+            return self._of_streams(features)
+        tau = None
+        if isinstance(self.representation, ImplicitQuantiles):
+            tau = self.representation.tau.expand(features.shape[0], -1)  # not len(), for the exporter
+        values: Tensor = self.representation.mean(self._outputs_of(features, tau))
+        return values
+
+    def outputs(self, obs: Tensor, tau: Tensor | None = None) -> Tensor:
+        """Return (B, num_actions, N) float32 logits or quantiles; implicit quantiles are those at (B, N) levels `tau`.
+
+        Actions that are masked have outputs, too.
+        """
+        return self._outputs_of(self.torso(obs), tau)
+
+    def means(self, outputs: Tensor, obs: Tensor) -> Tensor:
+        """Return (B, num_actions) float32 action values, masked, of what `outputs` returned for these observations."""
+        assert self.representation is not None
+        values: Tensor = self.representation.mean(outputs)
+        return values if self.mask is None else self.mask(values, obs)
+
+    def _outputs_of(self, features: Tensor, tau: Tensor | None) -> Tensor:
+        if isinstance(self.representation, ImplicitQuantiles):
+            assert tau is not None
+            values = self._of_streams(self.representation.embed(features, tau))  # (B * N, A)
+            of_levels: Tensor = values.unflatten(0, (-1, tau.shape[1]))
+            return of_levels.transpose(1, 2)
+        return self._of_streams(features)
+
+    def _of_streams(self, features: Tensor) -> Tensor:
+        """Return (B, A) float32 numbers, or (B, A, N) where there are several per action."""
         of_value, of_advantage = features.chunk(2, dim=1) if self._split else (features, features)
         values: Tensor = self.advantage(of_advantage).float()
+        if self._outputs > 1:
+            values = values.unflatten(1, (-1, self._outputs))
         if self.value is not None:
-            values = self.value(of_value).float() + values - values.mean(dim=1, keepdim=True)
+            value: Tensor = self.value(of_value).float()
+            value = value.unsqueeze(1) if self._outputs > 1 else value
+            values = value + values - values.mean(dim=1, keepdim=True)
         return values
 
 
@@ -213,6 +255,7 @@ def make_network(
     pixel_mean: float = 0.0,
     pixel_std: float = 1.0,
     input_range: tuple[float, float] | None = None,
+    settings: LearnerSettings | None = None,
     seed: int = 0,
 ) -> QNetwork:
     """Build a network with weights drawn from `seed` alone.
@@ -231,6 +274,7 @@ def make_network(
         pixel_std: see `PixelTorso`.
         input_range: the values of frames that are mapped to 0 and 1; None for (0, 255) with pixels, and (0, 1), which
             changes nothing, with "mlp". A layout has its own.
+        settings: the learner's, of which the value representation counts; None for scalar values.
         seed: of the initial weights; PyTorch's global generator stays as it was.
 
     Raises:
@@ -246,7 +290,7 @@ def make_network(
             raise ValueError(f"network: {name!r} needs images, got frames of shape {shapes}; mlp takes any")
         torsos = [_torso(name, stack, part, pixel_mean, pixel_std) for part in layout.parts]
         torso = RecordTorso(layout, torsos, sum(torso.features for torso in torsos)) if layout.is_record else torsos[0]
-        network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0)
+        network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0, settings)
         if name == _WITHOUT_BIASES:
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -94,7 +94,9 @@ class Run(BaseRun):
         # Not `torch_threads`: if a run is dropped without being closed, the garbage collector would end that generator,
         # and so change the number of threads in the middle of another run.
         self._until_closed.callback(torch.set_num_threads, set_torch_threads(config, network))
-        self.learner = Learner(network, self._learner_settings(), self._device, self._batch, frames=frames)
+        self.learner = Learner(
+            network, self._learner_settings(), self._device, self._batch, frames=frames, seed=seed.learner
+        )
         self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs, frames)
         self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
@@ -141,8 +143,9 @@ class Run(BaseRun):
 
     def required_updates(self) -> int:
         """Return how many updates the steps so far require. Counted from one step, so that rounding does not add up."""
-        steps = self.steps - self._learning_since
-        return self._updates_before + max(0, math.floor(steps / self.config.train_period_steps))
+        steps, at_once = self.steps - self._learning_since, self.config.updates_in_a_row
+        due = max(0, math.floor(steps / self.config.train_period_steps))
+        return self._updates_before + due // at_once * at_once
 
     def count_updates_from(self, steps: int) -> None:
         """Require no further update until the run has made `steps` steps, and from then on one per training period."""

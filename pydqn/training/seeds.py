@@ -15,8 +15,9 @@ class Seeds(NamedTuple):
     envs: int
     replay: int
     network: int
+    learner: int
 
     @classmethod
     def of(cls, seeds: np.random.SeedSequence) -> Seeds:
         """Draw the seeds."""
-        return cls(*map(int, seeds.generate_state(5)))
+        return cls(*map(int, seeds.generate_state(6)))

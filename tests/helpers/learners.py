@@ -35,10 +35,32 @@ def make(device=CPU, capture=None, at_once=1, storage="host", **overrides):
         frame = generator.integers(0, 255, (1, 84, 84), dtype=np.uint8)
         reward = float(generator.integers(-1, 2))
         replay.append(frame, [time_step % 6], [reward], [time_step % 50 == 49], [False], [time_step % 50 == 0])
-    network = make_network(config.network, 4, (84, 84), 6, hidden_units=config.hidden_units, dueling=config.dueling)
+    settings = LearnerSettings.from_config(config)
+    units, dueling = config.hidden_units, config.dueling
+    network = make_network(config.network, 4, (84, 84), 6, hidden_units=units, dueling=dueling, settings=settings)
     example = replay.empty_batch(at_once * config.batch_size)
     frames = getattr(replay, "frames", None)
-    return Learner(network, LearnerSettings.from_config(config), device, example, capture, frames), replay, config
+    return Learner(network, settings, device, example, capture, frames), replay, config
+
+
+# The value representations, with few outputs, and what may be combined with each.
+DISTRIBUTIONS = {
+    "categorical": {"num_atoms": 11, "value_min": -3.0, "value_max": 3.0},
+    "hl_gauss": {"num_atoms": 11, "value_min": -3.0, "value_max": 3.0},
+    "quantile": {"num_quantiles": 7},
+    "implicit_quantile": {"num_taus": 5, "num_target_taus": 6, "num_action_taus": 4, "num_cosines": 8},
+}
+VALUES = [
+    {"value": value, **DISTRIBUTIONS.get(value, {}), **others}
+    for value in ("scalar", *DISTRIBUTIONS)
+    for others in (
+        {"double": False},
+        {"double": True},
+        {"double": False, "munchausen": True},
+        {"double": False, "munchausen": True, "munchausen_policy": "online"},
+    )
+    if not (value == "categorical" and "munchausen" in others)
+]
 
 
 class Distribution(nn.Module):
@@ -107,7 +129,7 @@ def copied(state):
 class Replayed:
     """Stands for a CUDA graph on the CPU: each call runs the function again."""
 
-    def __init__(self, function, stream, pool):
+    def __init__(self, function, stream, pool, generator=None):
         self._function = function
 
     def __call__(self):
