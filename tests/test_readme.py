@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -39,6 +40,22 @@ def test_the_transitions_example_works_as_printed():
     program = re.search(r"<!-- transitions example -->\n```python\n(.*?)```", page, re.DOTALL).group(1)
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert re.match(r"19\d\d \(32, 4\) 0.97", out), out
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "algorithms").glob("*.md")), ids=lambda page: page.name)
+def test_algorithms_name_fields_defaults_and_commands_that_exist(page):
+    text, fields = page.read_text(), {field.name: field for field in dataclasses.fields(Config)}
+    for command in re.findall(r"^    pydqn train (.*)$", text, re.MULTILINE):
+        arguments = PARSER.parse_args(["train", *command.split()])
+        preset(arguments.preset, **options.given_settings(arguments))
+    settings = re.search(r"^## Settings\n(.*?)(^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert (settings is None) == (page.name == "README.md")
+    for names, default in re.findall(r"^\| (`.*?`) \| (.*?) \|", settings.group(1) if settings else "", re.MULTILINE):
+        names = re.findall(r"`(\w+)`", names)
+        assert set(names) <= set(fields)
+        if re.fullmatch(r"`?[\w.-]+`?(, [\d.-]+)*", default):
+            found = [f"{fields[name].default:g}" if "`" not in default else fields[name].default for name in names]
+            assert ", ".join(found) == default.strip("`"), names
 
 
 def test_the_presets_are_those_that_exist():
