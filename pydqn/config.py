@@ -188,6 +188,10 @@ class Config:
         metavar="RUN",
     )
     dueling: bool = _field(False, "The network has separate streams for values and advantages (Wang et al. 2016).")
+    noisy_sigma: float = _field(
+        0.0,
+        "Fully connected layers have noise of this initial size, which explores; 0 means none (Fortunato et al. 2018).",
+    )
     pixel_mean: float = _field(
         0.0, "This is subtracted from pixels after they are scaled.", least=-math.inf, bound_to="environment"
     )
@@ -292,6 +296,9 @@ class Config:
     target_update_period: int = _field(
         500, "The online network is copied to the target network once per this many updates; 0 means never."
     )
+    target_update_rate: float = _field(
+        1.0, "An update of the target network moves it this share of the way to the online network; 1 is a copy."
+    )
     target_update_period_episodes: int = _field(
         0, "The online network is copied to the target network once per this many episodes; 0 means never."
     )
@@ -307,9 +314,21 @@ class Config:
         60_000, "Epsilon falls over this many steps; exponentially, 1/e of the way is left after them.", least=1
     )
     epsilon_final: float = _field(0.01, "Epsilon reaches this value at total_steps in the piecewise schedule.")
+    epsilon_off_steps: int = _field(0, "Epsilon is 0 from this step on; 0 means that it stays on.")
+    epsilon_ladder: float = _field(
+        0.0,
+        "Environment i of N has epsilon to the power of 1 + this i / (N - 1), so that each explores in its own way (7 "
+        "in Horgan et al. 2018); with 0 all have epsilon.",
+    )
+    boltzmann_temperature: float = _field(
+        0.0, "Actions are drawn with probabilities in proportion to exp(value / this); with 0 the best one is taken."
+    )
     evaluation_every_steps: int = _field(0, "There is one evaluation per this many steps; 0 means none while training.")
     evaluation_episodes: int = _field(10, "An evaluation plays this many episodes.", least=1)
     evaluation_epsilon: float = _field(0.001, "An action is random with this probability in evaluations.")
+    evaluation_noise: bool = _field(
+        False, "In evaluations, noisy layers (see noisy_sigma) have their noise, and not only their means."
+    )
     evaluation_max_episode_steps: int = _field(
         100_000, "An evaluation truncates an episode without another limit after this many steps; 0 means never."
     )
@@ -365,7 +384,10 @@ class Config:
         object.__setattr__(self, "env_kwargs", _json_object("env_kwargs", self.env_kwargs))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        shares = ("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", "munchausen_alpha")
+        shares = (
+            *("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", "munchausen_alpha"),
+            "target_update_rate",
+        )
         for name in (*shares, *_EPSILONS):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)!r}")

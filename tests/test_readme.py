@@ -130,7 +130,8 @@ LATER = {"evaluation_max_episode_steps", "env_kwargs", "image_channels", "input_
 LATER |= {"env_workers", "restart_envs", "updates_in_a_row", "priority_error", "value", "num_atoms", "value_min"}
 LATER |= {"value_max", "hl_gauss_sigma", "num_quantiles", "num_taus", "num_target_taus", "num_action_taus"}
 LATER |= {"num_cosines", "first_cosine", "quantile_kappa", "munchausen", "munchausen_alpha", "munchausen_temperature"}
-LATER |= {"munchausen_least", "munchausen_policy"}
+LATER |= {"munchausen_least", "munchausen_policy", "noisy_sigma", "target_update_rate", "epsilon_off_steps"}
+LATER |= {"epsilon_ladder", "boltzmann_temperature", "evaluation_noise"}
 RUNS = sorted((ROOT / "results").glob("*/seed-*"))
 MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 

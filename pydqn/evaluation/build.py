@@ -79,6 +79,7 @@ def network_for(config: Config, envs: Envs, seed: int = 0, network: MakeNetwork 
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
         settings=LearnerSettings.from_config(config),
+        noisy_sigma=config.noisy_sigma,
         seed=seed,
     )
 

@@ -18,7 +18,7 @@ from pydqn.envs.make import make_envs
 from pydqn.envs.own import MakeEnv, registered
 from pydqn.evaluation.build import MakeNetwork, replay_settings, trained_policy
 from pydqn.evaluation.protocols import under_protocol, warn_if_cut
-from pydqn.learning.policy import Policy
+from pydqn.learning.policy import Actor, Policy
 from pydqn.learning.records import MASKED
 from pydqn.replay.device import DeviceReplay
 from pydqn.replay.frames import FrameReplay
@@ -47,8 +47,11 @@ def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, see
     replay = FrameReplay(envs.num_envs * (config.stack + config.n_step), **replay_settings(config, envs))
     generator = np.random.default_rng(seed)
     start_episodes(envs, replay, seed)
+    values_of = policy.values
+    if config.evaluation_noise:
+        values_of = Actor(policy, replay.latest(), capture=False, seed=seed).values
     while True:
-        values = policy.values(replay.latest())
+        values = values_of(replay.latest()).copy()
         action = policy.choose(values, epsilon, generator)
         envs.send(action)
         slot = replay.next_slot()

@@ -7,6 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn.learning.losses import LOSSES, td_error
 from pydqn.learning.networks import QNetwork, tensors_of
+from pydqn.learning.noise import Noise
 from pydqn.learning.objectives import DISTRIBUTIONAL, Objective, Transitions, munchausen_target
 from pydqn.learning.optimizers import OptimizerSettings, OptimizerState, make_optimizer
-from pydqn.learning.policy import Policy, resolve_device
+from pydqn.learning.policy import Policy, new_generator, resolve_device
 from pydqn.learning.records import MASKED
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.statistics import Statistics
@@ -76,7 +78,8 @@ class Learner:
         loss: `loss(online, target, batch)` returns the (B,) losses of `Transitions`. `settings.loss` and
             `settings.double` have no effect then, precision "auto" is float32, and "bfloat16" means autocast. None for
             the loss that `settings` name.
-        seed: of the levels of implicit quantiles.
+        seed: of the noise of noisy layers, drawn anew for both networks at each step, and of the levels of implicit
+            quantiles.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -104,7 +107,12 @@ class Learner:
         captures = device.type == "cuda" if capture is None else capture
         if captures and device.type != "cuda":
             raise ValueError(f"capture: a CUDA graph needs a CUDA device, got {device}")
-        exact = loss is not None and settings.precision == "auto"
+        if settings.target_update_rate < 1 and settings.precision == "bfloat16":
+            raise ValueError(
+                "target_update_rate: expected 1 with precision 'bfloat16', which would round small moves of the target "
+                f"network away, got {settings.target_update_rate:g}"
+            )
+        exact = (loss is not None or settings.target_update_rate < 1) and settings.precision == "auto"
         self.policy = Policy(network, device, "float32" if exact else settings.precision)
         self.online, self._compute_network = self.policy.network, self.policy.compute_network
         self.target = copy.deepcopy(self._compute_network).requires_grad_(False)
@@ -121,7 +129,9 @@ class Learner:
         )
         self._loss, self._custom_loss = LOSSES[settings.loss], loss
         self._scalar = loss is None and settings.value == "scalar"
-        self._generator = _generator(device, seed) if loss is None and settings.value == "implicit_quantile" else None
+        self._noise = [Noise(network, 1, device) for network in (self._compute_network, self.target)]
+        draws = any(self._noise) or (loss is None and settings.value == "implicit_quantile")
+        self._generator = new_generator(device, seed) if draws else None
         self._frames = frames
         self._max_steps = len(example.action) // settings.batch_size  # in one `update`
         self._to_device = HostToDevice(example, device, names=example._fields)
@@ -166,8 +176,18 @@ class Learner:
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Copy the online network to the target network."""
-        torch._foreach_copy_(tensors_of(self.target), tensors_of(self._compute_network))
+        """Copy the online network to the target network, or move it there by `target_update_rate` of the way.
+
+        Buffers, such as running means, are always copied.
+        """
+        rate = self._settings.target_update_rate
+        if rate == 1:
+            torch._foreach_copy_(tensors_of(self.target), tensors_of(self._compute_network))
+            return
+        targets: list[Tensor] = [*self.target.parameters()]
+        torch._foreach_lerp_(targets, [*self._compute_parameters], rate)
+        for ours, theirs in zip(self.target.buffers(), self._compute_network.buffers(), strict=True):
+            ours.copy_(theirs)
 
     def statistics(self) -> Statistics:
         """Return statistics of the latest gradient step (waits for the device).
@@ -230,7 +250,7 @@ class Learner:
         """Return all tensors that a learner needs to go on, by name, not copies of them.
 
         These are those of both networks and of the optimizer, and "updates", the number of gradient steps (int64); with
-        implicit quantiles also "generator", the state of the random generator.
+        noisy layers or implicit quantiles also "generator", the state of the random generator.
         """
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64, device="cpu")}
         state |= {f"online.{name}": value for name, value in self.online.state_dict().items()}
@@ -311,17 +331,21 @@ class Learner:
         obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._to_device.tensors)
         batch = Transitions(obs, action, reward, discount, next_obs)
         values: Tensor | None = None
-        if self._scalar:
-            root, gradient, errors = self._differentiate(batch, weight)
-            values = root.detach()
-            self._keep_errors(part, errors, errors)
-        elif self._custom_loss is None:
-            root, td_errors, values = self._objective(batch)
-            gradient, errors = weight / size, root.detach()
-            self._keep_errors(part, td_errors, errors)
-        else:
-            root = self._trace(self._custom_loss, batch)
-            gradient, errors = weight / size, self._errors[part].copy_(root.detach())
+        with ExitStack() as noise:
+            for one in filter(None, self._noise):
+                one.draw(self._generator)
+                noise.enter_context(one.applied())
+            if self._scalar:
+                root, gradient, errors = self._differentiate(batch, weight)
+                values = root.detach()
+                self._keep_errors(part, errors, errors)
+            elif self._custom_loss is None:
+                root, td_errors, values = self._objective(batch)
+                gradient, errors = weight / size, root.detach()
+                self._keep_errors(part, td_errors, errors)
+            else:
+                root = self._trace(self._custom_loss, batch)
+                gradient, errors = weight / size, self._errors[part].copy_(root.detach())
         for parameter in self._compute_parameters:
             parameter.grad = None
         root.backward(gradient)
@@ -408,12 +432,6 @@ class Learner:
             self._optimizer.refresh()
             if self._generator is not None and drawn is not None:
                 self._generator.set_state(drawn)
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    generator = torch.Generator(device)
-    generator.manual_seed(seed)
-    return generator
 
 
 def _require_representation(network: nn.Module, settings: LearnerSettings) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
+from pydqn.learning.noise import linear
 from pydqn.learning.pixels import to_channels_last
 from pydqn.learning.records import ActionMask, RecordTorso
 from pydqn.learning.settings import LearnerSettings
@@ -154,12 +155,12 @@ class VectorTorso(nn.Module):
         return x if self.input_range == UNIT_RANGE else (x - low) * (1 / (high - low))
 
 
-def _hidden(features: int, units: tuple[int, ...], out: int) -> nn.Sequential:
+def _hidden(features: int, units: tuple[int, ...], out: int, noisy_sigma: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in units:
-        layers += [nn.Linear(features, width), nn.ReLU(inplace=True)]
+        layers += [linear(features, width, noisy_sigma), nn.ReLU(inplace=True)]
         features = width
-    return nn.Sequential(*layers, nn.Linear(features, out))
+    return nn.Sequential(*layers, linear(features, out, noisy_sigma))
 
 
 class QNetwork(nn.Module):
@@ -178,6 +179,7 @@ class QNetwork(nn.Module):
         dueling: bool,
         masked: bool = False,
         settings: LearnerSettings | None = None,
+        noisy_sigma: float = 0.0,
     ) -> None:
         super().__init__()
         self.mask = ActionMask(num_actions) if masked else None
@@ -188,8 +190,8 @@ class QNetwork(nn.Module):
         self.represents = represented(settings)
         self.representation = make_representation(settings, torso.features)
         self._outputs = 1 if self.representation is None else self.representation.outputs  # per action
-        self.advantage = _hidden(features, hidden_units, num_actions * self._outputs)
-        self.value = _hidden(features, hidden_units, self._outputs) if dueling else None
+        self.advantage = _hidden(features, hidden_units, num_actions * self._outputs, noisy_sigma)
+        self.value = _hidden(features, hidden_units, self._outputs, noisy_sigma) if dueling else None
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert observations as the torso does; `forward` takes them either way."""
@@ -256,6 +258,7 @@ def make_network(
     pixel_std: float = 1.0,
     input_range: tuple[float, float] | None = None,
     settings: LearnerSettings | None = None,
+    noisy_sigma: float = 0.0,
     seed: int = 0,
 ) -> QNetwork:
     """Build a network with weights drawn from `seed` alone.
@@ -275,6 +278,7 @@ def make_network(
         input_range: the values of frames that are mapped to 0 and 1; None for (0, 255) with pixels, and (0, 1), which
             changes nothing, with "mlp". A layout has its own.
         settings: the learner's, of which the value representation counts; None for scalar values.
+        noisy_sigma: the initial noise of the fully connected layers (see `NoisyLinear`); 0 for layers without.
         seed: of the initial weights; PyTorch's global generator stays as it was.
 
     Raises:
@@ -290,7 +294,7 @@ def make_network(
             raise ValueError(f"network: {name!r} needs images, got frames of shape {shapes}; mlp takes any")
         torsos = [_torso(name, stack, part, pixel_mean, pixel_std) for part in layout.parts]
         torso = RecordTorso(layout, torsos, sum(torso.features for torso in torsos)) if layout.is_record else torsos[0]
-        network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0, settings)
+        network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0, settings, noisy_sigma)
         if name == _WITHOUT_BIASES:
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):

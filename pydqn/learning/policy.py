@@ -16,6 +16,7 @@ from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
 from pydqn.learning.networks import PixelTorso, mixed_precision_copy
+from pydqn.learning.noise import Noise
 from pydqn.learning.records import MASKED
 from pydqn.replay.lookup import look_up
 
@@ -87,6 +88,13 @@ def set_torch_threads(config: Config, network: nn.Module) -> int:
     return before
 
 
+def new_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a generator of random tensors on the device."""
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    return generator
+
+
 class Policy:
     """A network for acting: action values without gradients, in a learner's precision.
 
@@ -127,10 +135,21 @@ class Policy:
         return self.forward(torch.from_numpy(obs).to(self.device)).cpu().numpy()
 
     @staticmethod
-    def choose(values: NDArray[np.float32], epsilon: float, generator: np.random.Generator) -> NDArray[np.int64]:
+    def choose(
+        values: NDArray[np.float32],
+        epsilon: float | NDArray[np.float64],
+        generator: np.random.Generator,
+        temperature: float = 0.0,
+    ) -> NDArray[np.int64]:
         """Return (B,) epsilon-greedy actions for (B, A) action values, drawn independently of each other.
 
         Random actions are drawn from those that are allowed: whose value is not `MASKED`.
+
+        Args:
+            values: action values.
+            epsilon: the probability of a random action; one number, or (B,).
+            generator: of random numbers.
+            temperature: above 0, the other actions are drawn too, with probabilities softmax(values / temperature).
         """
         explore = generator.random(len(values)) < epsilon
         allowed = values != MASKED
@@ -139,11 +158,16 @@ class Policy:
         else:
             rank = np.floor(generator.random(len(values)) * allowed.sum(axis=1))
             random_actions = (allowed.cumsum(axis=1) > rank[:, None]).argmax(axis=1)
+        if temperature > 0:  # the largest of values with Gumbel noise is a draw from their softmax
+            noise = generator.gumbel(size=values.shape)
+            values = np.where(allowed, values.astype(np.float64) / temperature + noise, -np.inf)
         return np.where(explore, random_actions, values.argmax(axis=1))
 
 
 class Actor:
     """Action values for a fixed number of environments, on a GPU with a CUDA graph and a single wait per call.
+
+    If the network has noisy layers, each environment gets noise of its own, drawn anew at each call.
 
     During the capture, at the first `values`, no other thread may wait for the device: PyTorch's mode that detects this
     applies to the whole process.
@@ -155,12 +179,21 @@ class Actor:
             (`DeviceReplay.frames`).
         capture: whether to use a CUDA graph. None uses one on CUDA devices, and if the policy cannot be captured, warns
             and goes on without. True makes that an error.
+        seed: of the noise.
     """
 
     def __init__(
-        self, policy: Policy, example: NDArray[Any], frames: Tensor | None = None, capture: bool | None = None
+        self,
+        policy: Policy,
+        example: NDArray[Any],
+        frames: Tensor | None = None,
+        capture: bool | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         self._policy, self._frames = policy, frames
+        self._noise = Noise(policy.compute_network, len(example), policy.device)
+        self._generator = new_generator(policy.device, seed) if self._noise else None
         self._to_device = HostToDevice([example], policy.device, names=["obs"])
         self._to_host = DeviceToHost(policy.device)
         self._captures = policy.device.type == "cuda" if capture is None else capture
@@ -179,16 +212,29 @@ class Actor:
     def _capture(self) -> None:
         """Capture the graph. This leaves buffers that the network changes in its forward pass as they were."""
         stream = torch.cuda.Stream(self._policy.device)
+        drawn = self.state()
         try:
             with preserved([*self._policy.network.buffers()]):
                 warm_up(self._forward, stream)
-            self._graph = Graph(self._forward, stream)
+            self.load_state(drawn)
+            self._graph = Graph(self._forward, stream, generator=self._generator)
         except CaptureError as error:
             if self._must_capture:
                 raise CaptureError(f"capture: the policy cannot become a CUDA graph ({error})") from error
             warnings.warn(f"actions are chosen without a CUDA graph, and slower: {error}", RuntimeWarning, stacklevel=4)
             self._captures = False
 
+    def state(self) -> Tensor | None:
+        """Return the state of the noise's random generator; None if there is no noise."""
+        return None if self._generator is None else self._generator.get_state()
+
+    def load_state(self, state: Tensor | None) -> None:
+        """Go on from what `state` returned. Another kind of device has other states, which change nothing."""
+        if self._generator is not None and state is not None and state.shape == self._generator.get_state().shape:
+            self._generator.set_state(state.cpu())
+
     def _forward(self) -> Tensor:
         (obs,) = self._to_device.tensors
-        return self._policy.forward(obs if self._frames is None else look_up(self._frames, obs))
+        self._noise.draw(self._generator)
+        with self._noise.applied():
+            return self._policy.forward(obs if self._frames is None else look_up(self._frames, obs))

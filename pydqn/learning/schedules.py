@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pydqn.config import Config
 
 
@@ -34,6 +37,8 @@ def exponential(step: int, start: float, end: float, duration: int) -> float:
 
 def epsilon(config: Config, step: int) -> float:
     """Return the probability of a random action at `step`."""
+    if 0 < config.epsilon_off_steps <= step:
+        return 0.0
     start, end, duration = config.epsilon_start, config.epsilon_end, config.epsilon_decay_steps
     hold = config.epsilon_hold_steps
     if config.epsilon_schedule == "exponential":
@@ -42,6 +47,16 @@ def epsilon(config: Config, step: int) -> float:
     if config.epsilon_schedule == "piecewise":
         knots.append((config.total_steps, config.epsilon_final))
     return piecewise(step, knots)
+
+
+def epsilons(config: Config, step: int) -> NDArray[np.float64]:
+    """Return each environment's probability of a random action at `step`, (num_envs,).
+
+    With a ladder, that is epsilon^(1 + ladder i / (N - 1)): Horgan et al. 2018 (https://arxiv.org/abs/1803.00933,
+    section 4.1).
+    """
+    powers = 1 + config.epsilon_ladder * np.linspace(0, 1, config.num_envs)
+    return np.asarray(epsilon(config, step) ** powers)
 
 
 def learning_rate(config: Config, step: int) -> float:

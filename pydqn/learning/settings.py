@@ -39,6 +39,7 @@ class LearnerSettings:
     priority_error: str = Config.priority_error
     max_grad_norm: float = Config.max_grad_norm
     target_update_period: int = Config.target_update_period
+    target_update_rate: float = Config.target_update_rate
     precision: str = Config.precision
     learning_rate: float = Config.learning_rate
     optimizer: str = Config.optimizer

@@ -26,7 +26,7 @@ from pydqn.evaluation.evaluate import evaluate_policy, evaluation_envs
 from pydqn.evaluation.play import start_episodes
 from pydqn.learning.learner import Learner
 from pydqn.learning.policy import Actor, Policy, resolve_device, set_torch_threads
-from pydqn.learning.schedules import Due, epsilon, learning_rate, priority_beta
+from pydqn.learning.schedules import Due, epsilons, learning_rate, priority_beta
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.statistics import Statistics
 from pydqn.replay.device import DeviceReplay, resolve_storage
@@ -39,6 +39,7 @@ from pydqn.training.base import NUMBERS, BaseRun
 from pydqn.training.episode_videos import EpisodeVideos
 from pydqn.training.seeds import Seeds
 
+_NOISE = "noise"  # the generator's state, among the tensors of a checkpoint
 _METRICS = ("loss", "mean_q", "grad_norm", "max_q")  # their order in older checkpoints
 
 
@@ -97,7 +98,8 @@ class Run(BaseRun):
         self.learner = Learner(
             network, self._learner_settings(), self._device, self._batch, frames=frames, seed=seed.learner
         )
-        self._actor = Actor(self.learner.policy, self.replay.empty_batch(config.num_envs).obs, frames)
+        example = self.replay.empty_batch(config.num_envs).obs
+        self._actor = Actor(self.learner.policy, example, frames, seed=seed.noise)
         self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
         self._unchecked: NDArray[np.int64] | None = None  # transitions of the latest updates: see `_take_td_errors`
@@ -188,14 +190,15 @@ class Run(BaseRun):
             if envs is not None:
                 envs.close()
 
-    def act(self, epsilon: float) -> NDArray[np.int64]:
-        """Return (num_envs,) epsilon-greedy actions for the current observations."""
-        return Policy.choose(self._actor.values(self.replay.latest()), epsilon, self._generator)
+    def act(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return (num_envs,) actions for the current observations, random with probability `epsilon`."""
+        values = self._actor.values(self.replay.latest())
+        return Policy.choose(values, epsilon, self._generator, self.config.boltzmann_temperature)
 
     def step(self) -> None:
         """Take one step in every environment, and make the required updates while the emulators run."""
         config = self.config
-        action = self.act(epsilon(config, self.steps))
+        action = self.act(epsilons(config, self.steps))
         self.envs.send(action)
         self._learn()
         slot = self.replay.next_slot()
@@ -305,7 +308,8 @@ class Run(BaseRun):
         return inputs_of(self.config, self.envs)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return self.learner.state_dict()
+        noise = self._actor.state()
+        return self.learner.state_dict() | ({} if noise is None else {_NOISE: noise})
 
     def _state(self) -> dict[str, Any]:
         statistics = self.statistics()
@@ -330,7 +334,9 @@ class Run(BaseRun):
         self._evaluated_at = integer("evaluated_at", state["evaluated_at"], 0)
         # In older checkpoints, the number of updates is not among the tensors, and the statistics are a list.
         updates = torch.tensor(integer("updates", state["updates"], 0))
-        self.learner.load_state_dict({"updates": updates, **checkpoint.tensors})
+        tensors = {"updates": updates, **checkpoint.tensors}
+        self._actor.load_state(tensors.pop(_NOISE, None))
+        self.learner.load_state_dict(tensors)
         numbers = state["statistics"] if "statistics" in state else dict(zip(_METRICS, state["metrics"], strict=True))
         loss, mean_q, max_q, grad_norm = (float(numbers[name]) for name in NUMBERS)
         self._restored_statistics = Statistics(loss, mean_q, max_q, grad_norm, {})

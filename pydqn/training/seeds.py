@@ -16,8 +16,9 @@ class Seeds(NamedTuple):
     replay: int
     network: int
     learner: int
+    noise: int
 
     @classmethod
     def of(cls, seeds: np.random.SeedSequence) -> Seeds:
         """Draw the seeds."""
-        return cls(*map(int, seeds.generate_state(6)))
+        return cls(*map(int, seeds.generate_state(7)))

@@ -23,6 +23,11 @@ KINDS = {
     "munchausen": {"munchausen": True},
     "munchausen-implicit": {"munchausen": True, "value": "implicit_quantile", **DISTRIBUTIONS["implicit_quantile"]},
     "in-a-row": {"updates_in_a_row": 7},
+    "noisy": {"noisy_sigma": 0.5, "epsilon_start": 0.0, "epsilon_end": 0.0, "dueling": True},
+    "noisy-implicit": {"noisy_sigma": 0.1, "value": "implicit_quantile", **DISTRIBUTIONS["implicit_quantile"]},
+    "soft": {"target_update_rate": 0.01, "target_update_period": 1},
+    "ladder": {"epsilon_ladder": 7.0, "epsilon_start": 0.4, "epsilon_end": 0.4, "epsilon_off_steps": 200},
+    "boltzmann": {"boltzmann_temperature": 0.1},
 }
 
 
