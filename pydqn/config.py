@@ -160,8 +160,9 @@ class Config:
     prioritized: bool = _field(False, "Transitions are sampled in proportion to their TD errors (Schaul et al. 2016).")
     priority_alpha: float = _field(0.6, "Priorities are raised to this power, from 0 (uniform sampling) to 1.")
     priority_beta: float = _field(
-        0.4, "Importance weights are raised to this power at the start; it rises to 1 at total_steps."
+        0.4, "Importance weights are raised to this power at the start; it becomes priority_beta_end at total_steps."
     )
+    priority_beta_end: float = _field(1.0, "Importance weights are raised to this power at the end.")
     priority_epsilon: float = _field(1e-6, "This is added to the error that a priority is made of.")
     priority_error: str = _field(
         "auto",
@@ -385,7 +386,15 @@ class Config:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         shares = (
-            *("sticky_actions", "gamma", "rmsprop_decay", "priority_alpha", "priority_beta", "munchausen_alpha"),
+            *(
+                "sticky_actions",
+                "gamma",
+                "rmsprop_decay",
+                "priority_alpha",
+                "priority_beta",
+                "priority_beta_end",
+                "munchausen_alpha",
+            ),
             "target_update_rate",
         )
         for name in (*shares, *_EPSILONS):

@@ -52,6 +52,27 @@ _BREAKOUT = dataclasses.replace(
     video_every_episodes=50,
 )
 
+# Castro et al. 2018, Dopamine (https://arxiv.org/abs/1812.06110), by its own configuration files.
+_DOPAMINE = dataclasses.replace(
+    _PLAIN,
+    env_id="ALE/Breakout-v5",
+    total_steps=50_000_000,
+    sticky_actions=0.25,
+    noop_max_frames=0,
+    replay_capacity_frames=1_000_000,
+    learning_starts_steps=20_000,
+    train_period_steps=4.0,
+    target_update_period=2_000,  # updates: every 8,000 steps
+    epsilon_hold_steps=20_000,
+    epsilon_decay_steps=250_000,
+    evaluation_every_steps=250_000,
+    log_every_episodes=10,
+    checkpoint_every_steps=250_000,
+)
+_DOPAMINE_IQN = dataclasses.replace(
+    _DOPAMINE, value="implicit_quantile", learning_rate=5e-5, optimizer_epsilon=3.125e-4
+)  # 64 levels each to learn and for the target, 32 to act
+
 # For any task: no clipping, no rule at which the run ends early, evaluations on.
 _NEUTRAL = Config(
     num_envs=4,
@@ -285,6 +306,48 @@ PRESETS: dict[str, Preset] = {
         ),
         "Any Atari game (--env-id) from pixels; Breakout by default",
         "Mnih et al. 2015, extended data table 1",
+    ),
+    "dopamine-dqn": Preset(
+        dataclasses.replace(_DOPAMINE, loss="mse", learning_rate=6.25e-5, optimizer_epsilon=1.5e-4),
+        "Any Atari game (--env-id) from pixels; Breakout by default",
+        "DQN of Dopamine (Castro et al. 2018), with Adam and the mean squared error",
+    ),
+    "dopamine-c51": Preset(
+        dataclasses.replace(_DOPAMINE, value="categorical", learning_rate=2.5e-4, optimizer_epsilon=3.125e-4),
+        "Any Atari game (--env-id) from pixels; Breakout by default",
+        "C51 (Bellemare et al. 2017) of Dopamine",
+    ),
+    "dopamine-rainbow": Preset(
+        dataclasses.replace(
+            _DOPAMINE,
+            value="categorical",
+            n_step=3,
+            prioritized=True,
+            priority_error="root_loss",
+            priority_alpha=1.0,  # of the root, so 0.5 of the loss
+            priority_beta=0.5,
+            priority_beta_end=0.5,
+            priority_epsilon=1e-10,
+            learning_rate=6.25e-5,
+            optimizer_epsilon=1.5e-4,
+        ),
+        "Any Atari game (--env-id) from pixels; Breakout by default",
+        "The compact Rainbow of Dopamine: C51, three steps, priorities (Hessel et al. 2018 without the rest)",
+    ),
+    "dopamine-iqn": Preset(
+        dataclasses.replace(_DOPAMINE_IQN, n_step=3),
+        "Any Atari game (--env-id) from pixels; Breakout by default",
+        "IQN (Dabney et al. 2018) of Dopamine",
+    ),
+    "m-dqn": Preset(
+        dataclasses.replace(_DOPAMINE, munchausen=True, learning_rate=5e-5, optimizer_epsilon=3.125e-4),
+        "Any Atari game (--env-id) from pixels; Breakout by default",
+        "Munchausen DQN (Vieillard et al. 2020)",
+    ),
+    "m-iqn": Preset(
+        dataclasses.replace(_DOPAMINE_IQN, munchausen=True),
+        "Any Atari game (--env-id) from pixels; Breakout by default",
+        "Munchausen IQN (Vieillard et al. 2020)",
     ),
 }
 

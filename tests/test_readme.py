@@ -59,11 +59,11 @@ def test_algorithms_name_fields_defaults_and_commands_that_exist(page):
 
 
 def test_the_presets_are_those_that_exist():
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE)) == set(PRESETS)
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \|", README, re.MULTILINE)) == set(PRESETS)
 
 
 def test_every_preset_has_a_result_or_says_that_it_has_none():
-    rows = dict(re.findall(r"^\| `([a-z-]+)` \| .*? \| (.*) \|$", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| .*? \| (.*) \|$", README, re.MULTILINE))
     assert set(rows) == set(PRESETS)
     for name, result in rows.items():
         runs = sorted((ROOT / "results" / name).glob("seed-*"))
@@ -95,7 +95,7 @@ def test_the_commands_can_be_typed():
 
 
 def test_every_system_has_its_page():
-    assert set(re.findall(r"^\| `([a-z-]+)` \| `pydqn train", SYSTEMS, re.MULTILINE)) == set(PRESETS)
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \| `pydqn train", SYSTEMS, re.MULTILINE)) == set(PRESETS)
     for option in re.findall(r"`--([a-z-]+)", README + SYSTEMS + TRAINING):
         field = option.removeprefix("no-").replace("-", "_")
         known = field in Config.__dataclass_fields__ or option in CLI_OPTIONS
@@ -131,7 +131,7 @@ LATER |= {"env_workers", "restart_envs", "updates_in_a_row", "priority_error", "
 LATER |= {"value_max", "hl_gauss_sigma", "num_quantiles", "num_taus", "num_target_taus", "num_action_taus"}
 LATER |= {"num_cosines", "first_cosine", "quantile_kappa", "munchausen", "munchausen_alpha", "munchausen_temperature"}
 LATER |= {"munchausen_least", "munchausen_policy", "noisy_sigma", "target_update_rate", "epsilon_off_steps"}
-LATER |= {"epsilon_ladder", "boltzmann_temperature", "evaluation_noise"}
+LATER |= {"epsilon_ladder", "boltzmann_temperature", "evaluation_noise", "priority_beta_end"}
 RUNS = sorted((ROOT / "results").glob("*/seed-*"))
 MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 

@@ -67,8 +67,8 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def priority_beta(config: Config, step: int) -> float:
-    """Return the exponent of the importance weights at `step`: from `config.priority_beta` to 1 at the end."""
-    return linear(step, config.priority_beta, 1.0, config.total_steps)
+    """Return the exponent of the importance weights at `step`, which changes linearly until the end of the run."""
+    return linear(step, config.priority_beta, config.priority_beta_end, config.total_steps)
 
 
 class Due:

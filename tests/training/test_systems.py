@@ -179,6 +179,39 @@ PUBLISHED = {
         "total_steps": 10_000_000,
     },
 }
+# Dopamine's configuration files; Vieillard et al. 2020, appendix B
+DOPAMINE = {
+    **{"env_id": "ALE/Breakout-v5", "num_envs": 1, "sticky_actions": 0.25, "noop_max_frames": 0, "clip_rewards": True},
+    **{"terminal_on_life_loss": False, "max_episode_frames": 108_000, "preprocess": "resize_area", "max_pool": True},
+    **{
+        "frame_skip": 4,
+        "stack": 4,
+        "replay_capacity_frames": 1_000_000,
+        "learning_starts_steps": 20_000,
+        "gamma": 0.99,
+    },
+    **{"batch_size": 32, "train_period_steps": 4.0, "target_update_period": 2_000, "target_update_rate": 1.0},
+    **{"epsilon_start": 1.0, "epsilon_end": 0.01, "epsilon_hold_steps": 20_000, "epsilon_decay_steps": 250_000},
+    **{"evaluation_epsilon": 0.001, "optimizer": "adam", "max_grad_norm": 0.0, "network": "nature", "dueling": False},
+    **{"hidden_units": (512,), "double": False, "total_steps": 50_000_000},
+}
+ATOMS = {"value": "categorical", "num_atoms": 51, "value_min": -10.0, "value_max": 10.0}
+LEVELS = {"value": "implicit_quantile", "num_taus": 64, "num_target_taus": 64, "num_action_taus": 32, "num_cosines": 64}
+LEVELS |= {"first_cosine": 1, "quantile_kappa": 1.0, "learning_rate": 5e-5, "optimizer_epsilon": 3.125e-4}
+MUNCHAUSEN = {"munchausen": True, "munchausen_alpha": 0.9, "munchausen_temperature": 0.03, "munchausen_least": -1.0}
+MUNCHAUSEN |= {"munchausen_policy": "target", "n_step": 1, "learning_rate": 5e-5, "optimizer_epsilon": 3.125e-4}
+PRIORITIES = {"prioritized": True, "priority_error": "root_loss", "priority_alpha": 1.0, "priority_beta": 0.5}
+PUBLISHED |= {
+    "dopamine-dqn": {**DOPAMINE, "loss": "mse", "learning_rate": 6.25e-5, "optimizer_epsilon": 1.5e-4, "n_step": 1},
+    "dopamine-c51": {**DOPAMINE, **ATOMS, "learning_rate": 2.5e-4, "optimizer_epsilon": 3.125e-4, "n_step": 1},
+    "dopamine-rainbow": {
+        **{**DOPAMINE, **ATOMS, **PRIORITIES, "priority_beta_end": 0.5, "n_step": 3},
+        **{"learning_rate": 6.25e-5, "optimizer_epsilon": 1.5e-4},
+    },
+    "dopamine-iqn": {**DOPAMINE, **LEVELS, "n_step": 3},
+    "m-dqn": {**DOPAMINE, **MUNCHAUSEN, "value": "scalar", "loss": "huber"},
+    "m-iqn": {**DOPAMINE, **LEVELS, **MUNCHAUSEN},
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -199,7 +232,11 @@ def test_presets_differ_where_they_say():
     assert preset("pong-book").stop_return == 19.01
 
 
-@pytest.mark.parametrize("name", ["pong-book", "breakout", "breakout-double", "breakout-dueling", "nature"])
+PIXELS = ["pong-book", "breakout", "breakout-double", "breakout-dueling", "nature"]
+PIXELS += ["dopamine-dqn", "dopamine-c51", "dopamine-rainbow", "dopamine-iqn", "m-dqn", "m-iqn"]
+
+
+@pytest.mark.parametrize("name", PIXELS)
 def test_pixel_presets_run_and_learn(name, tmp_path):
     """A few hundred steps of each, with a small replay buffer: updates are made and change every parameter."""
     config = preset(
