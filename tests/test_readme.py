@@ -54,7 +54,7 @@ def test_algorithms_name_fields_defaults_and_commands_that_exist(page):
         names = re.findall(r"`(\w+)`", names)
         assert set(names) <= set(fields)
         if re.fullmatch(r"`?[\w.-]+`?(, [\d.-]+)*", default):
-            found = [f"{fields[name].default:g}" if "`" not in default else fields[name].default for name in names]
+            found = [f"{fields[name].default:g}" if "`" not in default else str(fields[name].default) for name in names]
             assert ", ".join(found) == default.strip("`"), names
 
 

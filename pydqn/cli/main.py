@@ -75,7 +75,10 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def presets(arguments: argparse.Namespace) -> None:
-    """List the presets, or print the settings of one."""
+    """List the presets, print the settings of one, or what two differ in."""
+    if arguments.diff:
+        _print_differences(*arguments.diff)
+        return
     if arguments.preset is None:
         for name, entry in PRESETS.items():
             print(f"{name:18} {entry.summary}\n{'':18} {entry.source}")
@@ -86,13 +89,26 @@ def presets(arguments: argparse.Namespace) -> None:
     width = max(map(len, names))
     columns = max(80, shutil.get_terminal_size((120, 24)).columns)
     for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
         if field.name in SECTIONS:
             print(f"\n{SECTIONS[field.name]}")
-        text = (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
-        start = f"{field.name:{width}}  {text:15} "
+        start = f"{field.name:{width}}  {_shown(config, field.name):15} "
         indent = " " * (width + 18)
         print(textwrap.fill(field.metadata["help"], columns, initial_indent=start, subsequent_indent=indent))
+
+
+def _print_differences(one: str, other: str) -> None:
+    configs = (preset(one), preset(other))
+    rows = [(field.name, *(_shown(config, field.name) for config in configs)) for field in dataclasses.fields(Config)]
+    rows = [("", one, other), *(row for row in rows if row[1] != row[2])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _shown(config: Config, name: str) -> str:
+    """Return the value of a field as the command line takes it."""
+    value = getattr(config, name)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

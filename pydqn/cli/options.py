@@ -47,6 +47,9 @@ def make_parser(commands_of: Mapping[str, Callable[[argparse.Namespace], int | N
 
     command = add("presets", "List the presets, or print all settings of one.")
     command.add_argument("preset", nargs="?", metavar="PRESET", help="Print the settings of this preset.")
+    command.add_argument(
+        "--diff", nargs=2, metavar="PRESET", help="Print the settings that these two presets differ in."
+    )
 
     command = add(
         "train",

@@ -39,6 +39,7 @@ from pydqn.training.base import NUMBERS, BaseRun
 from pydqn.training.episode_videos import EpisodeVideos
 from pydqn.training.seeds import Seeds
 
+_NEAR = 0.05  # of the support's width
 _NOISE = "noise"  # the generator's state, among the tensors of a checkpoint
 _METRICS = ("loss", "mean_q", "grad_norm", "max_q")  # their order in older checkpoints
 
@@ -66,6 +67,7 @@ class Run(BaseRun):
     _evaluation_envs: Envs | None = None
     _videos: EpisodeVideos | None = None
     _pace: Pace | None = None  # of updates, on a CPU
+    _support_fits = True  # see `_check_support`
     _restored_statistics: Statistics | None = None  # those of the checkpoint, until the first new update
 
     def _create(self, seeds: np.random.SeedSequence) -> None:
@@ -262,6 +264,30 @@ class Run(BaseRun):
         )
         if not self._stopping:
             self._evaluation, self._evaluated_at = float(np.mean(returns)), self.steps
+
+    def _report(self) -> Report:
+        report = super()._report()
+        if self._support_fits:
+            self._check_support(report)
+        return report
+
+    def _check_support(self, report: Report) -> None:
+        """Warn, once, if action values come so near to an end of their support that returns are cut off there."""
+        low, high = self.config.value_min, self.config.value_max
+        margin = max(_NEAR, 1 / self.config.num_atoms) * (high - low)
+        for name, end, value, near in (
+            ("value_max", high, report.max_q, report.max_q > high - margin),
+            ("value_min", low, report.mean_q, report.mean_q < low + margin),
+        ):
+            if near and self.config.value in ("categorical", "hl_gauss"):
+                self._support_fits = False
+                extreme = "largest" if name == "value_max" else "mean"
+                warnings.warn(
+                    f"{name}: the {extreme} action value is {value:.3g}, close to {end:g}, beyond which no return can "
+                    f"be represented; start anew with a {name} that fits the returns of this task",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def _learner_settings(self) -> LearnerSettings:
         """Return the learner's settings. A resumed run keeps the precision that "auto" chose on this kind of device."""

@@ -224,6 +224,19 @@ def test_plot(run, tmp_path, capsys):
     assert imageio.imread(image).shape[:2] == (540, 1350)
 
 
+def test_what_two_presets_differ_in(capsys):
+    assert main(["presets", "--diff", "dopamine-iqn", "m-iqn"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["dopamine-iqn", "m-iqn"],
+        ["n_step", "3", "1"],
+        ["munchausen", "False", "True"],
+    ]
+    assert main(["presets", "--diff", "nature", "nature"]) == 0
+    assert capsys.readouterr().out.split() == ["nature", "nature"]
+    assert main(["presets", "--diff", "nature", "natur"]) == 2
+    assert "'natur' is not known; did you mean nature or" in capsys.readouterr().err
+
+
 def test_presets(capsys):
     assert main(["presets"]) == 0
     listed = capsys.readouterr().out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -83,6 +85,20 @@ def test_updates_in_a_row(tmp_path):
             run.step()
             found.append(run.updates - before)
     assert set(found) == {0, 7}
+
+
+@pytest.mark.parametrize("value", ["categorical", "hl_gauss", "quantile"])
+def test_a_support_that_is_too_small_is_said_once(value, tmp_path):
+    """CartPole's rewards are 1: returns beyond 3 are cut off."""
+    settings = {"total_steps": 1500, "log_every_steps": 100, "learning_rate": 3e-3, "checkpoint_every_steps": 0}
+    settings |= {"target_update_period": 10, "train_period_steps": 1.0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pydqn.train(small(value, **settings, prioritized=False), tmp_path)
+    texts = [str(one.message) for one in caught if "value_max" in str(one.message)]
+    assert len(texts) == (value != "quantile")
+    for text in texts:
+        assert re.match(r"value_max: the largest action value is (2|3).*, close to 3, beyond which no return can", text)
 
 
 def test_a_network_of_ones_own_has_scalar_values(tmp_path):
