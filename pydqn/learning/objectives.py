@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pydqn.learning import distributions, munchausen
 from pydqn.learning.networks import QNetwork
+from pydqn.learning.quantile_kernel import quantile_huber_and_errors
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.values import Categorical, ImplicitQuantiles, Quantiles
 
@@ -115,8 +116,7 @@ def quantiles(
         q_t = target.means(outputs_t[..., :count] if count else outputs_t, batch.next_obs)
         goal = _sampled_target(online, target, outputs_t[..., count:], q_t, values, batch, settings)
     taken = _of_action(outputs, batch.action)
-    errors = (goal.unsqueeze(1) - taken.detach().unsqueeze(2)).abs().mean(dim=2).sum(dim=1)
-    return Objective(distributions.quantile_huber(taken, tau, goal, settings.quantile_kappa), errors, values)
+    return Objective(*quantile_huber_and_errors(taken, tau, goal, settings.quantile_kappa), values)
 
 
 DISTRIBUTIONAL: dict[str, DistributionalLoss] = {

@@ -26,7 +26,7 @@ def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
         (B, C, H, W) of that dtype, channels-last.
     """
     batch, channels, height, width = images.shape
-    if _is_traced() or images.device.type != "cpu" or images.dtype != torch.uint8 or channels != _STACK or not batch:
+    if is_traced() or images.device.type != "cpu" or images.dtype != torch.uint8 or channels != _STACK or not batch:
         # One call for both would take twice as long.
         return images.to(dtype).contiguous(memory_format=torch.channels_last)
     size, stride = height * width, images.stride(0)
@@ -42,7 +42,7 @@ def to_channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Return whether PyTorch traces operations, beside or instead of carrying them out."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return tracing or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

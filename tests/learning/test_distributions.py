@@ -11,6 +11,7 @@ import torch
 
 from pydqn.learning.distributions import cross_entropy, histogram_of, project, quantile_huber
 from pydqn.learning.munchausen import bonus, scaled_log_policy, soft_value
+from pydqn.learning.quantile_kernel import quantile_huber_and_errors
 from pydqn.learning.values import midpoints
 
 F64 = torch.float64
@@ -231,3 +232,33 @@ def test_gradients():
         (lambda x: quantile_huber(x, tau, target, 0.3), (3, 5)),
     ):
         assert torch.autograd.gradcheck(function, (rand(*shape, seed=4).requires_grad_(True),))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("batch", "count", "count_t"), [(3, 4, 6), (5, 5, 5), (7, 2, 33), (2, 200, 200), (1, 1, 1)])
+def test_the_compiled_loss_its_slope_and_errors(batch, count, count_t, kappa):
+    """Against the formula and autograd in float64, with ties among the errors."""
+    q, target = rand(batch, count, scale=2.0), rand(batch, count_t, seed=1, scale=2.0)
+    target[:, 0] = q[:, 0].float().double()
+    q[:, 0] = target[:, 0]
+    tau = torch.rand(batch, count, dtype=F64, generator=torch.Generator().manual_seed(2))
+    weights = torch.rand(batch, dtype=F64, generator=torch.Generator().manual_seed(3))
+    found = []
+    for dtype in (torch.float32, F64):  # compiled, and PyTorch's operations
+        x = q.to(dtype).requires_grad_(True)
+        losses, errors = quantile_huber_and_errors(x, tau.to(dtype), target.to(dtype), kappa)
+        assert not errors.requires_grad
+        losses.backward(weights.to(dtype))
+        found.append([losses.detach().double(), errors.double(), x.grad.double()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[1][0], slow_quantile_huber(q, tau, target, kappa))
+
+
+def test_the_compiled_loss_keeps_nan():
+    for name in ("q", "target"):
+        q, target = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 4)
+        with torch.no_grad():
+            (q if name == "q" else target)[1, 2] = torch.nan
+        losses, errors = quantile_huber_and_errors(q, midpoints(3).expand(2, -1), target, 1.0)
+        assert losses.isnan().tolist() == errors.isnan().tolist() == [False, True]
