@@ -175,7 +175,14 @@ class Config:
     network: str = _field(
         "nature",
         "The network has this convolutional torso; mlp has none, auto chooses one that fits, and custom is your own.",
-        choices=("auto", "nature", "nature_7x7", "small", "grid", "minatar", "mlp", "custom"),
+        choices=("auto", "nature", "nature_7x7", "small", "grid", "minatar", "impala", "mlp", "custom"),
+    )
+    impala_width: int = _field(1, "The torso impala has 16, 32 and 32 channels times this.", least=1, most=2**8)
+    impala_spectral: bool = _field(
+        False, "The weights of impala's residual convolutions are divided by their largest singular value."
+    )
+    impala_pooled: int = _field(
+        0, "The last map of impala is pooled to this height and width; 0 leaves it as it is.", most=2**8
     )
     hidden_units: tuple[int, ...] = _field(
         (512,),

@@ -22,6 +22,7 @@ from pydqn.learning.custom import custom_network
 from pydqn.learning.networks import Table, make_network
 from pydqn.learning.policy import Policy, resolve_device
 from pydqn.learning.settings import LearnerSettings
+from pydqn.learning.torsos import ImpalaSettings
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.runs.layout import BEST_WEIGHTS, LAST_WEIGHTS
 
@@ -80,6 +81,7 @@ def network_for(config: Config, envs: Envs, seed: int = 0, network: MakeNetwork 
         pixel_std=config.pixel_std,
         settings=LearnerSettings.from_config(config),
         noisy_sigma=config.noisy_sigma,
+        impala=ImpalaSettings(config.impala_width, config.impala_spectral, config.impala_pooled),
         seed=seed,
     )
 

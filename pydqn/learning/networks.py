@@ -6,153 +6,26 @@ Every network takes observations as the replay buffer holds them (pixels as uint
 from __future__ import annotations
 
 import copy
-import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
 from pydqn.learning.noise import linear
-from pydqn.learning.pixels import to_channels_last
 from pydqn.learning.records import ActionMask, RecordTorso
 from pydqn.learning.settings import LearnerSettings
+from pydqn.learning.torsos import (
+    TORSOS,
+    WITHOUT_BIASES,
+    ImpalaSettings,
+    ImpalaTorso,
+    PixelTorso,
+    VectorTorso,
+    fitting_torso,
+)
 from pydqn.learning.values import ImplicitQuantiles, make_representation, represented
-
-
-class _Conv(NamedTuple):
-    channels: int
-    kernel: int
-    stride: int
-
-
-# Mnih et al. 2015, extended data table 1.
-_NATURE = (_Conv(32, 8, 4), _Conv(64, 4, 2), _Conv(64, 3, 1))
-_TORSOS = {
-    "nature": _NATURE,
-    # Without biases; the last convolution covers its whole input like a hidden layer, and dueling splits its output.
-    "nature_7x7": (*_NATURE, _Conv(512, 7, 1)),
-    # The same shape with half the channels: about a third of the arithmetic.
-    "small": (_Conv(16, 8, 4), _Conv(32, 4, 2), _Conv(32, 3, 1)),
-    "grid": (_Conv(32, 4, 2), _Conv(64, 3, 2), _Conv(64, 3, 1)),  # for images too small for strides of 4
-    "minatar": (_Conv(16, 3, 1),),  # Young and Tian 2019, https://arxiv.org/abs/1903.03176
-}
-_WITHOUT_BIASES = "nature_7x7"  # no biases, Xavier initialization, split streams
-_MOST_FEATURES = 6_400  # of the last convolution; 84x84 has 3,136 with "nature". More of them are pooled
-_POOLED = 7  # height and width
-
-
-def fitting_torso(part: Part) -> str:
-    """Return the name of a torso that fits a part of an observation."""
-    if not part.channels:
-        return "mlp"
-    side = min(part.image_size)
-    return "minatar" if side < 20 else "grid" if side < 64 else "nature"
-
-
-class PixelTorso(nn.Module):
-    """Convolutions over a stack of frames: (B, stack, *frame_shape) to (B, features).
-
-    Frames have the shape (H, W), or with `channels` "first" (C, H, W) and with "last" (H, W, C). The first convolution
-    sees the channels of all frames of a stack. Large maps of the last one are pooled to 7x7.
-
-    Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, so x / 255
-    for bytes. The first layer's weights include the scaling. This saves a pass over the input, and the convolution gets
-    integers, which even bfloat16 represents exactly. Floating-point frames go through the first convolution in their
-    own dtype.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        stack: int,
-        frame_shape: tuple[int, ...],
-        pixel_mean: float = 0.0,
-        pixel_std: float = 1.0,
-        input_range: tuple[float, float] = BYTE_RANGE,
-        channels: str = "none",
-    ) -> None:
-        super().__init__()
-        layers = []
-        self._channels_are = channels
-        axes = {"none": (1, *frame_shape), "first": frame_shape, "last": (*frame_shape[2:], *frame_shape[:2])}[channels]
-        depth, height, width = stack * axes[0], axes[1], axes[2]
-        for conv in _TORSOS[name]:
-            layers.append(nn.Conv2d(depth, conv.channels, conv.kernel, conv.stride, bias=name != _WITHOUT_BIASES))
-            depth = conv.channels
-            height, width = ((side - conv.kernel) // conv.stride + 1 for side in (height, width))
-            if min(height, width) < 1:
-                raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
-        self.convs = nn.ModuleList(layers)
-        self._pools = depth * height * width > _MOST_FEATURES
-        self.features = depth * (_POOLED**2 if self._pools else height * width)
-        self.splits = name == _WITHOUT_BIASES
-        self.pixel_mean = pixel_mean
-        self.pixel_std = pixel_std
-        self.input_range = input_range
-        self.dtype_after_first: torch.dtype | None = None  # that of the last convolution; see `mixed_precision_copy`
-
-    def prepare(self, obs: Tensor) -> Tensor:
-        """Convert (B, stack, *frame_shape) pixels to (B, channels, H, W) in the arithmetic's dtype, values unchanged.
-
-        Floating-point frames become float32: a lower precision would lose digits. `forward` does this, too, if it has
-        not been done; a learner does it once for all networks that a batch goes through.
-        """
-        if obs.dim() == 5:
-            obs = (obs if self._channels_are == "first" else obs.permute(0, 1, 4, 2, 3)).flatten(1, 2)
-        if obs.is_floating_point():
-            return obs if obs.dtype in (torch.float32, self._dtype()) else obs.float()
-        return to_channels_last(obs, self._dtype())
-
-    def _dtype(self) -> torch.dtype:
-        """Return the dtype of the layers after the first one."""
-        weight = self.convs[-1].weight
-        assert isinstance(weight, Tensor)
-        return self.dtype_after_first or weight.dtype
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Return the features of `obs`, in the dtype of the layers after the first one."""
-        first = self.convs[0]
-        assert isinstance(first, nn.Conv2d)
-        lower = self._dtype()
-        low, high = self.input_range
-        weight = first.weight * (1 / ((high - low) * self.pixel_std))
-        mean = self.pixel_mean + low / (high - low)
-        bias = first.bias
-        if mean:
-            shift = mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
-            bias = -shift if bias is None else bias - shift
-        x = self.prepare(obs)
-        x = F.relu_(F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), first.stride))
-        if lower != torch.float32:  # only `prepare` has converted pixels to it
-            x = x.to(lower)
-        for conv in self.convs[1:]:
-            x = F.relu_(conv(x))
-        if self._pools:
-            x = F.adaptive_max_pool2d(x, _POOLED)
-        return x.flatten(1)
-
-
-class VectorTorso(nn.Module):
-    """Flattens a stack of vectors: (B, stack, *frame_shape) to (B, features). Maps `input_range` to 0..1."""
-
-    def __init__(self, stack: int, frame_shape: tuple[int, ...], input_range: tuple[float, float] = UNIT_RANGE) -> None:
-        super().__init__()
-        self.features = stack * math.prod(frame_shape)
-        self.splits = False
-        self.input_range = input_range
-
-    def prepare(self, obs: Tensor) -> Tensor:
-        """Convert `obs` to float32, values unchanged."""
-        return obs.to(torch.float32)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Return `obs` as one float32 row per sample."""
-        x, (low, high) = self.prepare(obs).flatten(1), self.input_range
-        return x if self.input_range == UNIT_RANGE else (x - low) * (1 / (high - low))
 
 
 def _hidden(features: int, units: tuple[int, ...], out: int, noisy_sigma: float) -> nn.Sequential:
@@ -259,6 +132,7 @@ def make_network(
     input_range: tuple[float, float] | None = None,
     settings: LearnerSettings | None = None,
     noisy_sigma: float = 0.0,
+    impala: ImpalaSettings = ImpalaSettings(),  # noqa: B008 (it cannot be changed)
     seed: int = 0,
 ) -> QNetwork:
     """Build a network with weights drawn from `seed` alone.
@@ -266,8 +140,8 @@ def make_network(
     The distribution is PyTorch's default; for "nature_7x7" Xavier's (Glorot and Bengio 2010), with biases of zero.
 
     Args:
-        name: the torso: "nature", "nature_7x7", "small", "grid" or "minatar" for images, "mlp" for any shape; "auto"
-            for the one that fits. Parts of an observation that are no images always get "mlp".
+        name: the torso: "nature", "nature_7x7", "small", "grid", "minatar" or "impala" for images, "mlp" for any shape;
+            "auto" for the one that fits. Parts of an observation that are no images always get "mlp".
         stack: frames per observation.
         frame_shape: shape of one frame; or the layout of frames, which has several parts, channels or action masks.
         num_actions: A.
@@ -278,6 +152,7 @@ def make_network(
         input_range: the values of frames that are mapped to 0 and 1; None for (0, 255) with pixels, and (0, 1), which
             changes nothing, with "mlp". A layout has its own.
         settings: the learner's, of which the value representation counts; None for scalar values.
+        impala: width, spectral normalization and pooling of the torso "impala".
         noisy_sigma: the initial noise of the fully connected layers (see `NoisyLinear`); 0 for layers without.
         seed: of the initial weights; PyTorch's global generator stays as it was.
 
@@ -286,16 +161,17 @@ def make_network(
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the GPUs, too
-        if name not in (*_TORSOS, "mlp", "auto"):
-            raise ValueError(f"network: expected one of auto, {', '.join(_TORSOS)}, mlp, got {name!r}")
+        known = ("auto", *TORSOS, "impala", "mlp")
+        if name not in known:
+            raise ValueError(f"network: expected one of {', '.join(known)}, got {name!r}")
         layout = frame_shape if isinstance(frame_shape, FrameLayout) else _layout_of(name, frame_shape, input_range)
         if name not in ("mlp", "auto") and not any(part.channels for part in layout.parts):
             shapes = ", ".join(str(part.shape) for part in layout.parts)
             raise ValueError(f"network: {name!r} needs images, got frames of shape {shapes}; mlp takes any")
-        torsos = [_torso(name, stack, part, pixel_mean, pixel_std) for part in layout.parts]
+        torsos = [_torso(name, stack, part, pixel_mean, pixel_std, impala) for part in layout.parts]
         torso = RecordTorso(layout, torsos, sum(torso.features for torso in torsos)) if layout.is_record else torsos[0]
         network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0, settings, noisy_sigma)
-        if name == _WITHOUT_BIASES:
+        if name == WITHOUT_BIASES:
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     nn.init.xavier_uniform_(layer.weight)
@@ -311,10 +187,15 @@ def _layout_of(name: str, shape: tuple[int, ...], input_range: tuple[float, floa
     return FrameLayout((Part("", shape, np.dtype(np.float32), input_range or usual, channels),))
 
 
-def _torso(name: str, stack: int, part: Part, pixel_mean: float, pixel_std: float) -> PixelTorso | VectorTorso:
+def _torso(
+    name: str, stack: int, part: Part, pixel_mean: float, pixel_std: float, impala: ImpalaSettings
+) -> PixelTorso | VectorTorso:
     name = fitting_torso(part) if name == "auto" else name
     if name == "mlp" or not part.channels:
         return VectorTorso(stack, part.shape, part.input_range)
+    if name == "impala":
+        scaling = (pixel_mean, pixel_std, part.input_range, part.channels)
+        return ImpalaTorso(stack, part.shape, *scaling, **impala._asdict())
     return PixelTorso(name, stack, part.shape, pixel_mean, pixel_std, part.input_range, part.channels)
 
 

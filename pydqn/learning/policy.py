@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.networks import PixelTorso, mixed_precision_copy
+from pydqn.learning.networks import mixed_precision_copy
 from pydqn.learning.noise import Noise
 from pydqn.learning.records import MASKED
+from pydqn.learning.torsos import PixelTorso
 from pydqn.replay.lookup import look_up
 
 

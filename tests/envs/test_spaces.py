@@ -13,8 +13,9 @@ from gymnasium import spaces
 
 from pydqn import Config, evaluate, preset, resume, train
 from pydqn.envs.spaces import Encoder, channels_of
-from pydqn.learning.networks import PixelTorso, make_network
+from pydqn.learning.networks import make_network
 from pydqn.learning.records import RecordTorso, parts_of
+from pydqn.learning.torsos import PixelTorso
 
 Box = spaces.Box
 CAMERA = Box(0, 255, (20, 24, 3), np.uint8)

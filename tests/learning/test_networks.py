@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pydqn.envs.frames import FrameLayout, Part
-from pydqn.learning.networks import _TORSOS, Table, make_network, mixed_precision_copy
+from pydqn.learning.networks import Table, make_network, mixed_precision_copy
 from pydqn.learning.policy import Policy
+from pydqn.learning.torsos import TORSOS
 
 
 def pixels(size=3, seed=0):
@@ -116,7 +117,7 @@ def test_bfloat16_stays_close():
 
 
 @pytest.mark.parametrize("shape", [(84, 84), (10, 10, 4), (3, 20, 24), (96, 96, 3), (130, 160)], ids=str)
-@pytest.mark.parametrize("name", _TORSOS)
+@pytest.mark.parametrize("name", TORSOS)
 def test_bfloat16_on_any_machine(name, shape):
     """Every network, also one with a single convolution, in the precision that some processors choose by themselves."""
     try:

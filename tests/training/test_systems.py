@@ -211,6 +211,20 @@ PUBLISHED |= {
     "dopamine-iqn": {**DOPAMINE, **LEVELS, "n_step": 3},
     "m-dqn": {**DOPAMINE, **MUNCHAUSEN, "value": "scalar", "loss": "huber"},
     "m-iqn": {**DOPAMINE, **LEVELS, **MUNCHAUSEN},
+    # Clark et al. 2025, Beyond the Rainbow
+    "btr": {
+        **{"num_envs": 64, "batch_size": 256, "train_period_steps": 64.0, "learning_rate": 1e-4, "gamma": 0.997},
+        **{"optimizer_epsilon": 0.005 / 256, "max_grad_norm": 10.0, "n_step": 3, "target_update_period": 500},
+        **{"value": "implicit_quantile", "num_taus": 8, "num_target_taus": 8, "num_cosines": 64, "first_cosine": 0},
+        **{"quantile_kappa": 1.0, **MUNCHAUSEN, "munchausen_policy": "online", "double": False, "prioritized": True},
+        **{"priority_alpha": 0.2, "priority_beta": 0.2, "priority_beta_end": 0.2, "priority_error": "td_error"},
+        **{"priority_epsilon": 1e-6, "replay_capacity_frames": 2**20, "learning_starts_steps": 200_000},
+        **{"noisy_sigma": 0.5, "epsilon_start": 1.0, "epsilon_end": 0.01, "epsilon_schedule": "exponential"},
+        **{"epsilon_decay_steps": 2_000_000, "epsilon_off_steps": 25_000_000, "network": "impala", "impala_width": 2},
+        **{"impala_spectral": True, "impala_pooled": 6, "dueling": True, "hidden_units": (512,)},
+        **{"evaluation_noise": False, "evaluation_epsilon": 0.01, "sticky_actions": 0.25, "total_steps": 50_000_000},
+    }
+    | {"n_step": 3, "learning_rate": 1e-4, "optimizer_epsilon": 0.005 / 256},  # not Munchausen's own
 }
 
 
@@ -233,7 +247,7 @@ def test_presets_differ_where_they_say():
 
 
 PIXELS = ["pong-book", "breakout", "breakout-double", "breakout-dueling", "nature"]
-PIXELS += ["dopamine-dqn", "dopamine-c51", "dopamine-rainbow", "dopamine-iqn", "m-dqn", "m-iqn"]
+PIXELS += ["dopamine-dqn", "dopamine-c51", "dopamine-rainbow", "dopamine-iqn", "m-dqn", "m-iqn", "btr"]
 
 
 @pytest.mark.parametrize("name", PIXELS)
@@ -250,6 +264,7 @@ def test_pixel_presets_run_and_learn(name, tmp_path):
         batch_size=4,
         evaluation_every_steps=0,
         mean_episodes=2,
+        **({"num_envs": 1, "train_period_steps": 8.0} if name == "btr" else {}),
     )
     with Run(config, tmp_path) as run:
         before = {key: value.clone() for key, value in run.learner.online.state_dict().items()}
