@@ -45,12 +45,12 @@ def play(arguments: argparse.Namespace) -> None:
                 continue
             names, image, fps = step.action_names, step.image, arguments.fps or step.fps
             if arguments.q_values:
-                image = beside(image, names, step.values, step.action)
+                image = beside(image, names, step.values, step.action, step.quantiles)
             if arguments.record:
                 if recorder is None:
                     title = Path(arguments.folder).name
                     recorder = stack.enter_context(Recorder(arguments.record, fps, title=title, action_names=names))
-                caption = Caption(names[step.action], step.reward, step.total, step.values)
+                caption = Caption(names[step.action], step.reward, step.total, step.values, step.quantiles)
                 # A page draws the action values itself.
                 recorder.add(step.image if Path(arguments.record).suffix == ".html" else image, caption)
             if terminal is not None:

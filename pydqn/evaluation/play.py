@@ -38,12 +38,18 @@ class PolicyStep(NamedTuple):
 
     action: NDArray[np.int64]  # (num_envs,)
     values: NDArray[np.float32]  # (num_envs, num_actions): the action values from which it was chosen
+    quantiles: NDArray[np.float32] | None  # (num_envs, L): of the action's return, where wanted and known
     reward: NDArray[np.float64]  # (num_envs,): true rewards
     episodes: list[Episode]  # episodes that ended with this step
 
 
-def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, seed: int) -> Iterator[PolicyStep]:
-    """Play without end, yielding every step. `seed` is that of the environments and of exploration."""
+def policy_steps(
+    config: Config, envs: Envs, policy: Policy, epsilon: float, seed: int, *, quantiles: bool = False
+) -> Iterator[PolicyStep]:
+    """Play without end, yielding every step, with `quantiles` of returns or without.
+
+    `seed` is that of the environments and of exploration.
+    """
     replay = FrameReplay(envs.num_envs * (config.stack + config.n_step), **replay_settings(config, envs))
     generator = np.random.default_rng(seed)
     start_episodes(envs, replay, seed)
@@ -53,11 +59,12 @@ def policy_steps(config: Config, envs: Envs, policy: Policy, epsilon: float, see
     while True:
         values = values_of(replay.latest()).copy()
         action = policy.choose(values, epsilon, generator)
+        spread = policy.quantiles(replay.latest(), action) if quantiles else None
         envs.send(action)
         slot = replay.next_slot()
         step = envs.recv(slot)
         replay.append(slot, action, step.reward, step.terminated, step.truncated, step.first)
-        yield PolicyStep(action, values, step.reward, step.episodes)
+        yield PolicyStep(action, values, spread, step.reward, step.episodes)
 
 
 def _shown(values: NDArray[np.float32]) -> tuple[float, ...]:
@@ -75,6 +82,7 @@ class PlayedStep(NamedTuple):
     values: tuple[float, ...]  # the action values from which it was chosen; -inf where an action is not allowed
     reward: float
     total: float  # return so far
+    quantiles: tuple[float, ...] = ()  # of the action's return, at even levels, if its distribution was learned
 
 
 class PlayedEpisode(NamedTuple):
@@ -125,12 +133,14 @@ def play_episode(
         names = envs.action_names
         counts = dict.fromkeys(names, 0)
         total = 0.0
-        for steps, step in enumerate(policy_steps(config, envs, policy, config.evaluation_epsilon, seed), 1):
+        played = policy_steps(config, envs, policy, config.evaluation_epsilon, seed, quantiles=images)
+        for steps, step in enumerate(played, 1):
             action, reward = int(step.action[0]), float(step.reward[0])
             counts[names[action]] += 1
             total += reward
             image = envs.image() if images else None
-            yield PlayedStep(image, envs.fps, action, names, _shown(step.values[0]), reward, total)
+            quantiles = () if step.quantiles is None else tuple(step.quantiles[0].tolist())
+            yield PlayedStep(image, envs.fps, action, names, _shown(step.values[0]), reward, total, quantiles)
             if step.episodes:
                 warn_if_cut(own, steps)
             if step.episodes or steps >= most_steps:

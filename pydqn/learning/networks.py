@@ -98,6 +98,14 @@ class QNetwork(nn.Module):
         values: Tensor = self.representation.mean(outputs)
         return values if self.mask is None else self.mask(values, obs)
 
+    def quantiles(self, obs: Tensor, action: Tensor, levels: Tensor) -> Tensor:
+        """Return (B, L) quantiles of the return of (B,) actions at (L,) levels; the network must have distributions."""
+        representation, each = self.representation, torch.arange(len(action), device=action.device)
+        if isinstance(representation, ImplicitQuantiles):
+            return self.outputs(obs, levels.expand(len(action), -1))[each, action].sort(dim=1).values
+        assert representation is not None
+        return representation.quantiles(self.outputs(obs)[each, action], levels)
+
     def _outputs_of(self, features: Tensor, tau: Tensor | None) -> Tensor:
         if isinstance(self.representation, ImplicitQuantiles):
             assert tau is not None

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.networks import mixed_precision_copy
+from pydqn.learning.networks import QNetwork, mixed_precision_copy
 from pydqn.learning.noise import Noise
 from pydqn.learning.records import MASKED
 from pydqn.learning.torsos import PixelTorso
+from pydqn.learning.values import midpoints
 from pydqn.replay.lookup import look_up
+
+_LEVELS = 21  # of quantiles that are shown
 
 
 def resolve_device(name: str) -> torch.device:
@@ -134,6 +137,17 @@ class Policy:
     def values(self, obs: NDArray[Any]) -> NDArray[np.float32]:
         """Return (B, A) action values of (B, stack, *frame_shape) observations."""
         return self.forward(torch.from_numpy(obs).to(self.device)).cpu().numpy()
+
+    @torch.no_grad()
+    def quantiles(self, obs: NDArray[Any], action: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Return (B, 21) quantiles of the returns of (B,) actions, at evenly spaced levels; None of scalar values."""
+        network = self.compute_network
+        if not isinstance(network, QNetwork) or network.representation is None:
+            return None
+        with self.autocast():
+            levels = midpoints(_LEVELS).to(self.device)
+            inputs, actions = (torch.from_numpy(array).to(self.device) for array in (obs, action))
+            return network.quantiles(inputs, actions, levels).float().cpu().numpy()
 
     @staticmethod
     def choose(

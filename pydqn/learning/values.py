@@ -49,6 +49,12 @@ class Categorical(nn.Module):
         """Return (..., ) means of (..., N) logits."""
         return outputs.softmax(dim=-1) @ self.support
 
+    def quantiles(self, outputs: Tensor, levels: Tensor) -> Tensor:
+        """Return (B, L) atoms, or centres of bins, at which the distribution of (B, N) logits reaches (L,) levels."""
+        reached = outputs.softmax(dim=-1).cumsum(dim=-1).unsqueeze(1) >= levels.unsqueeze(1)  # (B, L, N)
+        reached[..., -1] = True  # rounding may leave the sum below the level
+        return self.support[reached.int().argmax(dim=-1)]
+
 
 class Quantiles(nn.Module):
     """Quantiles at the levels `tau`, (N,) midpoints."""
@@ -63,6 +69,14 @@ class Quantiles(nn.Module):
     def mean(self, outputs: Tensor) -> Tensor:
         """Return (..., ) means of (..., N) quantiles."""
         return outputs.mean(dim=-1)
+
+    def quantiles(self, outputs: Tensor, levels: Tensor) -> Tensor:
+        """Return (B, L) quantiles at (L,) levels, linear between the (B, N) ones, which need not be in order."""
+        ordered, count = outputs.sort(dim=-1).values, outputs.shape[-1]
+        position = (levels * count - 0.5).clamp(0, count - 1)
+        below = position.floor().long()
+        above = (below + 1).clamp(max=count - 1)
+        return torch.lerp(ordered[:, below], ordered[:, above], position - below)
 
 
 class ImplicitQuantiles(nn.Module):

@@ -16,6 +16,7 @@ class Caption(NamedTuple):
     reward: float
     total: float  # return so far
     values: tuple[float, ...]  # the action values from which it was chosen; may be empty
+    quantiles: tuple[float, ...] = ()  # of the action's return, at even levels; may be empty
 
 
 class Writer:

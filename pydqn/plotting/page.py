@@ -32,7 +32,13 @@ class PageWriter(Writer):
         self._file.write((b',\n"' if self._captions else b'\n"') + base64.b64encode(self._png(image)) + b'"')
         self._captions.append(
             caption
-            and [caption.action, _plain(caption.reward), _plain(caption.total), [_plain(v) for v in caption.values]]
+            and [
+                caption.action,
+                _plain(caption.reward),
+                _plain(caption.total),
+                [_plain(value) for value in caption.values],
+                *([[_plain(value) for value in caption.quantiles]] if caption.quantiles else []),
+            ]
         )
 
     def _png(self, image: NDArray[np.uint8]) -> bytes:

@@ -210,6 +210,26 @@ def test_longer_bars_are_larger_values():
     assert lengths[1] == pytest.approx(2 * lengths[0], abs=2)
 
 
+def test_quantiles_of_the_return_are_ticks_on_the_chosen_bar():
+    image, tick = np.zeros((210, 160, 3), np.uint8), np.array([0xE0, 0x53, 0x3D])
+    plain, marked = (
+        beside(image, ["A", "B"], (1.0, 2.0), 1, quantiles)[:, 160:] for quantiles in ((), (-1.0, 1.0, 1.9, 2.0))
+    )
+    assert not (plain == tick).all(-1).any()
+    rows, columns = np.nonzero((marked == tick).all(-1))
+    assert len(np.unique(columns)) == 4
+    assert np.diff(np.unique(columns)).tolist()[0] > 5 * np.diff(np.unique(columns)).tolist()[2]
+    assert rows.min() > 105  # not on the bar of A
+
+
+def test_a_page_has_quantiles(tmp_path):
+    with Recorder(tmp_path / "a.html", action_names=["A"]) as recorder:
+        recorder.add(np.zeros((10, 10, 3), np.uint8), Caption("A", 1.0, 1.0, (0.5,), (0.25, 0.75)))
+        recorder.add(np.zeros((10, 10, 3), np.uint8), Caption("A", 1.0, 2.0, (0.5,)))
+    video = json.loads(re.search(r'id="video">(.*?)</script>', (tmp_path / "a.html").read_text(), re.DOTALL)[1])
+    assert video["captions"] == [["A", 1, 1, [0.5], [0.25, 0.75]], ["A", 1, 2, [0.5]]]
+
+
 def test_values_that_do_not_fit():
     image = images(1)[0]
     with pytest.raises(ValueError, match="^values: expected one for each of 2 actions, got 1"):

@@ -13,6 +13,7 @@ import torch
 import pydqn
 from pydqn import Learner, LearnerSettings
 from pydqn.learning.networks import make_network
+from pydqn.learning.policy import Policy
 from pydqn.replay.frames import Batch
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.runs.layout import load_run
@@ -179,6 +180,30 @@ def test_values_and_distributions_of_a_chain(value, double):
                 for level, quantile in zip(tau[state].tolist(), found[state, 0].tolist(), strict=True):
                     if abs(level - 0.25) > 0.08:
                         assert quantile == pytest.approx(low if level < 0.25 else high, abs=0.25)
+
+
+@pytest.mark.parametrize("value", [value for value in WIDE if value != "scalar"])
+def test_quantiles_of_returns_for_display(value):
+    """Evenly spaced levels; in order, and those of the distribution."""
+    settings = LearnerSettings(value=value, **WIDE[value])
+    network = make_network("mlp", 1, (32,), 2, hidden_units=(16,), settings=settings)
+    policy, action = Policy(network, CPU), np.array([1, 0])
+    found = policy.quantiles(STATES[:, None], action)
+    assert found.shape == (2, 21)
+    assert (np.diff(found, axis=1) >= 0).all()
+    with torch.no_grad():
+        obs, levels = torch.from_numpy(STATES)[:, None], (torch.arange(21) + 0.5) / 21
+        if value == "implicit_quantile":
+            expected = network.outputs(obs, levels.expand(2, -1))[[0, 1], action].sort(1).values
+        elif value == "quantile":
+            ordered = network.outputs(obs)[[0, 1], action].sort(1).values.numpy()
+            centres = (np.arange(8) + 0.5) / 8
+            expected = np.stack([np.interp(levels, centres, row) for row in ordered])
+        else:
+            below, support = network.outputs(obs)[[0, 1], action].softmax(1).cumsum(1), network.representation.support
+            expected = [[support[int((row < level).sum())].item() for level in levels] for row in below]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert Policy(make_network("mlp", 1, (32,), 2), CPU).quantiles(STATES[:, None], action) is None
 
 
 def test_munchausen_on_the_chain():
