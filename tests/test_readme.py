@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -72,8 +74,55 @@ def test_every_preset_has_a_result_or_says_that_it_has_none():
             for run in runs:
                 about = json.loads((run / "environment.json").read_text())
                 assert about["processor"], run
+        elif name == "dqn":
+            for task in ("CartPole", "Acrobot", "LunarLander", "MountainCar"):
+                assert "{} {:.0f} and {:.0f}".format(task, *means_of(task)) in result
         else:
             assert result.startswith("not run to its end here"), result
+
+
+CLASSIC = ROOT / "results" / "classic-control"
+
+
+def classic(task, library):
+    """Return the results of all seeds of a task."""
+    (folder,) = CLASSIC.glob(f"{task}-v*")
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{library}-*.json"))]
+
+
+def means_of(task):
+    return [statistics.mean(one["mean"] for one in classic(task, library)) for library in ("pydqn", "sb3")]
+
+
+def test_the_table_of_classic_control():
+    """Five seeds each, the settings of the program that makes them, and the numbers that the files hold."""
+    spec = importlib.util.spec_from_file_location("classic_control", ROOT / "bench" / "classic_control.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    page = (ROOT / "docs" / "your-task.md").read_text()
+    commands = dict(re.findall(r"^\| (\w+) \| `pydqn train dqn (.*?)` \|$", page, re.MULTILINE))
+    text = (CLASSIC / "README.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    assert [task for task, *_ in rows] == ["CartPole", "Acrobot", "LunarLander", "MountainCar"]
+    for task, steps, *cells in rows:
+        arguments = PARSER.parse_args(["train", "dqn", *commands[task].split()])
+        env_id = classic(task, "pydqn")[0]["task"]
+        number = program.STEPS[env_id]
+        settings = {"total_steps": number, "learning_rate_decay_steps": number, **program.PYDQN[env_id]}
+        expected = resolved(preset("dqn", env_id=env_id, **settings))
+        assert resolved(preset("dqn", **options.given_settings(arguments))) == expected
+        for library, cell in zip(("pydqn", "sb3"), cells, strict=True):
+            runs = classic(task, library)
+            assert len({run["seed"] for run in runs}) == 5
+            means = [statistics.mean(run["returns"]) for run in runs]
+            assert cell == f"{statistics.mean(means):.1f} ({statistics.stdev(means):.1f}), {min(means):.1f}"
+            for run in runs:
+                assert len(run["returns"]) == 100
+                assert run["mean"] == pytest.approx(statistics.mean(run["returns"]))
+                assert f"{run['steps']:,}" == steps == f"{program.STEPS[run['task']]:,}"
+                plain = {"preset": "dqn", "total_steps": run["steps"], "learning_rate_decay_steps": run["steps"]}
+                ours, theirs = {**plain, **program.PYDQN[run["task"]]}, program.ZOO[run["task"]]
+                assert run["settings"] == (ours if library == "pydqn" else theirs)
 
 
 def test_ci_runs_the_test_command():

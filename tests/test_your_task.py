@@ -60,4 +60,4 @@ def test_options_exist():
     others = {"import", "record", "resume", "logdir", "episodes"}
     options = set(re.findall(r"--([a-z][a-z-]+)", re.sub(r"<!--|-->", "", PAGE))) - others
     assert {"image-channels", "env-workers", "init-weights"} <= options
-    assert {option.replace("-", "_") for option in options} <= set(Config.__dataclass_fields__)
+    assert {option.removeprefix("no-").replace("-", "_") for option in options} <= set(Config.__dataclass_fields__)
