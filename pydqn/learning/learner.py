@@ -67,7 +67,8 @@ class Learner:
         network: takes (B, stack, *frame_shape) observations and returns (B, A) values; any `nn.Module` will do. If it
             has a method `prepare`, each batch of observations goes through it once for both networks. Everything that
             is learned is a float32 parameter. The target network is a copy, and gets the buffers with the parameters.
-        settings: the loss, the optimizer, the batch size, the precision and the period of target network updates.
+        settings: the loss, the optimizer, the batch size, the precision and the period of target network updates. The
+            precision "auto" is float32 for networks that are not pydqn's own.
         device: where to learn; also a name as `resolve_device` takes it ("auto", "cpu", "cuda", "cuda:N").
         example: the largest batch that will come, for shapes and dtypes: `replay.empty_batch(n * batch_size)`, where n
             is the largest number of steps in one `update`.
