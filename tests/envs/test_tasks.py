@@ -123,6 +123,7 @@ def test_overrides_are_not_reset(coins):
         value = choices[-1] if choices else OTHER[kind](0 if field.default == "auto" else field.default)
         given[field.name] = value
     given["frame_skip_max"] = given["frame_skip"] + 1
+    given["value_max"] = given["value_min"] + 1
     config = preset_without_warning("cartpole", env_id=coins, **given)
     assert {name: getattr(config, name) for name in given} == given
     assert not math.isinf(config.stop_return)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from pydqn import Learner, LearnerSettings
+from pydqn import FrameReplay, Learner, LearnerSettings
 from pydqn.learning import learner as learner_module
 from pydqn.learning.networks import make_network
 from pydqn.learning.noise import Noise, NoisyLinear
@@ -102,8 +103,6 @@ def test_levels_of_one_sample_have_its_noise():
 
 def test_updates_draw_for_both_networks_and_learn_the_noise(monkeypatch):
     settings = LearnerSettings(batch_size=8)
-    from pydqn import FrameReplay
-
     replay = fill(FrameReplay(300, (4,), stack=1, dtype="float32"), (4,))
     learner = Learner(noisy(), settings, CPU, replay.empty_batch(8), seed=5)
     drawn, real = [], Noise.draw
@@ -126,12 +125,19 @@ def test_updates_draw_for_both_networks_and_learn_the_noise(monkeypatch):
     assert torch.equal(learner.online(obs), learner.online(obs))  # nothing is left of it
 
 
+def test_noisy_layers_of_a_network_of_ones_own():
+    network = torch.nn.Sequential(torch.nn.Flatten(), NoisyLinear(4, 8), torch.nn.ReLU(), NoisyLinear(8, 3))
+    replay = fill(FrameReplay(300, (4,), stack=1, dtype="float32"), (4,))
+    learner = Learner(network, LearnerSettings(batch_size=8), CPU, replay.empty_batch(8))
+    before = network[1].sigma.weight.clone()
+    learner.update(replay.sample(8))
+    assert not torch.equal(learner.online[1].sigma.weight, before)
+    same = np.ones((4, 1, 4), np.float32)
+    assert len(np.unique(Actor(learner.policy, same).values(same)[:, 0])) == 4
+
+
 def test_the_update_is_that_of_the_noisy_networks():
     """Against a plain step with the same noise."""
-    import copy
-
-    from pydqn import FrameReplay
-
     replay = fill(FrameReplay(300, (4,), stack=1, dtype="float32"), (4,))
     learner = Learner(noisy(), LearnerSettings(batch_size=8, double=True), CPU, replay.empty_batch(8), seed=5)
     online, target = copy.deepcopy(learner.online), copy.deepcopy(learner.target)

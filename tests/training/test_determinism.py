@@ -29,9 +29,12 @@ SMALL = {
     "video_every_episodes": 0, "epsilon_decay_steps": 200, "train_period_steps": 8.0,
     "device": "cpu", "torch_threads": 1,
 }
+LARGE = {"total_steps": 180, "checkpoint_every_steps": 100, "batch_size": 4, "num_taus": 4, "num_target_taus": 4}
 TABLE = {"total_steps": 5000, "checkpoint_every_steps": 1500, "stop_evaluation_return": float("inf")}
 for name in PRESETS:
     settings = TABLE if name == "frozenlake" else SMALL
+    if name == "btr" or name.startswith(("dopamine", "m-")):
+        settings = {**SMALL, **LARGE, "num_envs": 2 if name == "btr" else 1}
     config = preset(name, seed=int(sys.argv[1]), **settings)
     total = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:

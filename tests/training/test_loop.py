@@ -252,10 +252,10 @@ def test_an_interruption_between_reports_loses_no_row(tiny, tmp_path):
 def test_every_environment_plays_its_share_of_an_evaluation(tiny, monkeypatch):
     """Environment 0's episodes last one step, environment 1's five: half of the returns are still environment 1's."""
 
-    def policy_steps(*_):
+    def policy_steps(*_, **__):
         for step in itertools.count(1):
             ended = [Episode(0, 1.0, 1)] + [Episode(1, 5.0, 5)] * (step % 5 == 0)
-            yield PolicyStep(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), np.zeros(2), ended)
+            yield PolicyStep(np.zeros(2, np.int64), np.zeros((2, 6), np.float32), None, np.zeros(2), ended)
 
     monkeypatch.setattr("pydqn.evaluation.evaluate.policy_steps", policy_steps)
     monkeypatch.setattr("pydqn.evaluation.evaluate._MOST_ENVS", 2)
