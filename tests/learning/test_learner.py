@@ -237,8 +237,7 @@ def test_a_batch_is_a_whole_number_of_batches(size):
     assert learner.updates == 0
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(("precision", "restored"), [("float32", True), ("bfloat16", False)])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop_tf", "rmsprop_centered"])
 def test_preparing_a_capture_changes_nothing(monkeypatch, optimizer, restored, precision):
     """All but the capture: batches through the packed buffer, warm-up steps undone, graphs by length."""
