@@ -147,7 +147,9 @@ class PixelTorso(nn.Module):
 
 
 class SpectralConv(nn.Conv2d):
-    """A convolution whose weights are divided by their largest singular value (Miyato et al. 2018, 1802.05957).
+    """A convolution whose weights are divided by their largest singular value (Miyato et al. 2018).
+
+    https://arxiv.org/abs/1802.05957, section 2.1.
 
     Each pass with gradients, in training mode, refines `u`, the left singular vector of the weights as a matrix with a
     row per output channel, by one step of the power method. Other passes leave it as it is.
