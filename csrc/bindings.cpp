@@ -118,11 +118,11 @@ class Binding {
                  rewards.data(), terminateds.data(), truncateds.data(), firsts.data(), histories_data);
   }
 
-  void sample(std::int64_t count, double beta, py::array obs, py::array next_obs, py::array action, py::array reward,
-              py::array discount, py::array index, py::array weight) {
+  void sample(std::int64_t count, double beta, double uniform_share, py::array obs, py::array next_obs,
+              py::array action, py::array reward, py::array discount, py::array index, py::array weight) {
     const BatchView view = batch_view(count, obs, next_obs, action, reward, discount, index, weight);
     py::gil_scoped_release release;
-    core_.sample(count, beta, view);
+    core_.sample(count, beta, uniform_share, view);
   }
 
   void update_priorities(const py::array_t<std::int64_t, py::array::c_style>& index,

@@ -92,16 +92,19 @@ class FrameReplay {
   }
 
   // Draws `count` valid transitions with replacement: uniformly, or in proportion to the priorities, one from each of
-  // `count` equal shares of their sum.
-  void sample(std::int64_t count, double beta, const BatchView& batch) {
+  // `count` equal shares of their sum. Even then, each draw is a uniform one with the probability `uniform_share`.
+  void sample(std::int64_t count, double beta, double uniform_share, const BatchView& batch) {
     Lock lock(mutex_);
     if (valid_ == 0) throw std::runtime_error("sample: no transition can be sampled yet");
     sampled_slots_.resize(priorities_ ? static_cast<std::size_t>(count) : 0);
     for (std::int64_t i = 0; i < count; ++i) {
-      const auto [env, t] = priorities_ ? draw_by_priority(i, count) : draw();
+      const bool uniform = !priorities_ || (uniform_share > 0.0 && generator_.fraction() < uniform_share);
+      const auto [env, t] = uniform ? draw() : draw_by_priority(i, count);
+      if (priorities_) sampled_slots_[static_cast<std::size_t>(i)] = rings_.slot_index(env, t);
       gather_one(env, t, i, batch);
     }
-    if (priorities_) priorities_->importance_weights(sampled_slots_.data(), count, beta, batch.weight);
+    if (priorities_)
+      priorities_->importance_weights(sampled_slots_.data(), count, beta, uniform_share, valid_, batch.weight);
   }
 
   // Sets the priorities of transitions by index. Skips transitions that have been overwritten.
@@ -346,7 +349,6 @@ class FrameReplay {
   Start draw_by_priority(std::int64_t i, std::int64_t count) {
     const double fraction = (static_cast<double>(i) + generator_.fraction()) / static_cast<double>(count);
     const std::int64_t slot = priorities_->find(fraction);
-    sampled_slots_[static_cast<std::size_t>(i)] = slot;
     const std::int64_t env = rings_.env_of(slot);
     return {env, rings_.time_step_of(slot, episodes_.time_steps(env))};
   }

@@ -46,13 +46,16 @@ class Priorities {
   // The slot at `fraction` in [0, 1) of the cumulative sum of all values, of which at least one must be positive.
   std::int64_t find(double fraction) const { return tree_.find(fraction * tree_.total()); }
 
-  // Writes the importance weights (N P(i))^-beta, divided by the largest of the batch. N and the total cancel: the
-  // largest weight belongs to the smallest priority.
-  void importance_weights(const std::int64_t* slots, std::int64_t count, double beta, float* weight) const {
-    double smallest = tree_[slots[0]];
-    for (std::int64_t i = 1; i < count; ++i) smallest = std::min(smallest, tree_[slots[i]]);
+  // Writes the importance weights (N P(i))^-beta, divided by the largest of the batch, where of the draws from N
+  // transitions `uniform_share` are uniform. N and the total cancel: the largest weight belongs to the smallest priority.
+  void importance_weights(const std::int64_t* slots, std::int64_t count, double beta, double uniform_share,
+                          std::int64_t transitions, float* weight) const {
+    const double uniform = uniform_share * (tree_.total() / static_cast<double>(transitions));
+    const auto chance = [&](std::int64_t slot) { return (1.0 - uniform_share) * tree_[slot] + uniform; };
+    double smallest = chance(slots[0]);
+    for (std::int64_t i = 1; i < count; ++i) smallest = std::min(smallest, chance(slots[i]));
     for (std::int64_t i = 0; i < count; ++i)
-      weight[i] = static_cast<float>(std::pow(smallest / tree_[slots[i]], beta));
+      weight[i] = static_cast<float>(std::pow(smallest / chance(slots[i]), beta));
   }
 
   // p^alpha of a slot, and of the largest priority so far; both are saved and restored.

@@ -213,7 +213,8 @@ class FrameStorage(Storage):
         if blocks := len(data.shape) > 1:
             ids = ids_of_blocks(tuple(data.shape), obs, next_obs, done, ids)
         if streams is None:
-            settings = {**self._settings, "alpha": self.frame_replay.alpha, "beta": self.frame_replay.beta}
+            now = {name: getattr(self.frame_replay, name) for name in ("alpha", "beta", "uniform_share")}
+            settings = {**self._settings, **now}
             if "num_envs" not in settings:
                 found = count // data.shape[-1] if blocks else count_environments(obs, next_obs, done, ids)
                 settings["num_envs"] = min(found, self.max_size)

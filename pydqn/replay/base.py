@@ -46,6 +46,7 @@ class BaseReplay(ABC):
         prioritized: bool = False,
         alpha: float = 0.6,
         beta: float = 0.4,
+        uniform_share: float = 0.0,
         max_transitions: int | None = None,
     ) -> None:
         self.num_envs = integer("num_envs", num_envs, 1, _MOST)
@@ -67,6 +68,7 @@ class BaseReplay(ABC):
         self.prioritized = bool(prioritized)
         self._alpha = fraction("alpha", alpha)
         self.beta = beta
+        self.uniform_share = uniform_share
         self.dtype = number_dtype("dtype", dtype)
         if padding not in ("zero", "first"):
             raise ValueError(f"padding: expected 'zero' or 'first', got {padding!r}")
@@ -146,6 +148,15 @@ class BaseReplay(ABC):
     @beta.setter
     def beta(self, value: float) -> None:
         self._beta = fraction("beta", value)
+
+    @property
+    def uniform_share(self) -> float:
+        """The share of draws that are uniform although sampling is prioritized, from 0 to 1."""
+        return self._uniform_share
+
+    @uniform_share.setter
+    def uniform_share(self, value: float) -> None:
+        self._uniform_share = fraction("uniform_share", value)
 
     @property
     def largest_priority(self) -> float:
@@ -236,7 +247,8 @@ class BaseReplay(ABC):
             RuntimeError: nothing can be sampled yet (`len(replay) == 0`).
         """
         batch = self.empty_batch(batch_size) if out is None else _checked(out)
-        self._core.sample(integer("batch_size", batch_size, 1), self._beta, *_columns(batch))
+        size = integer("batch_size", batch_size, 1)
+        self._core.sample(size, self._beta, self._uniform_share, *_columns(batch))
         self._store.wait()
         return batch
 
@@ -298,7 +310,7 @@ class BaseReplay(ABC):
         self._core.update_priorities(indices(index), values.astype(np.float64))
 
     def clear(self) -> None:
-        """Forget all transitions. The random generator, alpha and beta stay as they are."""
+        """Forget all transitions. The random generator, alpha, beta and uniform_share stay as they are."""
         core = self._make_core()
         core.generator_state = self._core.generator_state
         self._core = core
@@ -318,7 +330,7 @@ class BaseReplay(ABC):
         Raises:
             RuntimeError: another thread appended meanwhile; what was saved before, if anything, is still there.
         """
-        settings = {**self.settings, "beta": self.beta}
+        settings = {**self.settings, **self._of_sampling()}
         self._contents(self._core).save(Path(path).absolute(), settings, self._saver, progress)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
@@ -339,8 +351,9 @@ class BaseReplay(ABC):
         """Take over a saved buffer with the same settings."""
         with saved.errors_named():
             core, beta = self._make_core(), fraction("beta", saved.settings["beta"])
+            uniform_share = fraction("uniform_share", saved.settings.get("uniform_share", 0.0))
             known = saved.read_into(self._contents(core), self._saver.length)
-        self._core, self._beta, self._saver.known = core, beta, known
+        self._core, self._beta, self._uniform_share, self._saver.known = core, beta, uniform_share, known
 
     @classmethod
     def _load(cls: type[Kind], path: str | os.PathLike[str], expected: dict[str, Any] | None, **more: Any) -> Kind:
@@ -353,12 +366,17 @@ class BaseReplay(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything, in arrays, for `copy.deepcopy` and other programs' pickles; `save` needs no such copy."""
-        return {"settings": {**self.settings, "beta": self.beta}, "contents": self._contents(self._core).export()}
+        settings = {**self.settings, **self._of_sampling()}
+        return {"settings": settings, "contents": self._contents(self._core).export()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become what `__getstate__` returned."""
         type(self).__init__(self, **state["settings"])
         self._contents(self._core).fill(state["contents"])
+
+    def _of_sampling(self) -> dict[str, float]:
+        """Return what may change at any time and another buffer need not have; older files lack `uniform_share`."""
+        return {"beta": self.beta, **({"uniform_share": self.uniform_share} if self.uniform_share else {})}
 
     def _contents(self, core: _core.FrameReplay) -> Contents:
         return Contents(core, self._store, self.capacity // self.num_envs, self.prioritized)

@@ -41,6 +41,8 @@ class FrameReplay(BaseReplay):
         alpha: from 0 (uniform) to 1. May be changed at any time.
         beta: of the importance weights (N P(i))^-beta, divided by the largest of the batch; from 0 (none) to 1 (full
             compensation). May be changed at any time.
+        uniform_share: the share of draws that are uniform all the same, so that no transition is forgotten, from 0 to
+            1; P(i) is that of the mixture. May be changed at any time.
         max_transitions: at most so many over all environments can be sampled, the newest (each environment keeps
             `max_transitions // num_envs`); None for as many as the frames make.
 

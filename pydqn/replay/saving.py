@@ -182,7 +182,7 @@ class SavedReplay:
                 raise ValueError(f"{path}: the replay buffer has {name} {header.get(name)}, expected {value}")
         with self.errors_named():
             self._state = {name: header.pop(name) for name in ("time_steps", "generator", "largest_priority")}
-            if unknown := header.keys() - {*SETTINGS, "frame_shape", "dtype", "beta"}:
+            if unknown := header.keys() - {*SETTINGS, "frame_shape", "dtype", "beta", "uniform_share"}:
                 raise ValueError(f"unknown: {', '.join(unknown)}")
             dtype_name("dtype", header["dtype"])
         self.settings = header

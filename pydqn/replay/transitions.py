@@ -38,7 +38,7 @@ class TransitionReplay:
         stack: frames in an observation; None to tell by its shape (see `pydqn.replay.stacks.Stacks.of`), and to take
             it for one frame after all if the first step does not move it on by one.
         padding: "zero" or "first": what mostly stands before an episode; None to tell by the first observation.
-        settings: all others of `FrameReplay`: n_step, gamma, prioritized, alpha, beta, seed.
+        settings: all others of `FrameReplay`: n_step, gamma, prioritized, alpha, beta, uniform_share, seed.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -92,8 +92,8 @@ class TransitionReplay:
 
     def _begin_anew(self) -> None:
         """Make the buffer of the frames again: how they are stacked, or padded, has turned out. It is empty still."""
-        exponents = {"alpha": self.frame_replay.alpha, "beta": self.frame_replay.beta}
-        self.frame_replay = self._make_frame_replay({**self._settings, **exponents})
+        now = {name: getattr(self.frame_replay, name) for name in ("alpha", "beta", "uniform_share")}
+        self.frame_replay = self._make_frame_replay({**self._settings, **now})
         self._begun[:] = False
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class TransitionReplay:
         self.frame_replay.update_priorities(index, priority)
 
     def clear(self) -> None:
-        """Forget all transitions. The random generator, alpha and beta stay as they are."""
+        """Forget all transitions. The random generator, alpha, beta and uniform_share stay as they are."""
         self.frame_replay.clear()
         self._begun[:] = False
 
@@ -219,8 +219,8 @@ class TransitionReplay:
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over what `save` wrote, in place of all that is held.
 
-        What is sampled then is what the saved buffer would have sampled: alpha and beta, which may be changed at any
-        time, are those that were saved. Episodes that were going on end there: environments are not saved.
+        What is sampled then is what the saved buffer would have sampled: alpha, beta and uniform_share, which may be
+        changed at any time, are those that were saved. Episodes that were going on end there: environments are not saved.
 
         Args:
             path: the folder.
@@ -246,7 +246,7 @@ class TransitionReplay:
             ValueError: the folder holds no replay buffer, is damaged, or does not hold such observations.
         """
         found = FrameReplay.load(path)
-        names = ("num_envs", "n_step", "gamma", "prioritized", "alpha", "beta")
+        names = ("num_envs", "n_step", "gamma", "prioritized", "alpha", "beta", "uniform_share")
         settings = {name: getattr(found, name) for name in names}
         most = found.capacity if found.max_transitions is None else found.max_transitions
         replay = cls(most, obs_shape, found.dtype, **settings)

@@ -231,7 +231,7 @@ class Sequence {
   void draw() {
     if (replay_->size() == 0) return;
     Buffers batch(shape_, 16);
-    replay_->sample(16, 0.5, batch.view());
+    replay_->sample(16, 0.5, 0.1, batch.view());
     compare(batch, reference_->transitions());
     if (!shape_.alpha) return;
     std::vector<double> priority;
@@ -267,8 +267,8 @@ class Sequence {
     other->end_import();
     if (replay_->size() > 0) {
       Buffers one(shape_, 8), two(shape_, 8);
-      replay_->sample(8, 0.4, one.view());
-      other->sample(8, 0.4, two.view());
+      replay_->sample(8, 0.4, 0.1, one.view());
+      other->sample(8, 0.4, 0.1, two.view());
       require(one.index == two.index && one.obs == two.obs && one.weight == two.weight, "the copy draws the same");
     }
     replay_ = std::move(other);
@@ -303,7 +303,7 @@ int threads(double seconds) {
       const std::vector<double> priority(8, 2.0);
       while (!done) {
         if (replay.size() == 0) continue;
-        replay.sample(8, 0.5, batch.view());
+        replay.sample(8, 0.5, 0.1, batch.view());
         for (std::size_t i = 0; i < 8; ++i) {
           const std::uint8_t* last = batch.obs.data() + (static_cast<std::int64_t>(i) + 1) * batch.stride - 16;
           for (int byte = 0; byte < 16; ++byte) require(last[byte] == last[0], "a frame is whole");
@@ -369,7 +369,7 @@ int long_run(std::int64_t appends) {
   for (std::int64_t t = 0; t < appends; ++t) {
     const bool* first = t % 700 == 0 ? all : no;
     replay.append(8, nullptr, [&](std::int64_t) { return frame.data(); }, action, reward, no, no, first);
-    if (t % 100 == 99) replay.sample(32, 0.4, batch.view());
+    if (t % 100 == 99) replay.sample(32, 0.4, 0.1, batch.view());
     if (t == 30000) early = resident_kilobytes();  // every slot has been written
   }
   const long late = resident_kilobytes();

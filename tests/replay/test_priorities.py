@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydqn import FrameReplay
+from pydqn import FrameReplay, TransitionReplay
 from pydqn._core import SumTree
 from tests.helpers.reference import Entry, EpisodeReplay, NaiveSumTree
 
@@ -43,6 +44,9 @@ def test_no_rounding_error_adds_up():
         fresh[leaf] = value
     assert tree.total == fresh.total
     assert tree.total == pytest.approx(math.fsum(values), rel=1e-14)
+
+
+DRAWN = [8, 12, 20, 23, 28, 30, 35, 37]  # by the release before
 
 
 def filled(count=40, capacity=64, **settings):
@@ -87,6 +91,48 @@ def test_weights_are_the_closed_form(beta):
     replay.beta = 0.5
     assert replay.sample(16).weight.max() == 1
     assert replay.sample(16).weight.min() < 1
+
+
+def test_a_share_of_the_draws_is_uniform():
+    """Draws follow the mixture, and weights are of its probabilities."""
+    replay = filled(alpha=0.7, beta=0.8, uniform_share=0.3)
+    index = replay.valid_indices()
+    priority = np.geomspace(1e-6, 9.0, len(index))
+    replay.update_priorities(index, priority)
+    chance = 0.7 * priority**0.7 / (priority**0.7).sum() + 0.3 / len(index)
+    drawn, weights = (np.concatenate(each) for each in zip(*(replay.sample(50)[5:] for _ in range(4000)), strict=True))
+    count = np.array([(drawn == one).sum() for one in index])
+    expected = chance * len(drawn)
+    assert ((count - expected) ** 2 / expected).sum() < len(index) + 4 * math.sqrt(2 * len(index))
+    of = (len(index) * chance[np.searchsorted(index, drawn)]) ** -0.8
+    largest = of.reshape(-1, 50).max(axis=1)
+    np.testing.assert_allclose(weights.reshape(-1, 50), of.reshape(-1, 50) / largest[:, None], rtol=1e-6)
+    replay.uniform_share = 1.0
+    assert (replay.sample(50).weight == 1).all()
+
+
+def test_without_a_uniform_share_draws_are_what_they_were():
+    """Runs that were saved before there was one go on as they would have."""
+    replay = filled(alpha=0.7, seed=3)
+    index = replay.valid_indices()
+    replay.update_priorities(index, np.linspace(0.1, 9.0, len(index)))
+    assert replay.sample(8).index.tolist() == DRAWN
+
+
+def test_the_uniform_share_is_saved(tmp_path):
+    replay = filled(uniform_share=0.25)
+    replay.update_priorities(replay.valid_indices()[:1], [1e-6])
+    replay.save(tmp_path / "replay")
+    loaded, restored = FrameReplay.load(tmp_path / "replay"), filled(count=5)
+    restored.restore(tmp_path / "replay")
+    for other in (loaded, restored, copy.deepcopy(replay)):
+        assert other.uniform_share == 0.25
+    filled().save(tmp_path / "without")  # as files are that older releases wrote
+    restored.restore(tmp_path / "without")
+    assert restored.uniform_share == 0.0
+    again = TransitionReplay(20, (2,), "float32", prioritized=True, uniform_share=0.5)
+    again.save(tmp_path / "transitions")
+    assert TransitionReplay.load(tmp_path / "transitions", (2,)).frame_replay.uniform_share == 0.5
 
 
 def test_new_transitions_enter_at_the_largest_priority_so_far():
@@ -233,7 +279,9 @@ def test_a_uniform_buffer_has_no_priorities():
         replay.update_priorities([0], [1.0])
 
 
-@pytest.mark.parametrize(("name", "bad"), [("alpha", 1.5), ("alpha", "a"), ("beta", -0.1), ("prioritized", 1)])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("alpha", 1.5), ("alpha", "a"), ("beta", -0.1), ("prioritized", 1), ("uniform_share", 1.1)]
+)
 def test_the_constructor_names_what_is_wrong(name, bad):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         FrameReplay(10, (1,), **{"prioritized": True, name: bad})
