@@ -81,6 +81,8 @@ def network_for(config: Config, envs: Envs, seed: int = 0, network: MakeNetwork 
         pixel_std=config.pixel_std,
         settings=LearnerSettings.from_config(config),
         noisy_sigma=config.noisy_sigma,
+        layer_norm=config.layer_norm,
+        shared_bias=config.shared_bias,
         impala=ImpalaSettings(config.impala_width, config.impala_spectral, config.impala_pooled),
         seed=seed,
     )
@@ -99,6 +101,7 @@ def replay_settings(config: Config, envs: Envs) -> dict[str, Any]:
         "prioritized": config.prioritized,
         "alpha": config.priority_alpha,
         "beta": config.priority_beta,
+        "uniform_share": config.priority_uniform_share,
     }
 
 

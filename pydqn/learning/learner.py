@@ -122,7 +122,11 @@ class Learner:
         self._compute_parameters = list(self._compute_network.parameters())
         self._optimizer = make_optimizer(
             OptimizerSettings(
-                settings.optimizer, settings.optimizer_epsilon, settings.rmsprop_decay, settings.rmsprop_momentum
+                settings.optimizer,
+                settings.optimizer_epsilon,
+                settings.rmsprop_decay,
+                settings.rmsprop_momentum,
+                settings.weight_decay,
             ),
             list(self.online.parameters()),
             self._compute_parameters,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
-from pydqn.learning.noise import linear
+from pydqn.learning.heads import HeadSettings, make_head
 from pydqn.learning.records import ActionMask, RecordTorso
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.torsos import (
@@ -27,19 +27,13 @@ from pydqn.learning.torsos import (
 )
 from pydqn.learning.values import ImplicitQuantiles, make_representation, represented
 
-
-def _hidden(features: int, units: tuple[int, ...], out: int, noisy_sigma: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in units:
-        layers += [linear(features, width, noisy_sigma), nn.ReLU(inplace=True)]
-        features = width
-    return nn.Sequential(*layers, linear(features, out, noisy_sigma))
+LAYER_NORMS = ("none", "head", "torso", "both")
 
 
 class QNetwork(nn.Module):
     """A torso, hidden layers, and linear action values, or distributions of returns whose means they are.
 
-    With `dueling`, two streams of hidden layers compute a value and advantages: Q = V + A - mean A
+    With `head.dueling`, two streams of hidden layers compute a value and advantages: Q = V + A - mean A
     (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581); of distributions, for each atom or quantile. Both
     get all features, unless the torso `splits`: then the first half goes to the value and the second to the advantages.
     """
@@ -48,23 +42,22 @@ class QNetwork(nn.Module):
         self,
         torso: PixelTorso | VectorTorso | RecordTorso,
         num_actions: int,
-        hidden_units: tuple[int, ...],
-        dueling: bool,
-        masked: bool = False,
+        head: HeadSettings = HeadSettings(),  # noqa: B008 (it cannot be changed)
         settings: LearnerSettings | None = None,
-        noisy_sigma: float = 0.0,
+        *,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         self.mask = ActionMask(num_actions) if masked else None
         self.torso = torso
-        self._split = dueling and torso.splits
+        self._split = head.dueling and torso.splits
         features = torso.features // 2 if self._split else torso.features
         settings = settings or LearnerSettings()
         self.represents = represented(settings)
         self.representation = make_representation(settings, torso.features)
         self._outputs = 1 if self.representation is None else self.representation.outputs  # per action
-        self.advantage = _hidden(features, hidden_units, num_actions * self._outputs, noisy_sigma)
-        self.value = _hidden(features, hidden_units, self._outputs, noisy_sigma) if dueling else None
+        self.advantage = make_head(features, num_actions, self._outputs, head)
+        self.value = make_head(features, 1, self._outputs, head) if head.dueling else None
 
     def prepare(self, obs: Tensor) -> Tensor:
         """Convert observations as the torso does; `forward` takes them either way."""
@@ -140,6 +133,8 @@ def make_network(
     input_range: tuple[float, float] | None = None,
     settings: LearnerSettings | None = None,
     noisy_sigma: float = 0.0,
+    layer_norm: str = "none",
+    shared_bias: bool = False,
     impala: ImpalaSettings = ImpalaSettings(),  # noqa: B008 (it cannot be changed)
     seed: int = 0,
 ) -> QNetwork:
@@ -160,8 +155,11 @@ def make_network(
         input_range: the values of frames that are mapped to 0 and 1; None for (0, 255) with pixels, and (0, 1), which
             changes nothing, with "mlp". A layout has its own.
         settings: the learner's, of which the value representation counts; None for scalar values.
-        impala: width, spectral normalization and pooling of the torso "impala".
         noisy_sigma: the initial noise of the fully connected layers (see `NoisyLinear`); 0 for layers without.
+        layer_norm: where there is a `LayerNorm` before each ReLU: "none", "head", "torso" or "both". A torso without
+            convolutions has no ReLU.
+        shared_bias: whether the last layer has one bias for all actions (see `SharedBias`).
+        impala: width, spectral normalization and pooling of the torso "impala".
         seed: of the initial weights; PyTorch's global generator stays as it was.
 
     Raises:
@@ -176,9 +174,13 @@ def make_network(
         if name not in ("mlp", "auto") and not any(part.channels for part in layout.parts):
             shapes = ", ".join(str(part.shape) for part in layout.parts)
             raise ValueError(f"network: {name!r} needs images, got frames of shape {shapes}; mlp takes any")
-        torsos = [_torso(name, stack, part, pixel_mean, pixel_std, impala) for part in layout.parts]
+        if layer_norm not in LAYER_NORMS:
+            raise ValueError(f"layer_norm: expected one of {', '.join(LAYER_NORMS)}, got {layer_norm!r}")
+        in_torso, in_head = layer_norm in ("torso", "both"), layer_norm in ("head", "both")
+        torsos = [_torso(name, stack, part, pixel_mean, pixel_std, impala, in_torso) for part in layout.parts]
         torso = RecordTorso(layout, torsos, sum(torso.features for torso in torsos)) if layout.is_record else torsos[0]
-        network = QNetwork(torso, num_actions, hidden_units, dueling, layout.masked_actions > 0, settings, noisy_sigma)
+        head = HeadSettings(hidden_units, dueling, noisy_sigma, in_head, shared_bias)
+        network = QNetwork(torso, num_actions, head, settings, masked=layout.masked_actions > 0)
         if name == WITHOUT_BIASES:
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -196,15 +198,15 @@ def _layout_of(name: str, shape: tuple[int, ...], input_range: tuple[float, floa
 
 
 def _torso(
-    name: str, stack: int, part: Part, pixel_mean: float, pixel_std: float, impala: ImpalaSettings
+    name: str, stack: int, part: Part, pixel_mean: float, pixel_std: float, impala: ImpalaSettings, layer_norm: bool
 ) -> PixelTorso | VectorTorso:
     name = fitting_torso(part) if name == "auto" else name
     if name == "mlp" or not part.channels:
         return VectorTorso(stack, part.shape, part.input_range)
+    scaling = (pixel_mean, pixel_std, part.input_range, part.channels)
     if name == "impala":
-        scaling = (pixel_mean, pixel_std, part.input_range, part.channels)
-        return ImpalaTorso(stack, part.shape, *scaling, **impala._asdict())
-    return PixelTorso(name, stack, part.shape, pixel_mean, pixel_std, part.input_range, part.channels)
+        return ImpalaTorso(stack, part.shape, *scaling, **impala._asdict(), layer_norm=layer_norm)
+    return PixelTorso(name, stack, part.shape, *scaling, layer_norm=layer_norm)
 
 
 def mixed_precision_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

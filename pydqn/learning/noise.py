@@ -17,13 +17,14 @@ class NoisyLinear(nn.Module):
     computed as mu(x) + e_out * sigma(e_in * x), so that each sample may have noise of its own. Initially mu is uniform
     in +-1/sqrt(in_features), and sigma is sigma_0 / sqrt(in_features).
 
-    Without noise, which is the case outside of `Noise.applied`, y = mu(x).
+    With `bias` False there is no mu_b, but still sigma_b. Without noise, which is the case outside of `Noise.applied`,
+    y = mu(x).
     """
 
-    def __init__(self, in_features: int, out_features: int, sigma: float = 0.5) -> None:
+    def __init__(self, in_features: int, out_features: int, sigma: float = 0.5, *, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.mu, self.sigma = nn.Linear(in_features, out_features), nn.Linear(in_features, out_features)
+        self.mu, self.sigma = nn.Linear(in_features, out_features, bias), nn.Linear(in_features, out_features)
         bound = 1 / math.sqrt(in_features)
         for parameter in self.mu.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -82,8 +83,3 @@ class Noise:
         finally:
             for layer in self._layers:
                 layer.noise = None
-
-
-def linear(in_features: int, out_features: int, sigma: float) -> nn.Module:
-    """Return a linear layer, noisy if `sigma` is above 0."""
-    return NoisyLinear(in_features, out_features, sigma) if sigma else nn.Linear(in_features, out_features)

@@ -56,7 +56,7 @@ def sum_of_squares(grad):
 
 
 @kernel(nogil=True, error_model="numpy")
-def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
+def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon, kept):
     b1, b2, c2 = np.float32(1 - BETA1), np.float32(BETA2), np.float32(1 - BETA2)
     for i in range(parameter.size):
         g = grad[i] * scale
@@ -64,20 +64,20 @@ def _adam_block(grad, parameter, mean, square, scale, size, root, epsilon):
         s = square[i] * b2 + c2 * g * g
         mean[i] = m
         square[i] = s
-        parameter[i] -= size * m / (np.sqrt(s) / root + epsilon)
+        parameter[i] = kept * parameter[i] - size * m / (np.sqrt(s) / root + epsilon)
 
 
 @kernel(nogil=True)
-def adam(grad, parameter, copy, mean, square, scale, size, root, epsilon):
+def adam(grad, parameter, copy, mean, square, scale, size, root, epsilon, kept):
     """Take a step of Adam with the gradient times `scale`, and round the parameter into `copy`, unless that is empty.
 
-    `size` is lr / (1 - beta1^t), `root` is sqrt(1 - beta2^t).
+    `size` is lr / (1 - beta1^t), `root` is sqrt(1 - beta2^t), and `kept` the share that the decay leaves of weights.
     """
     buffer = np.empty(_BLOCK, np.float32)
     for a in range(0, parameter.size, _BLOCK):
         b = min(a + _BLOCK, parameter.size)
         g = _float32(grad[a:b], buffer)
-        _adam_block(g, parameter[a:b], mean[a:b], square[a:b], scale, size, root, epsilon)
+        _adam_block(g, parameter[a:b], mean[a:b], square[a:b], scale, size, root, epsilon, kept)
         float32_to_bfloat16(parameter[a:b].view(np.uint32), copy[a:b])
 
 

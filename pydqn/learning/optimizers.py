@@ -6,6 +6,7 @@ had a gradient, and m, s and d starting at 0 unless said otherwise:
     adam              m <- m + (1 - beta1) (g - m)
                       s <- beta2 s + (1 - beta2) g^2
                       parameter <- parameter - lr / (1 - beta1^t) m / (sqrt(s / (1 - beta2^t)) + epsilon)
+    adamw             parameter <- (1 - lr weight_decay) parameter, and then as adam
     rmsprop           s <- decay s + (1 - decay) g^2
                       d <- momentum d + g / (sqrt(s) + epsilon)
                       parameter <- parameter - lr d
@@ -16,9 +17,10 @@ had a gradient, and m, s and d starting at 0 unless said otherwise:
                       d <- momentum d + lr g / sqrt(s - m^2 + epsilon)
                       parameter <- parameter - d
 
-These are `torch.optim.Adam`, `torch.optim.RMSprop`, TensorFlow's `tf.compat.v1.train.RMSPropOptimizer`, and with
-momentum 0 that of Graves 2013 (https://arxiv.org/abs/1308.0850, section 4.2) as Mnih et al. 2015 use it, who call
-`decay` of the two means "gradient momentum" and "squared gradient momentum", and epsilon "min squared gradient".
+These are `torch.optim.Adam`, `torch.optim.AdamW` (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101),
+`torch.optim.RMSprop`, TensorFlow's `tf.compat.v1.train.RMSPropOptimizer`, and with momentum 0 that of Graves 2013
+(https://arxiv.org/abs/1308.0850, section 4.2) as Mnih et al. 2015 use it, who call `decay` of the two means "gradient
+momentum" and "squared gradient momentum", and epsilon "min squared gradient".
 
 Parameters are float32. If a network computes in bfloat16, its layers have copies of the parameters in bfloat16 (see
 `networks.mixed_precision_copy`): gradients are those of the copies, and each step rounds the new parameters into them.
@@ -41,10 +43,11 @@ from pydqn.learning.optimizer_kernels import BETA1, BETA2, adam, float32_to_bflo
 class OptimizerSettings(NamedTuple):
     """What defines an optimizer, except for its learning rate."""
 
-    name: str  # adam | rmsprop | rmsprop_tf | rmsprop_centered
+    name: str  # adam | adamw | rmsprop | rmsprop_tf | rmsprop_centered
     epsilon: float
     decay: float = 0.95  # (RMSProp)
     momentum: float = 0.0  # (RMSProp)
+    weight_decay: float = 0.0  # (AdamW)
 
 
 OptimizerState = list[dict[str, Tensor]]  # of each parameter, by name
@@ -104,10 +107,16 @@ class TorchOptimizer:
         self._learning_rate = learning_rate
         self._optimizer: torch.optim.Optimizer
         on_gpu = learning_rate.device.type == "cuda"
-        name, epsilon, decay, momentum = settings
-        if name == "adam":
-            self._optimizer = torch.optim.Adam(
-                self._parameters, lr=learning_rate, eps=epsilon, fused=True, capturable=on_gpu
+        name, epsilon, decay, momentum, weight_decay = settings
+        if name in ("adam", "adamw"):
+            kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+            self._optimizer = kind(
+                self._parameters,
+                lr=learning_rate,
+                eps=epsilon,
+                weight_decay=weight_decay,
+                fused=True,
+                capturable=on_gpu,
             )
         elif name == "rmsprop":
             self._optimizer = torch.optim.RMSprop(
@@ -240,7 +249,7 @@ class OnePassOptimizer:
         none, none16 = np.zeros(0, np.float32), np.zeros(0, np.uint16)
         for parameter, copy in zip(parameters, copies, strict=True):
             rounded = none16 if copy is parameter else _row(copy)
-            if settings.name == "adam":
+            if settings.name in ("adam", "adamw"):
                 state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 views = [*map(_row, state.values())]
             else:
@@ -259,7 +268,7 @@ class OnePassOptimizer:
         scale = max_norm / (norm + 1e-6) if max_norm < math.inf else 1.0
         scale = 1.0 if scale > 1 else scale
         rate = float(self._learning_rate)
-        kernel: Callable[..., None] = adam if self._settings.name == "adam" else rmsprop
+        kernel: Callable[..., None] = adam if self._settings.name in ("adam", "adamw") else rmsprop
         numbers: dict[int, list[np.float32]] = {}  # by the number of steps, which parameters usually share
         for index, (grad, views) in enumerate(zip(grads, self._views, strict=True)):
             if grad is not None:
@@ -272,9 +281,10 @@ class OnePassOptimizer:
 
     def _numbers(self, scale: float, rate: float, steps: int) -> list[float]:
         """Return the kernel's scalar arguments for step number `steps` of a parameter."""
-        name, epsilon, decay, momentum = self._settings
-        if name == "adam":
-            return [scale, rate / (1 - BETA1**steps), math.sqrt(1 - BETA2**steps), epsilon]
+        name, epsilon, decay, momentum, weight_decay = self._settings
+        if name in ("adam", "adamw"):
+            kept = 1 - rate * weight_decay
+            return [scale, rate / (1 - BETA1**steps), math.sqrt(1 - BETA2**steps), epsilon, kept]
         outside = name == "rmsprop"  # epsilon outside the root, and the rate after the momentum
         rate_before, rate_after = (1.0, rate) if outside else (rate, 1.0)
         return [scale, rate_before, rate_after, decay, epsilon, momentum, outside]

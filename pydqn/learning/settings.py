@@ -44,6 +44,7 @@ class LearnerSettings:
     learning_rate: float = Config.learning_rate
     optimizer: str = Config.optimizer
     optimizer_epsilon: float = Config.optimizer_epsilon
+    weight_decay: float = Config.weight_decay
     rmsprop_decay: float = Config.rmsprop_decay
     rmsprop_momentum: float = Config.rmsprop_momentum
 

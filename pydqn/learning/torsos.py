@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, Part
+from pydqn.learning.heads import norm
 from pydqn.learning.pixels import to_channels_last
 
 
@@ -47,7 +48,8 @@ class PixelTorso(nn.Module):
     """Convolutions over a stack of frames: (B, stack, *frame_shape) to (B, features).
 
     Frames have the shape (H, W), or with `channels` "first" (C, H, W) and with "last" (H, W, C). The first convolution
-    sees the channels of all frames of a stack. Large maps of the last one are pooled to 7x7.
+    sees the channels of all frames of a stack. Large maps of the last one are pooled to 7x7. With `layer_norm`, there
+    is a `LayerNorm` before each ReLU.
 
     Computes conv(((x - low) / (high - low) - pixel_mean) / pixel_std) for an `input_range` from low to high, so x / 255
     for bytes. The first layer's weights include the scaling. This saves a pass over the input, and the convolution gets
@@ -66,6 +68,8 @@ class PixelTorso(nn.Module):
         pixel_std: float = 1.0,
         input_range: tuple[float, float] = BYTE_RANGE,
         channels: str = "none",
+        *,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         layers = []
@@ -77,6 +81,7 @@ class PixelTorso(nn.Module):
             if min(height, width) < 1:
                 raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
         self.convs = nn.ModuleList(layers)
+        self.norms = nn.ModuleList(norm(conv.channels, layer_norm) for conv in TORSOS[name])
         self._pools = depth * height * width > _MOST_FEATURES
         self.features = depth * (_POOLED**2 if self._pools else height * width)
         self.splits = name == WITHOUT_BIASES
@@ -119,9 +124,9 @@ class PixelTorso(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the features of `obs`, in the dtype of the layers after the first one."""
-        x = F.relu_(self._first(obs))
-        for conv in self.convs[1:]:
-            x = F.relu_(conv(x))
+        x = F.relu_(self.norms[0](self._first(obs)))
+        for conv, normalize in zip(self.convs[1:], self.norms[1:], strict=True):
+            x = F.relu_(normalize(conv(x)))
         if self._pools:
             x = F.adaptive_max_pool2d(x, _POOLED)
         return x.flatten(1)
@@ -185,14 +190,16 @@ class ImpalaSettings(NamedTuple):
 class _Residual(nn.Module):
     """x + conv(ReLU(conv(ReLU(x)))) of `channels`."""
 
-    def __init__(self, channels: int, spectral: bool) -> None:
+    def __init__(self, channels: int, spectral: bool, layer_norm: bool) -> None:
         super().__init__()
+        self.norms = nn.ModuleList([norm(channels, layer_norm), norm(channels, layer_norm)])
         kind = SpectralConv if spectral else _conv3
         self.convs = nn.ModuleList([kind(channels, channels), kind(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum, of the same shape."""
-        y: Tensor = self.convs[1](F.relu_(self.convs[0](F.relu(x))))
+        y: Tensor = self.convs[0](F.relu(self.norms[0](x)))
+        y = self.convs[1](F.relu_(self.norms[1](y)))
         return x + y
 
 
@@ -200,7 +207,8 @@ class ImpalaTorso(PixelTorso):
     """The residual network of IMPALA (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561, figure 3).
 
     Three times a convolution 3x3, a maximum over 3x3 with stride 2 and two residual blocks, of 16, 32 and 32 channels
-    times `width`. With `pooled` above 0, the last map is pooled to that height and width. Else see `PixelTorso`.
+    times `width`; with `layer_norm`, a `LayerNorm` before each ReLU. With `pooled` above 0, the last map is pooled to
+    that height and width. Else see `PixelTorso`.
     """
 
     _padding = 1
@@ -217,15 +225,17 @@ class ImpalaTorso(PixelTorso):
         width: int = 1,
         spectral: bool = False,
         pooled: int = 0,
+        layer_norm: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         depth, height, width_now = self._settle(stack, frame_shape, pixel_mean, pixel_std, input_range, channels)
         convs, residuals = [], []
         for wide in (16 * width, 32 * width, 32 * width):
             convs.append(_conv3(depth, wide))
-            residuals.append(nn.Sequential(_Residual(wide, spectral), _Residual(wide, spectral)))
+            residuals.append(nn.Sequential(*(_Residual(wide, spectral, layer_norm) for _ in range(2))))
             depth, height, width_now = wide, (height + 1) // 2, (width_now + 1) // 2
         self.convs, self.residuals = nn.ModuleList(convs), nn.ModuleList(residuals)
+        self.norms = nn.ModuleList([norm(depth, layer_norm)])
         self._side = pooled
         self.features = depth * (pooled**2 if pooled else height * width_now)
         self.splits = False
@@ -237,7 +247,7 @@ class ImpalaTorso(PixelTorso):
             x = self._first(obs) if x is None else conv(x)
             x = residual(F.max_pool2d(x, 3, 2, 1))
         assert x is not None
-        x = F.relu(x)
+        x = F.relu(self.norms[0](x))
         return (F.adaptive_max_pool2d(x, self._side) if self._side else x).flatten(1)
 
 

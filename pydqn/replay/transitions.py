@@ -220,7 +220,8 @@ class TransitionReplay:
         """Take over what `save` wrote, in place of all that is held.
 
         What is sampled then is what the saved buffer would have sampled: alpha, beta and uniform_share, which may be
-        changed at any time, are those that were saved. Episodes that were going on end there: environments are not saved.
+        changed at any time, are those that were saved. Episodes that were going on end there: environments are not
+        saved.
 
         Args:
             path: the folder.

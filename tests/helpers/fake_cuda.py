@@ -6,7 +6,7 @@ CUDA stand in the way:
 
 * Autograd asks the C++ side for the device's guard and streams. So fake tensors are made without `dispatch_device`: in
   C++ they are on "meta", which has a guard, and only Python, where operations are dispatched, sees "cuda:0".
-* `aten::_fused_adam_` has no meta kernel. `Watch` answers in its place.
+* `aten::_fused_adam_` and `aten::_fused_adamw_` have no meta kernels. `Watch` answers in its place.
 * A convolution on "meta" is not cuDNN's, whose results are channels-last where an argument is: that is told it.
 * `copy.deepcopy` of a fake tensor would copy the mode, too, and `Module.to` cannot move one: both are replaced.
 * Generators of random numbers cannot be made: the functions draw without one.
@@ -35,7 +35,8 @@ from pydqn.learning.policy import Actor
 from pydqn.replay.device import DeviceReplay
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")  # what Python sees, and what C++ sees of the same tensors
-_WITHOUT_META_KERNEL = {"aten._fused_adam_.default", "aten._fused_adam_.tensor_lr"}  # in place, so nothing to return
+# These work in place, so there is nothing to return.
+_WITHOUT_META_KERNEL = {f"aten._fused_{name}_.{kind}" for name in ("adam", "adamw") for kind in ("default", "tensor_lr")}
 _REAL_GROUPS = torch._C._group_tensors_by_device_and_dtype
 _REAL_MAKE = torch.Tensor._make_subclass
 
@@ -130,7 +131,7 @@ def pretended():
     new += [(module, "on", lambda device: contextlib.nullcontext()) for module in modules]
     new += [(module, "new_generator", lambda device, seed: None) for module in modules]
     new += [(torch.nn.Module, "to", lambda module, device: module)]  # see `_moved`
-    new += [(torch.optim, name, _later(getattr(torch.optim, name))) for name in ("Adam", "RMSprop")]
+    new += [(torch.optim, name, _later(getattr(torch.optim, name))) for name in ("Adam", "AdamW", "RMSprop")]
     new += [(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)]
     new += [(torch.cuda, "is_bf16_supported", lambda: True)]
     new += [(torch._C, "_group_tensors_by_device_and_dtype", _grouped)]

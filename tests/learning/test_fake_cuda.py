@@ -39,7 +39,8 @@ NETWORKS = {
 }
 
 
-def traced(variant, network="small", storage="host", *, dueling=False, noisy=0.0, **settings):
+def traced(variant, network="small", storage="host", *, dueling=False, noisy=0.0, plain=True, **settings):
+    """Trace a learner of `variant`; unless `plain`, its network has layer normalization and a shared bias."""
     settings = LearnerSettings(**{"batch_size": 8, **variant, **settings})
     name, frames, shape, dtype = NETWORKS[network]
     units = () if name == "nature_7x7" else (32,)
@@ -52,6 +53,8 @@ def traced(variant, network="small", storage="host", *, dueling=False, noisy=0.0
         dueling=dueling,
         settings=settings,
         noisy_sigma=noisy,
+        layer_norm="none" if plain else "both",
+        shared_bias=not plain,
         impala=ImpalaSettings(1, True, 6),
     )
     return trace(made, settings, shape, dtype, storage)
@@ -78,9 +81,10 @@ def test_every_value_representation(variant, precision):
 def test_every_network(network, precision):
     for value, storage in (("scalar", "device"), ("implicit_quantile", "host")):
         traced({"value": value, "num_taus": 4}, network, storage, precision=precision, double=True)
+    traced({}, network, "device", precision=precision, plain=False)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
 @pytest.mark.parametrize("clip", [0.0, 10.0])
 def test_every_optimizer(optimizer, clip):
     for precision in ("float32", "bfloat16"):

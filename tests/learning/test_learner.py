@@ -163,7 +163,7 @@ def test_bfloat16_learns_about_the_same_and_with_all_its_parameters():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
 def test_a_restored_learner_goes_on_as_the_saved_one(tmp_path, optimizer, precision):
     saved, replay, _ = make(optimizer=optimizer, precision=precision, double=True)
     for _ in range(10):  # with one target network update
@@ -268,7 +268,7 @@ def test_preparing_a_capture_changes_nothing(monkeypatch, optimizer, restored, p
 
 @needs_cuda
 @pytest.mark.parametrize("storage", ["host", "device"])
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop", "rmsprop_tf", "rmsprop_centered"])
 def test_captured_equals_eager(monkeypatch, optimizer, storage):
     """1,000 updates with a changing learning rate: parameters and the optimizer's state agree."""
     device = torch.device("cuda")

@@ -81,7 +81,7 @@ def test_environments_explore_independently_and_anew_at_each_call(value):
     assert not np.isclose(Actor(policy, same, seed=2).values(same), first).any()
     # Evaluations have the means: no noise, also right after acting.
     assert np.array_equal(policy.values(same), policy.values(same))
-    assert len(np.unique(policy.values(same)[:, 0])) == 1
+    assert np.ptp(policy.values(same)[:, 0]) < 1e-6  # some processors round rows of a batch differently
 
 
 def test_levels_of_one_sample_have_its_noise():

@@ -12,6 +12,8 @@ from pydqn.learning.optimizers import OnePassOptimizer, OptimizerSettings, RMSPr
 METHODS = [
     OptimizerSettings("adam", 1e-8),
     OptimizerSettings("adam", 1e-3),
+    OptimizerSettings("adamw", 1e-3, weight_decay=0.0),
+    OptimizerSettings("adamw", 1e-8, weight_decay=3.0),
     OptimizerSettings("rmsprop", 1e-6, 0.9),
     OptimizerSettings("rmsprop", 1e-6, 0.9, 0.9),
     OptimizerSettings("rmsprop_tf", 1e-6, 0.99),
@@ -31,9 +33,10 @@ class Reference:
         self.steps = 0
 
     def step(self, grad, rate):
-        name, epsilon, decay, momentum = self.settings
+        name, epsilon, decay, momentum, weight_decay = self.settings
         self.steps += 1
-        if name == "adam":
+        if name in ("adam", "adamw"):
+            self.value *= 1 - rate * weight_decay
             self.mean = 0.9 * self.mean + 0.1 * grad
             self.square = 0.999 * self.square + 0.001 * grad**2
             mean, square = self.mean / (1 - 0.9**self.steps), self.square / (1 - 0.999**self.steps)
