@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pydqn"
 # The one table of the order. A package imports itself and those on lower lines. CONTRIBUTING.md quotes it.
 ORDER = """
-_util < config < preprocess < replay, envs < presets < learning < runs < evaluation < plotting < training < adapters
-< cli
+_util < config < published < preprocess < replay, envs < presets < learning < runs < evaluation < plotting < training
+< adapters < cli
 """.strip().replace("\n", " ")
 RANKS = {name: rank for rank, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))

@@ -181,7 +181,8 @@ LATER |= {"value_max", "hl_gauss_sigma", "num_quantiles", "num_taus", "num_targe
 LATER |= {"num_cosines", "first_cosine", "quantile_kappa", "munchausen", "munchausen_alpha", "munchausen_temperature"}
 LATER |= {"munchausen_least", "munchausen_policy", "noisy_sigma", "target_update_rate", "epsilon_off_steps"}
 LATER |= {"epsilon_ladder", "boltzmann_temperature", "evaluation_noise", "priority_beta_end"}
-LATER |= {"impala_width", "impala_spectral", "impala_pooled"}
+LATER |= {"impala_width", "impala_spectral", "impala_pooled", "layer_norm", "shared_bias", "weight_decay"}
+LATER |= {"priority_uniform_share"}
 RUNS = sorted((ROOT / "results").glob("*/seed-*"))
 MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 

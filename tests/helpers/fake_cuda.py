@@ -36,7 +36,9 @@ from pydqn.replay.device import DeviceReplay
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")  # what Python sees, and what C++ sees of the same tensors
 # These work in place, so there is nothing to return.
-_WITHOUT_META_KERNEL = {f"aten._fused_{name}_.{kind}" for name in ("adam", "adamw") for kind in ("default", "tensor_lr")}
+_WITHOUT_META_KERNEL = {
+    f"aten._fused_{name}_.{kind}" for name in ("adam", "adamw") for kind in ("default", "tensor_lr")
+}
 _REAL_GROUPS = torch._C._group_tensors_by_device_and_dtype
 _REAL_MAKE = torch.Tensor._make_subclass
 

@@ -33,7 +33,7 @@ LARGE = {"total_steps": 180, "checkpoint_every_steps": 100, "batch_size": 4, "nu
 TABLE = {"total_steps": 5000, "checkpoint_every_steps": 1500, "stop_evaluation_return": float("inf")}
 for name in PRESETS:
     settings = TABLE if name == "frozenlake" else SMALL
-    if name == "btr" or name.startswith(("dopamine", "m-")):
+    if PRESETS[name].config.total_steps == 50_000_000 and name != "nature":
         settings = {**SMALL, **LARGE, "num_envs": 2 if name == "btr" else 1}
     config = preset(name, seed=int(sys.argv[1]), **settings)
     total = hashlib.sha256()

@@ -211,6 +211,11 @@ PUBLISHED |= {
     "dopamine-iqn": {**DOPAMINE, **LEVELS, "n_step": 3},
     "m-dqn": {**DOPAMINE, **MUNCHAUSEN, "value": "scalar", "loss": "huber"},
     "m-iqn": {**DOPAMINE, **LEVELS, **MUNCHAUSEN},
+    # Farebrother et al. 2024, with the bins of C51
+    "hl-gauss": {
+        **{**DOPAMINE, **ATOMS, "value": "hl_gauss", "hl_gauss_sigma": 0.75, "learning_rate": 6.25e-5, "n_step": 1},
+        "optimizer_epsilon": 1.5e-4,
+    },
     # Clark et al. 2025, Beyond the Rainbow
     "btr": {
         **{"num_envs": 64, "batch_size": 256, "train_period_steps": 64.0, "learning_rate": 1e-4, "gamma": 0.997},
@@ -225,6 +230,44 @@ PUBLISHED |= {
         **{"evaluation_noise": False, "evaluation_epsilon": 0.01, "sticky_actions": 0.25, "total_steps": 50_000_000},
     }
     | {"n_step": 3, "learning_rate": 1e-4, "optimizer_epsilon": 0.005 / 256},  # not Munchausen's own
+}
+# Quan and Ostrovski 2020, DQN Zoo (https://github.com/google-deepmind/dqn_zoo): the flags of each run_atari.py, whose
+# frames are four to a step, and target networks are copied by frames
+ZOO = {
+    **{"sticky_actions": 0.0, "noop_max_frames": 30, "max_episode_frames": 108_000, "terminal_on_life_loss": True},
+    **{"frame_skip": 4, "stack": 4, "max_pool": True, "preprocess": "resize_area", "clip_rewards": True, "gamma": 0.99},
+    **{"replay_capacity_frames": 1_000_000, "learning_starts_steps": 50_000, "batch_size": 32, "n_step": 1},
+    **{"train_period_steps": 16 / 4, "epsilon_start": 1.0, "epsilon_end": 0.01, "epsilon_decay_steps": 1_000_000},
+    **{"epsilon_hold_steps": 50_000, "total_steps": 200 * 1_000_000 // 4, "network": "nature", "hidden_units": (512,)},
+    **{"double": False, "dueling": False, "noisy_sigma": 0.0, "prioritized": False, "munchausen": False},
+}
+ZOO_RMSPROP = {"optimizer": "rmsprop_centered", "rmsprop_decay": 0.95, "rmsprop_momentum": 0.0, "max_grad_norm": 0.0}
+ZOO_DOUBLE = {**ZOO, **ZOO_RMSPROP, "loss": "huber", "double": True, "shared_bias": True, "evaluation_epsilon": 0.01}
+ZOO_DOUBLE |= {"target_update_period": 120_000 // 16, "learning_rate": 0.00025, "optimizer_epsilon": 0.01 / 32**2}
+ZOO_ADAM = {**ZOO, "optimizer": "adam", "shared_bias": False, "evaluation_epsilon": 0.001, "max_grad_norm": 10.0}
+ZOO_ADAM |= {"target_update_period": 40_000 // 16, "optimizer_epsilon": 0.01 / 32}
+PUBLISHED |= {
+    "double": ZOO_DOUBLE,
+    "prioritized": {
+        **{**ZOO_DOUBLE, "learning_rate": 0.00025 / 4, "optimizer_epsilon": (0.01 / 32**2) * (1.0 / 4) ** 2},
+        **{"prioritized": True, "priority_alpha": 0.6, "priority_beta": 0.4, "priority_beta_end": 1.0},
+        **{"priority_uniform_share": 1e-3, "priority_error": "auto"},
+    },
+    "c51": {**ZOO_ADAM, **ATOMS, "learning_rate": 0.00025},
+    "qrdqn": {
+        **{**ZOO_ADAM, "value": "quantile", "num_quantiles": 201, "quantile_kappa": 1.0, "learning_rate": 0.00005},
+    },
+    "iqn": {
+        **{**ZOO_ADAM, **LEVELS, "num_action_taus": 64, "optimizer_epsilon": 0.01 / 32, "max_grad_norm": 0.0},
+        **{"learning_starts_steps": 20_000, "epsilon_hold_steps": 20_000},
+    },
+    "rainbow": {
+        **{**ZOO_ADAM, **ATOMS, "learning_rate": 0.00025 / 4, "optimizer_epsilon": 0.005 / 32, "n_step": 3},
+        **{"learning_starts_steps": 20_000, "epsilon_hold_steps": 50_000, "target_update_period": 32_000 // 16},
+        **{"double": True, "dueling": True, "noisy_sigma": 0.1, "epsilon_start": 0.0, "epsilon_end": 0.0},
+        **{"evaluation_epsilon": 0.0, "evaluation_noise": True, "prioritized": True, "priority_error": "auto"},
+        **{"priority_alpha": 0.5, "priority_beta": 0.4, "priority_beta_end": 1.0, "priority_uniform_share": 1e-3},
+    },
 }
 
 
@@ -247,6 +290,7 @@ def test_presets_differ_where_they_say():
 
 
 PIXELS = ["pong-book", "breakout", "breakout-double", "breakout-dueling", "nature"]
+PIXELS += ["double", "prioritized", "c51", "qrdqn", "iqn", "rainbow", "hl-gauss"]
 PIXELS += ["dopamine-dqn", "dopamine-c51", "dopamine-rainbow", "dopamine-iqn", "m-dqn", "m-iqn", "btr"]
 
 
