@@ -141,6 +141,7 @@ class Learner:
         self._max_steps = len(example.action) // settings.batch_size  # in one `update`
         self._to_device = HostToDevice(example, device, names=example._fields)
         self._outputs: _UpdateOutputs | None = None
+        self._latest = slice(0, settings.batch_size)  # the rows of the latest gradient step
         self._errors = torch.zeros(len(example.action), device=device)
         self._errors_to_host = DeviceToHost(device)
         self._graphs: dict[tuple[int, int], Graph[_UpdateOutputs]] = {}  # by the first step's number, and how many
@@ -177,6 +178,7 @@ class Learner:
                 done += steps
                 if steps == until_target_update and period:
                     self.update_target()
+            self._latest = slice((count - 1) * size, count * size)
             self._errors_to_host.put(self._errors[: count * size])
 
     @torch.no_grad()
@@ -197,6 +199,7 @@ class Learner:
     def statistics(self) -> Statistics:
         """Return statistics of the latest gradient step (waits for the device).
 
+        The quantiles of returns, among the samples, are those after the step, and without noise; all else is before it.
         With a custom loss, action values are unknown: NaN, and not among the samples.
         """
         if self._outputs is None:
@@ -210,15 +213,17 @@ class Learner:
         taken = values.gather(1, action.unsqueeze(1))
         loss, mean_q, max_q, norm = torch.stack([(weight * losses).mean(), taken.mean(), values.max(), norm]).tolist()
         samples = {"loss_per_sample": losses.cpu().numpy(), "q_values": _allowed(values).float().cpu().numpy()}
+        with on(self.device):
+            quantiles = self.policy.quantiles_of(self._latest_obs(), action)
+        if quantiles is not None:
+            samples["return_quantiles"] = quantiles.cpu().numpy()
         return Statistics(loss, mean_q, max_q, norm, samples)
 
     def diagnosis(self) -> str:
         """Describe the latest update to a person who has to find out why it diverged (waits for the device)."""
-        size = self._settings.batch_size  # the first batch, if there were several
-        obs, _, reward, *_ = (tensor[:size] for tensor in self._to_device.tensors)
+        reward = self._to_device.tensors[2][self._latest]
         with on(self.device):
-            statistics = self.statistics()
-            obs = obs if self._frames is None else look_up(self._frames, obs)
+            statistics, obs = self.statistics(), self._latest_obs()
             bad = [name for name, value in self.online.state_dict().items() if not torch.isfinite(value).all()]
         largest = f"the largest action value {statistics.max_q:g}, " if self._custom_loss is None else ""
         return (
@@ -229,6 +234,11 @@ class Learner:
             f"the learning rate is {self.learning_rate:g} "
             "(mostly that is too large, or rewards are: see max_grad_norm, clip_rewards, loss)"
         )
+
+    def _latest_obs(self) -> Tensor:
+        """Return the observations of the latest gradient step."""
+        obs = self._to_device.tensors[0][self._latest]
+        return obs if self._frames is None else look_up(self._frames, obs)
 
     def td_errors(self) -> NDArray[np.float32]:
         """Return the absolute TD errors, unweighted, of all transitions in the latest `update`.

@@ -138,16 +138,19 @@ class Policy:
         """Return (B, A) action values of (B, stack, *frame_shape) observations."""
         return self.forward(torch.from_numpy(obs).to(self.device)).cpu().numpy()
 
-    @torch.no_grad()
     def quantiles(self, obs: NDArray[Any], action: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Return (B, 21) quantiles of the returns of (B,) actions, at evenly spaced levels; None of scalar values."""
+        found = self.quantiles_of(*(torch.from_numpy(array).to(self.device) for array in (obs, action)))
+        return None if found is None else found.cpu().numpy()
+
+    @torch.no_grad()
+    def quantiles_of(self, obs: Tensor, action: Tensor) -> Tensor | None:
+        """Return what `quantiles` does, of and as float32 tensors on the device."""
         network = self.compute_network
         if not isinstance(network, QNetwork) or network.representation is None:
             return None
         with self.autocast():
-            levels = midpoints(_LEVELS).to(self.device)
-            inputs, actions = (torch.from_numpy(array).to(self.device) for array in (obs, action))
-            return network.quantiles(inputs, actions, levels).float().cpu().numpy()
+            return network.quantiles(obs, action, midpoints(_LEVELS).to(self.device)).float()
 
     @staticmethod
     def choose(

@@ -15,7 +15,9 @@ class Statistics(NamedTuple):
     mean_q: float  # mean over the batch of the values of the actions taken
     max_q: float  # largest action value of the batch
     grad_norm: float  # before clipping
-    samples: dict[str, NDArray[Any]]  # for histograms: "loss_per_sample" (B,) and "q_values" (B, A), if there are any
+    # For histograms: "loss_per_sample" (B,); "q_values" (B, A), if there are any; and of distributions of returns
+    # "return_quantiles" (B, 21), those of the actions that were taken.
+    samples: dict[str, NDArray[Any]]
 
     @classmethod
     def nothing(cls) -> Statistics:

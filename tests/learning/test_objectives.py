@@ -152,6 +152,11 @@ def test_losses_and_errors(variant, masked, dueling):
     learner.update(batch)
     statistics = learner.statistics()
     np.testing.assert_allclose(statistics.samples["loss_per_sample"], losses, rtol=2e-4, atol=1e-5)
+    quantiles = statistics.samples.get("return_quantiles")
+    assert (quantiles is None) == (variant["value"] == "scalar")
+    if quantiles is not None:
+        assert quantiles.shape == (len(batch.action), 21)
+        np.testing.assert_array_equal(quantiles, learner.policy.quantiles(batch.obs, batch.action))
     np.testing.assert_allclose(learner.td_errors(), errors, rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(statistics.loss, np.mean(losses * batch.weight), rtol=2e-4)
 

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pydqn
 from pydqn import Learner, LearnerSettings
@@ -235,3 +236,5 @@ def test_settings_are_kept(tmp_path):
     config = small("munchausen-implicit", total_steps=60)
     pydqn.train(config, tmp_path)
     assert dataclasses.replace(load_run(tmp_path), env_id=config.env_id) == config
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert board.Histograms("learning/return_quantiles")[-1].histogram_value.num == 21 * config.batch_size
