@@ -67,14 +67,22 @@ def make_head(features: int, num_actions: int, outputs: int, settings: HeadSetti
     """Build hidden layers and a linear one: (B, features) to (B, num_actions * outputs)."""
     layers: list[nn.Module] = []
     for width in settings.hidden_units:
-        layers.append(_linear(features, width, settings.noisy_sigma))
-        if settings.layer_norm:
-            layers.append(LayerNorm(width))
-        layers.append(nn.ReLU(inplace=True))
+        layers += _hidden(features, width, settings)
         features = width
     if settings.shared_bias:
         return nn.Sequential(*layers, SharedBias(features, num_actions, outputs, settings.noisy_sigma))
     return nn.Sequential(*layers, _linear(features, num_actions * outputs, settings.noisy_sigma))
+
+
+def split_head(features: int, settings: HeadSettings) -> tuple[nn.Sequential, int, HeadSettings]:
+    """Build the first hidden layer; return it, its number of units, and the settings of what remains."""
+    first, *rest = settings.hidden_units
+    return nn.Sequential(*_hidden(features, first, settings)), first, settings._replace(hidden_units=tuple(rest))
+
+
+def _hidden(features: int, width: int, settings: HeadSettings) -> list[nn.Module]:
+    layer = _linear(features, width, settings.noisy_sigma)
+    return [layer, *([LayerNorm(width)] if settings.layer_norm else []), nn.ReLU(inplace=True)]
 
 
 def _linear(features: int, outputs: int, noisy_sigma: float, bias: bool = True) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
-from pydqn.learning.heads import HeadSettings, make_head
+from pydqn.learning.heads import HeadSettings, make_head, split_head
 from pydqn.learning.records import ActionMask, RecordTorso
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.torsos import (
@@ -36,6 +36,9 @@ class QNetwork(nn.Module):
     With `head.dueling`, two streams of hidden layers compute a value and advantages: Q = V + A - mean A
     (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581); of distributions, for each atom or quantile. Both
     get all features, unless the torso `splits`: then the first half goes to the value and the second to the advantages.
+
+    The levels of implicit quantiles are embedded into the features. Where the torso has no layers, as for vectors, the
+    first hidden layer comes before that, for both streams: products with raw numbers would say little.
     """
 
     def __init__(
@@ -54,7 +57,10 @@ class QNetwork(nn.Module):
         features = torso.features // 2 if self._split else torso.features
         settings = settings or LearnerSettings()
         self.represents = represented(settings)
-        self.representation = make_representation(settings, torso.features)
+        self.encoder: nn.Module | None = None
+        if settings.value == "implicit_quantile" and head.hidden_units and not isinstance(torso, PixelTorso):
+            self.encoder, features, head = split_head(features, head)
+        self.representation = make_representation(settings, torso.features if self.encoder is None else features)
         self._outputs = 1 if self.representation is None else self.representation.outputs  # per action
         self.advantage = make_head(features, num_actions, self._outputs, head)
         self.value = make_head(features, 1, self._outputs, head) if head.dueling else None
@@ -102,6 +108,7 @@ class QNetwork(nn.Module):
     def _outputs_of(self, features: Tensor, tau: Tensor | None) -> Tensor:
         if isinstance(self.representation, ImplicitQuantiles):
             assert tau is not None
+            features = features if self.encoder is None else self.encoder(features)
             values = self._of_streams(self.representation.embed(features, tau))  # (B * N, A)
             of_levels: Tensor = values.unflatten(0, (-1, tau.shape[1]))
             return of_levels.transpose(1, 2)

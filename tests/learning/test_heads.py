@@ -152,3 +152,23 @@ def test_bad_settings_are_named():
         Config(weight_decay=0.1)
     with pytest.raises(ValueError, match="^weight_decay: expected less than 1 / learning_rate = 1000"):
         Config(weight_decay=1000.0, learning_rate=1e-3, optimizer="adamw")
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_levels_are_embedded_behind_the_first_hidden_layer_of_vectors(dueling):
+    """Not into the four numbers themselves, with which CartPole was not learned."""
+    settings = LearnerSettings(value="implicit_quantile", **DISTRIBUTIONS["implicit_quantile"])
+    network = make_network("mlp", 1, (4,), 3, hidden_units=(16, 12), dueling=dueling, settings=settings, seed=1)
+    obs, tau = torch.randn(5, 1, 4), torch.rand(5, 6)
+    psi = F.relu(network.encoder[0](obs.flatten(1)))
+    assert tuple(psi.shape) == (5, 16)
+    cosines = torch.cos(torch.pi * tau[:, :, None] * torch.arange(1, 9))
+    product = psi[:, None] * F.relu(network.representation.embedding(cosines))
+    expected = network.advantage(product)
+    assert [layer.out_features for layer in network.advantage if isinstance(layer, nn.Linear)] == [12, 3]
+    if dueling:
+        expected = network.value(product) + expected - expected.mean(dim=2, keepdim=True)
+    torch.testing.assert_close(network.outputs(obs, tau), expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    pixels_or_no_layers = [make_network("small", 4, (84, 84), 3, hidden_units=(16,), settings=settings)]
+    pixels_or_no_layers.append(make_network("mlp", 1, (4,), 3, hidden_units=(), settings=settings))
+    assert all(other.encoder is None for other in pixels_or_no_layers)
