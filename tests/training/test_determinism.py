@@ -1,26 +1,34 @@
-"""For every preset, the same seed gives the same run in another process; another seed gives another run."""
+"""For every preset, the same seed gives the same run in another process, also if that is killed and resumed.
+
+Another seed gives another run.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pydqn.presets import PRESETS
 
-# A short run of each preset that learns, evaluates and saves.
+ROOT = Path(__file__).parents[2]
+
+# A short run of each preset that learns and saves; with "killed" as the second argument, it is killed between the first
+# checkpoint and the next one, and resumed.
 PROGRAM = """
 import csv, hashlib, json, sys, tempfile
 from pathlib import Path
 
 import torch
 
-from pydqn import preset
+from pydqn import preset, resume
 from pydqn.runs.checkpoint import latest_checkpoint, load_checkpoint
 from pydqn.presets import PRESETS
 from pydqn.training.start import open_run
+from tests.helpers.runs import kill
 
 CLOCK = {"seconds", "frames_per_second", "updates_per_second", "cpu_percent", "memory_mb", "memory_percent"}
 SMALL = {
@@ -38,10 +46,17 @@ for name in PRESETS:
     config = preset(name, seed=int(sys.argv[1]), **settings)
     total = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
-        with open_run(config, folder) as run:
-            for report in run.reports():
-                pass
-            updates = run.result().updates
+        if sys.argv[2] == "killed":
+            run, after = open_run(config, folder), 1.25 * config.checkpoint_every_steps
+            next(report for report in run.reports() if report.steps >= after)
+            assert latest_checkpoint(folder).name.endswith(f"{config.checkpoint_every_steps}")
+            kill(run)
+            updates = resume(folder).updates
+        else:
+            with open_run(config, folder) as run:
+                for report in run.reports():
+                    pass
+                updates = run.result().updates
         for file in ("progress.csv", "episodes.csv"):
             for row in csv.DictReader(open(Path(folder) / file)):
                 total.update(repr([value for key, value in row.items() if key not in CLOCK]).encode())
@@ -53,15 +68,16 @@ for name in PRESETS:
 
 @pytest.fixture(scope="module")
 def hashes():
-    """Hashes of all presets' runs, by (seed, process)."""
+    """Hashes of all presets' runs, by the seed and how they ran."""
 
-    def start(seed):
-        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(seed)], stdout=subprocess.PIPE, text=True)
+    def start(seed, how):
+        command = [sys.executable, "-c", PROGRAM, str(seed), how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
     # Two at a time, as nearly every machine has two cores.
     found = {}
-    for pair in ([(0, "one"), (0, "other")], [(1, "one")]):
-        for key, process in [(key, start(key[0])) for key in pair]:
+    for pair in ([(0, "whole"), (0, "killed")], [(1, "whole")]):
+        for key, process in [(key, start(*key)) for key in pair]:
             out, _ = process.communicate()
             assert process.returncode == 0
             found[key] = {name: (updates, digest) for name, updates, digest in map(json.loads, out.splitlines())}
@@ -70,7 +86,7 @@ def hashes():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_same_seed_is_the_same_run(hashes, name):
-    updates, digest = hashes[0, "one"][name]
+    updates, digest = hashes[0, "whole"][name]
     assert updates > 10
-    assert (updates, digest) == hashes[0, "other"][name]
-    assert digest != hashes[1, "one"][name][1]
+    assert (updates, digest) == hashes[0, "killed"][name]
+    assert digest != hashes[1, "whole"][name][1]
