@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,9 @@ class LayerNorm(nn.Module):
         return F.group_norm(x.float(), 1, self.weight, self.bias).to(x.dtype)
 
 
-def norm(features: int, normalizes: bool) -> nn.Module:
-    """Return a `LayerNorm` of so many features or channels, or what changes nothing."""
-    return LayerNorm(features) if normalizes else nn.Identity()
+def norms(features: Iterable[int], normalizes: bool) -> nn.ModuleList:
+    """Return a `LayerNorm` for each number of features or channels; none of them unless `normalizes`."""
+    return nn.ModuleList(LayerNorm(count) for count in features if normalizes)
 
 
 class SharedBias(nn.Module):

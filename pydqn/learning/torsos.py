@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, Part
-from pydqn.learning.heads import norm
+from pydqn.learning.heads import norms
 from pydqn.learning.pixels import to_channels_last
 
 
@@ -42,6 +42,10 @@ def fitting_torso(part: Part) -> str:
         return "mlp"
     side = min(part.image_size)
     return "minatar" if side < 20 else "grid" if side < 64 else "nature"
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 class PixelTorso(nn.Module):
@@ -81,7 +85,7 @@ class PixelTorso(nn.Module):
             if min(height, width) < 1:
                 raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
         self.convs = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(norm(conv.channels, layer_norm) for conv in TORSOS[name])
+        self.norms = norms((conv.channels for conv in TORSOS[name]), layer_norm)
         self._pools = depth * height * width > _MOST_FEATURES
         self.features = depth * (_POOLED**2 if self._pools else height * width)
         self.splits = name == WITHOUT_BIASES
@@ -124,9 +128,11 @@ class PixelTorso(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return the features of `obs`, in the dtype of the layers after the first one."""
-        x = F.relu_(self.norms[0](self._first(obs)))
-        for conv, normalize in zip(self.convs[1:], self.norms[1:], strict=True):
-            x = F.relu_(normalize(conv(x)))
+        normalizers, x = iter(self.norms), None
+        for conv in self.convs:  # not a slice, which would be a new module at each pass
+            x = self._first(obs) if x is None else conv(x)
+            x = F.relu_(next(normalizers, _unchanged)(x))
+        assert x is not None
         if self._pools:
             x = F.adaptive_max_pool2d(x, _POOLED)
         return x.flatten(1)
@@ -192,14 +198,15 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int, spectral: bool, layer_norm: bool) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([norm(channels, layer_norm), norm(channels, layer_norm)])
+        self.norms = norms((channels, channels), layer_norm)
         kind = SpectralConv if spectral else _conv3
         self.convs = nn.ModuleList([kind(channels, channels), kind(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum, of the same shape."""
-        y: Tensor = self.convs[0](F.relu(self.norms[0](x)))
-        y = self.convs[1](F.relu_(self.norms[1](y)))
+        first, second = self.norms or (_unchanged, _unchanged)
+        y: Tensor = self.convs[0](F.relu(first(x)))
+        y = self.convs[1](F.relu_(second(y)))
         return x + y
 
 
@@ -235,7 +242,7 @@ class ImpalaTorso(PixelTorso):
             residuals.append(nn.Sequential(*(_Residual(wide, spectral, layer_norm) for _ in range(2))))
             depth, height, width_now = wide, (height + 1) // 2, (width_now + 1) // 2
         self.convs, self.residuals = nn.ModuleList(convs), nn.ModuleList(residuals)
-        self.norms = nn.ModuleList([norm(depth, layer_norm)])
+        self.norms = norms((depth,), layer_norm)
         self._side = pooled
         self.features = depth * (pooled**2 if pooled else height * width_now)
         self.splits = False
@@ -247,7 +254,7 @@ class ImpalaTorso(PixelTorso):
             x = self._first(obs) if x is None else conv(x)
             x = residual(F.max_pool2d(x, 3, 2, 1))
         assert x is not None
-        x = F.relu(self.norms[0](x))
+        x = F.relu(next(iter(self.norms), _unchanged)(x))
         return (F.adaptive_max_pool2d(x, self._side) if self._side else x).flatten(1)
 
 

@@ -51,8 +51,9 @@ def test_where_it_normalizes(where, norms):
             scrambled(module)
     x = pixels(3, 4, 84, 84)
     features = x.float() / 255
-    for conv, normalize in zip(network.torso.convs, network.torso.norms, strict=True):
-        features = F.relu(normalize(conv(features)))
+    for number, conv in enumerate(network.torso.convs):
+        features = conv(features)
+        features = F.relu(network.torso.norms[number](features) if norms in (3, 5) else features)
     features = features.flatten(1)
     for layer in network.advantage:
         features = layer(features)
