@@ -94,11 +94,42 @@ def means_of(task):
     return [statistics.mean(one["mean"] for one in classic(task, library)) for library in ("pydqn", "sb3")]
 
 
-def test_the_table_of_classic_control():
-    """Five seeds each, the settings of the program that makes them, and the numbers that the files hold."""
-    spec = importlib.util.spec_from_file_location("classic_control", ROOT / "bench" / "classic_control.py")
+def program_of(name, monkeypatch):
+    """Import one of the programs in bench/."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
+    return program
+
+
+def test_the_table_of_value_learning(monkeypatch):
+    """Three seeds each, the settings of the program that makes them, and the numbers that the files hold."""
+    program, folder = program_of("value_learning", monkeypatch), ROOT / "results" / "value-learning"
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert [value for value, *_ in rows] == list(program.VALUES["CartPole-v1"])
+    for value, *cells in rows:
+        for (task, settings), cell in zip(program.TASKS.items(), cells, strict=True):
+            paths = [folder / task / f"{value}-{seed}.json" for seed in program.SEEDS[task]]
+            runs = [json.loads(path.read_text()) for path in paths]
+            assert {path.name for path in paths} == {path.name for path in (folder / task).glob(f"{value}-*.json")}
+            means = [statistics.mean(run["returns"]) for run in runs]
+            expected = f"{statistics.mean(means):.1f} ({', '.join(f'{mean:.1f}' for mean in means)})"
+            if "MinAtar" in task:  # the training return says how fast they learned
+                ends = [run["curve"][-1][1] for run in runs]
+                expected += f"; {statistics.mean(ends):.1f}"
+            assert cell == expected
+            for run in runs:
+                assert len(run["returns"]) == 100
+                assert run["settings"] == {**settings, "value": value, **program.VALUES[task][value]}
+                assert run["environment"]["processor"]
+            if value != "scalar":
+                assert min(means) > (475 if task == "CartPole-v1" else 0)
+
+
+def test_the_table_of_classic_control(monkeypatch):
+    """Five seeds each, the settings of the program that makes them, and the numbers that the files hold."""
+    program = program_of("classic_control", monkeypatch)
     page = (ROOT / "docs" / "your-task.md").read_text()
     commands = dict(re.findall(r"^\| (\w+) \| `pydqn train dqn (.*?)` \|$", page, re.MULTILINE))
     text = (CLASSIC / "README.md").read_text()
