@@ -163,8 +163,8 @@ def make_network(
             changes nothing, with "mlp". A layout has its own.
         settings: the learner's, of which the value representation counts; None for scalar values.
         noisy_sigma: the initial noise of the fully connected layers (see `NoisyLinear`); 0 for layers without.
-        layer_norm: where there is a `LayerNorm` before each ReLU: "none", "head", "torso" or "both". A torso without
-            convolutions has no ReLU.
+        layer_norm: where there is a `LayerNorm` before each ReLU: "none", "head", "torso" or "both". Only a torso with
+            convolutions has any.
         shared_bias: whether the last layer has one bias for all actions (see `SharedBias`).
         impala: width, spectral normalization and pooling of the torso "impala".
         seed: of the initial weights; PyTorch's global generator stays as it was.
@@ -185,6 +185,8 @@ def make_network(
             raise ValueError(f"layer_norm: expected one of {', '.join(LAYER_NORMS)}, got {layer_norm!r}")
         in_torso, in_head = layer_norm in ("torso", "both"), layer_norm in ("head", "both")
         torsos = [_torso(name, stack, part, pixel_mean, pixel_std, impala, in_torso) for part in layout.parts]
+        if layer_norm == "torso" and not any(isinstance(torso, PixelTorso) for torso in torsos):
+            raise ValueError("layer_norm: 'torso' needs convolutions, which this network lacks; expected none or head")
         torso = RecordTorso(layout, torsos, sum(torso.features for torso in torsos)) if layout.is_record else torsos[0]
         head = HeadSettings(hidden_units, dueling, noisy_sigma, in_head, shared_bias)
         network = QNetwork(torso, num_actions, head, settings, masked=layout.masked_actions > 0)

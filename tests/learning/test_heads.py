@@ -149,6 +149,8 @@ def test_a_learner_with_both(where, shared, dueling, precision):
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="^layer_norm: expected one of none, head, torso, both, got 'all'"):
         make_network("mlp", 1, (4,), 2, layer_norm="all")
+    with pytest.raises(ValueError, match="^layer_norm: 'torso' needs convolutions, which this network lacks"):
+        make_network("auto", 1, (4,), 2, layer_norm="torso")
     with pytest.raises(ValueError, match="^weight_decay: expected 0 with optimizer = 'adam'"):
         Config(weight_decay=0.1)
     with pytest.raises(ValueError, match="^weight_decay: expected less than 1 / learning_rate = 1000"):
