@@ -107,6 +107,7 @@ def test_the_table_of_value_learning(monkeypatch):
     """Three seeds each, the settings of the program that makes them, and the numbers that the files hold."""
     program, folder = program_of("value_learning", monkeypatch), ROOT / "results" / "value-learning"
     text = (folder / "README.md").read_text()
+    learned = (ROOT / "docs" / "algorithms" / "README.md").read_text().partition("What they learn:")[2]
     for task, settings in program.TASKS.items():
         table = re.search(rf"^## {task}$(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
         rows = re.findall(r"^\| `(\w+)` \| (.*?) \|$", table.group(1), re.MULTILINE)
@@ -122,6 +123,7 @@ def test_the_table_of_value_learning(monkeypatch):
             expected = f"{statistics.mean(means):.1f} ({', '.join(f'{mean:.1f}' for mean in means)})"
             ends = [run["curve"][-1][1] for run in runs]  # the training return says how fast they learned
             expected += f" | {statistics.mean(ends):.1f}"
+            assert f" {statistics.mean(means):.1f}" in learned, value
             assert cell == expected
             for run in runs:
                 assert len(run["returns"]) == 100
