@@ -147,6 +147,22 @@ def finished(command, path):
     print(f"{path}: {json.loads(path.read_text())['mean']:.1f}", flush=True)
 
 
+def run_all(program, chosen, option, jobs):
+    """Run `program` for each (task, seed, what is compared), which has an option; print a table over the seeds."""
+    with concurrent.futures.ThreadPoolExecutor(chosen.at_once) as pool:
+        for task, seed, kind in jobs:
+            named = ["--tasks", task, "--seeds", str(seed), option, kind, "--runs", chosen.runs]
+            command = [sys.executable, program, str(chosen.directory), *named, "--one"]
+            pool.submit(finished, command, chosen.directory / task / f"{kind}-{seed}.json")
+    print(f"\nmean return of {EPISODES} episodes: mean (standard deviation) over seeds, lowest seed")
+    for task, kind in sorted({(task, kind) for task, _, kind in jobs}):
+        paths = sorted((chosen.directory / task).glob(f"{kind}-*.json"))
+        means = [json.loads(path.read_text())["mean"] for path in paths]
+        if len(means) > 1:
+            spread = f"{statistics.mean(means):.1f} ({statistics.stdev(means):.1f}), {min(means):.1f}"
+            print(f"{task:20} {kind:18} {spread}, {len(means)} seeds")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="Where results are written.")
@@ -160,22 +176,8 @@ def main():
     if chosen.one:
         one(chosen)
         return
-    with concurrent.futures.ThreadPoolExecutor(chosen.at_once) as pool:
-        for seed in chosen.seeds:
-            for task in chosen.tasks:
-                for library in chosen.libraries:
-                    path = chosen.directory / task / f"{library}-{seed}.json"
-                    named = ["--tasks", task, "--seeds", str(seed), "--libraries", library, "--runs", chosen.runs]
-                    command = [sys.executable, __file__, str(chosen.directory), *named, "--one"]
-                    pool.submit(finished, command, path)
-    print(f"\nmean return of {EPISODES} greedy episodes: mean (standard deviation) over seeds, lowest seed")
-    for task in chosen.tasks:
-        for library in chosen.libraries:
-            paths = sorted((chosen.directory / task).glob(f"{library}-*.json"))
-            means = [json.loads(path.read_text())["mean"] for path in paths]
-            if len(means) > 1:
-                spread = f"{statistics.mean(means):.1f} ({statistics.stdev(means):.1f}), {min(means):.1f}"
-                print(f"{task:15} {library:6} {spread}, {len(means)} seeds")
+    jobs = [(task, seed, library) for seed in chosen.seeds for task in chosen.tasks for library in chosen.libraries]
+    run_all(__file__, chosen, "--libraries", jobs)
 
 
 if __name__ == "__main__":

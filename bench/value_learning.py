@@ -11,15 +11,13 @@ The run folders are kept in --runs. At the end, a table of means and standard de
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import csv
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
-from classic_control import EPISODES, finished
+from classic_control import EPISODES, run_all
 
 TASKS = {
     "CartPole-v1": {"preset": "dqn", "total_steps": 100_000},
@@ -82,22 +80,9 @@ def main():
     if chosen.one:
         one(chosen)
         return
-    with concurrent.futures.ThreadPoolExecutor(chosen.at_once) as pool:
-        for task in chosen.tasks:
-            for seed in chosen.seeds or SEEDS[task]:
-                for value in chosen.values:
-                    path = chosen.directory / task / f"{value}-{seed}.json"
-                    named = ["--tasks", task, "--seeds", str(seed), "--values", value, "--runs", chosen.runs]
-                    command = [sys.executable, __file__, str(chosen.directory), *named, "--one"]
-                    pool.submit(finished, command, path)
-    print(f"\nmean return of {EPISODES} episodes: mean (standard deviation) over seeds, lowest seed")
-    for task in chosen.tasks:
-        for value in chosen.values:
-            paths = sorted((chosen.directory / task).glob(f"{value}-*.json"))
-            means = [json.loads(path.read_text())["mean"] for path in paths]
-            if len(means) > 1:
-                spread = f"{statistics.mean(means):.1f} ({statistics.stdev(means):.1f}), {min(means):.1f}"
-                print(f"{task:20} {value:18} {spread}, {len(means)} seeds")
+    seeds = {task: chosen.seeds or SEEDS[task] for task in chosen.tasks}
+    jobs = [(task, seed, value) for task in chosen.tasks for seed in seeds[task] for value in chosen.values]
+    run_all(__file__, chosen, "--values", jobs)
 
 
 if __name__ == "__main__":

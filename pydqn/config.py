@@ -479,22 +479,6 @@ RENAMED = {
     "target_sync_updates": "target_update_period",
 }
 
-# The first field of each section of the help pages.
-SECTIONS = {
-    "agent": "the environment and the end of the run",
-    "frame_skip": "Atari only",
-    "stack": "observations and the replay buffer",
-    "network": "the network",
-    "gamma": "the loss",
-    "value": "the value representation",
-    "munchausen": "Munchausen",
-    "optimizer": "the optimizer",
-    "batch_size": "the training loop",
-    "evaluation_every_steps": "evaluation",
-    "log_every_steps": "logs, checkpoints and videos",
-    "device": "the machine",
-}
-
 # The fields that decide what transitions are. A run with other values must not go on with stored transitions. (The
 # settings of the replay buffer itself, such as gamma, are compared when it is loaded.)
 TRANSITIONS = (

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from pydqn import Config, preset
-from pydqn.config import RENAMED, SECTIONS
+from pydqn.cli.options import SECTIONS
+from pydqn.config import RENAMED
 from pydqn.presets import PRESETS
 
 

@@ -17,10 +17,10 @@ from typing import Any
 from pydqn._util.machine import bound_spinning
 from pydqn.cli.errors import BROKEN_PIPE, INTERRUPTED, USER_ERRORS, print_error
 from pydqn.cli.imports import import_modules
-from pydqn.cli.options import given_settings, make_parser, run_overrides
+from pydqn.cli.options import SECTIONS, given_settings, make_parser, run_overrides
 from pydqn.cli.play import play
 from pydqn.cli.train import train
-from pydqn.config import SECTIONS, Config
+from pydqn.config import Config
 from pydqn.presets import PRESETS, preset, preset_and_note
 
 

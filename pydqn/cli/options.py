@@ -8,13 +8,29 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from pydqn import __version__
-from pydqn.config import SECTIONS, Config
+from pydqn.config import Config
 from pydqn.evaluation.protocols import PROTOCOLS
 from pydqn.presets import PRESETS
 
 # The same names are in `plotting.curves` and `evaluation.build`, which are slow to import. A test compares them.
 _PANELS = ("return-frames", "return-minutes", "return-episodes", "length-episodes", "episodes-steps", "q-steps")
 _WEIGHTS = ("best", "last", "checkpoint")
+
+# The first field of each section of the help pages.
+SECTIONS = {
+    "agent": "the environment and the end of the run",
+    "frame_skip": "Atari only",
+    "stack": "observations and the replay buffer",
+    "network": "the network",
+    "gamma": "the loss",
+    "value": "the value representation",
+    "munchausen": "Munchausen",
+    "optimizer": "the optimizer",
+    "batch_size": "the training loop",
+    "evaluation_every_steps": "evaluation",
+    "log_every_steps": "logs, checkpoints and videos",
+    "device": "the machine",
+}
 
 
 class _Parser(argparse.ArgumentParser):

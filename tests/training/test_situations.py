@@ -59,8 +59,8 @@ OBSERVATIONS = {
     "positions of an agent and a target (takuseno/d3rlpy 259)": spaces.Dict(
         agent=spaces.Box(0, np.array([9, 9])), target=spaces.Box(0, np.array([9, 9]))
     ),
-    "color, depth and a compass (stable-baselines 1045)": spaces.Dict(
-        rgb=images(40, 40, 3), depth=images(40, 40, 1, dtype=np.float32, high=1), compass=spaces.Box(-1, 1, (3, 1))
+    "color, depth and a direction (hill-a/stable-baselines 1045)": spaces.Dict(
+        rgb=images(40, 40, 3), depth=images(40, 40, 1, dtype=np.float32, high=1), direction=spaces.Box(-1, 1, (3, 1))
     ),
     "Dict in Dict and Tuple (hill-a/stable-baselines 133)": spaces.Dict(
         inner=spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=THREE),
