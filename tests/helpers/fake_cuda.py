@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -33,6 +34,7 @@ from pydqn.learning import learner as learner_module
 from pydqn.learning import policy as policy_module
 from pydqn.learning.policy import Actor
 from pydqn.replay.device import DeviceReplay
+from tests.helpers.kernel_counts import kernels
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")  # what Python sees, and what C++ sees of the same tensors
 # These work in place, so there is nothing to return.
@@ -44,11 +46,11 @@ _REAL_MAKE = torch.Tensor._make_subclass
 
 
 class Watch(TorchDispatchMode):
-    """Lists operations, and refuses those that a capture would refuse, or freeze."""
+    """Lists operations and counts their kernels, and refuses those that a capture would refuse, or freeze."""
 
     def __init__(self):
         super().__init__()
-        self.operations = []
+        self.operations, self.kernels = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,6 +63,7 @@ class Watch(TorchDispatchMode):
         # A copy without another dtype would be a move, which only C++ sees.
         if str(func) != "aten._to_copy.default" or inputs[0].dtype != outputs[0].dtype:
             self.operations.append(str(func))
+            self.kernels += kernels(func, args, kwargs, out)
         return out
 
 
@@ -168,8 +171,16 @@ def _moved(network):
     return network
 
 
+class Traced(NamedTuple):
+    """What an update, the actor's forward pass and an update of the target network launch."""
+
+    update: Watch
+    act: Watch
+    target: Watch
+
+
 def trace(network, settings, frame_shape, dtype, storage="host", *, loss=None, stack=4):
-    """Trace an update, the actor's forward pass and an update of the target network; return their operations.
+    """Trace an update, the actor's forward pass and an update of the target network.
 
     Args:
         network: the network, of (B, stack, *frame_shape) observations.
@@ -201,4 +212,4 @@ def trace(network, settings, frame_shape, dtype, storage="host", *, loss=None, s
         tensors += [part for part in outputs if part is not None]
         tensors += [value for state in learner._optimizer.state() for value in state.values()]
         assert {tensor.device for tensor in tensors} == {CUDA}
-    return update.operations, act.operations, target.operations
+    return Traced(update, act, target)

@@ -71,9 +71,9 @@ def test_every_value_representation(variant, precision):
     combinations = list(itertools.product((0.0, 0.5), ("host", "device"), (False, True)))
     noisy, storage, dueling = combinations[(3 * VALUES.index(variant) + 5 * (precision == "bfloat16")) % 8]
     update, act, target = traced(variant, "small", storage, dueling=dueling, noisy=noisy, precision=precision)
-    assert any("convolution_backward" in operation for operation in update)
-    assert any("convolution" in operation for operation in act)
-    assert target
+    assert any("convolution_backward" in operation for operation in update.operations)
+    assert any("convolution" in operation for operation in act.operations)
+    assert target.operations
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
