@@ -27,6 +27,7 @@ from timing import check_stages, in_turns, rates_in_turns
 from pydqn import FrameReplay, Learner, LearnerSettings, preset, train
 from pydqn._util.files import write_json
 from pydqn.envs.make import make_envs
+from pydqn.learning.candidates import Trial
 from pydqn.learning.networks import make_network
 from pydqn.learning.policy import Actor, Policy, resolve_device
 from pydqn.replay.device import DeviceReplay
@@ -38,7 +39,8 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = (
     *("learning/test_learner.py", "learning/test_custom_loss.py", "learning/test_optimizers.py"),
-    *("learning/test_policy.py", "replay/test_device.py", "replay/test_device_threads.py", "_util/test_cuda.py"),
+    *("learning/test_candidates.py", "learning/test_fused_kernels.py", "learning/test_policy.py"),
+    *("replay/test_device.py", "replay/test_device_threads.py", "_util/test_cuda.py"),
 )
 
 
@@ -118,7 +120,7 @@ def update(device, quick):
         if not capture and not quick and (at_once > 1 or precision == "tf32"):
             continue
         arithmetic = precision.replace("tf32", "float32")
-        config = preset("pong", **NATURE, precision=arithmetic, target_update_period=0)
+        config = preset("pong", **NATURE, precision=arithmetic, target_update_period=0, update="plain")
         settings = LearnerSettings.from_config(config)
         batch = replay.empty_batch(32 * at_once)
         network = make_network("nature", 4, (84, 84), 4)
@@ -142,6 +144,23 @@ def update(device, quick):
         ratio = 8 * times["update, float32, frames on the device, eager"]
         ratio /= times["update, float32, frames on the device, graph of 8"]
         row("eager by graph of 8", ratio, "times", (">=", 3))
+
+
+def forms(device, quick):
+    """The forms of the update that a learner tries on this GPU, with what became of each."""
+    for name in ("nature", "pong", "dopamine-dqn", "c51"):
+        config = preset(name, device=str(device))
+        settings, units = LearnerSettings.from_config(config), config.hidden_units
+        scaling = {"pixel_mean": config.pixel_mean, "pixel_std": config.pixel_std}
+        heads = {"hidden_units": units, "dueling": config.dueling}
+        network = make_network(config.network, 4, (84, 84), 6, settings=settings, **heads, **scaling)
+        replay = filled(DeviceReplay, 2_000, device=device, n_step=config.n_step)
+        batch = replay.empty_batch(config.batch_size)
+        learner = Learner(network, settings, device, batch, frames=replay.frames)
+        learner.update(replay.sample(config.batch_size))
+        for trial in learner.trials or [Trial(learner.form, None, "the only form on this device")]:
+            note = "chosen" if trial.name == learner.form else trial.reason
+            row(f"{name}: {trial.name}", 1e6 * (trial.seconds or 0), "us", note=note)
 
 
 def act(device, quick):
@@ -291,7 +310,7 @@ def pong(device, quick):
     row("  mean return at the end", float(np.mean(recent)) if recent else float("nan"), "points", (">=", 18))
 
 
-STAGES = {f.__name__: f for f in (checks, ceiling, update, act, emulators, loop, pong)}
+STAGES = {f.__name__: f for f in (checks, ceiling, update, forms, act, emulators, loop, pong)}
 
 
 def main():

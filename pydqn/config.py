@@ -352,6 +352,12 @@ class Config:
         "processors with instructions for it.",
         choices=("auto", "float32", "bfloat16"),
     )
+    update: str = field(
+        "auto",
+        "A GPU computes updates in this form; auto tries all at the first update and keeps the fastest that agrees "
+        "with PyTorch's own, plain. On a CPU, auto is plain.",
+        choices=("auto", "plain", "fused"),
+    )
     storage: str = field(
         "auto",
         "Frames are kept on the host or on the device; auto keeps them on a GPU if they fit.",

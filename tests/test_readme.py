@@ -217,7 +217,7 @@ LATER |= {"num_cosines", "first_cosine", "quantile_kappa", "munchausen", "muncha
 LATER |= {"munchausen_least", "munchausen_policy", "noisy_sigma", "target_update_rate", "epsilon_off_steps"}
 LATER |= {"epsilon_ladder", "boltzmann_temperature", "evaluation_noise", "priority_beta_end"}
 LATER |= {"impala_width", "impala_spectral", "impala_pooled", "layer_norm", "shared_bias", "weight_decay"}
-LATER |= {"priority_uniform_share"}
+LATER |= {"priority_uniform_share", "update"}
 RUNS = sorted((ROOT / "results").glob("*/seed-*"))
 MACHINE = {"torch_threads": 0, "emulator_threads": 0}  # how a run is spread over the processor is not its setting
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -205,6 +206,23 @@ def warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
         current.wait_stream(stream)
 
 
+def seconds_of(function: Callable[[], object], count: int, device: torch.device) -> float:
+    """Return the seconds that a call takes on the device, on average of `count` calls in a row (waits for it)."""
+    function()
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(count):
+            function()
+        return (time.perf_counter() - started) / count
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(count):
+        function()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3 / count
+
+
 @contextmanager
 def preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Restore the values of these tensors at the end of the block, also after an exception."""
@@ -215,6 +233,26 @@ def preserved(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
+
+
+@contextmanager
+def tensor_float_32(*, products: bool, convolutions: bool) -> Iterator[None]:
+    """Let matrix products, or convolutions, of float32 round to TensorFloat-32 on a GPU within the block, or not.
+
+    PyTorch's defaults are False and True. The settings hold for the whole process; a graph keeps those of its capture.
+    """
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn))
+    # Before PyTorch 2.9 they are booleans.
+    new = hasattr(backends[0], "fp32_precision")
+    name, values = ("fp32_precision", ("ieee", "tf32")) if new else ("allow_tf32", (False, True))
+    before = [getattr(backend, name) for backend in backends]
+    try:
+        for backend, allowed in zip(backends, (products, convolutions), strict=True):
+            setattr(backend, name, values[allowed])
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, name, value)
 
 
 @contextmanager

@@ -53,6 +53,12 @@ class ProgressBar:
 
         tqdm.write(text)
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar, where warnings go."""
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
     def _warn(self, *warning: Any, **options: Any) -> None:
         """Show a warning above the bar instead of within it."""
         from tqdm import tqdm

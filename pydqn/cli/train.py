@@ -40,7 +40,7 @@ def train(arguments: argparse.Namespace) -> int:
             ProgressBar(start.config.total_steps) as bar,
             open_run(start.config, start.logdir, resume=start.resume) as run,
         ):
-            signals.stop, run.saving = run.stop, bar.saving
+            signals.stop, run.saving, run.note = run.stop, bar.saving, bar.note
             for line in (_listed(run.task()), _listed(run.arithmetic()), start.note):
                 print(line, end="\n" if line else "", file=sys.stderr)
             _follow(run, bar)

@@ -6,8 +6,8 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +15,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
-from pydqn.learning.losses import LOSSES, td_error
+from pydqn._util.cuda import (
+    CaptureError,
+    DeviceToHost,
+    Graph,
+    HostToDevice,
+    on,
+    preserved,
+    seconds_of,
+    tensor_float_32,
+    warm_up,
+)
+from pydqn.learning.candidates import Candidate, Trial, candidates_for, choose, described, require_agreement
+from pydqn.learning.gradients import CustomLoss, Gradients
+from pydqn.learning.losses import LOSSES
 from pydqn.learning.networks import QNetwork, tensors_of
 from pydqn.learning.noise import Noise
-from pydqn.learning.objectives import DISTRIBUTIONAL, Objective, Transitions, munchausen_target
+from pydqn.learning.objectives import Transitions
 from pydqn.learning.optimizers import OptimizerSettings, OptimizerState, make_optimizer
 from pydqn.learning.policy import Policy, new_generator, resolve_device
 from pydqn.learning.records import MASKED
@@ -30,16 +42,14 @@ from pydqn.replay.frames import Batch
 from pydqn.replay.lookup import look_up
 
 _GENERATOR = "generator"  # in a learner's state
+_REPLAYS = 50  # that are timed
 _WAY_ON = "leave the settings of network and optimizer as they were, or start a new run"
-
-
-CustomLoss = Callable[[nn.Module, nn.Module, Transitions], Tensor]  # online, target, batch: one loss per sample, (B,)
 
 
 class _UpdateOutputs(NamedTuple):
     """Tensors of an update that its statistics are computed from. Each replay of a graph overwrites them."""
 
-    grad_norm: Tensor
+    grad_norm: Callable[[], Tensor]
     action: Tensor  # (B,)
     weight: Tensor  # (B,)
     errors: Tensor  # (B,): TD errors of scalar values; else the losses
@@ -117,7 +127,6 @@ class Learner:
         self.policy = Policy(network, device, "float32" if exact else settings.precision)
         self.online, self._compute_network = self.policy.network, self.policy.compute_network
         self.target = copy.deepcopy(self._compute_network).requires_grad_(False)
-        self._prepare: Callable[[Tensor], Tensor] = getattr(self._compute_network, "prepare", lambda obs: obs)
         self._learning_rate = torch.tensor(settings.learning_rate, dtype=torch.float32, device=device)
         self._compute_parameters = list(self._compute_network.parameters())
         self._optimizer = make_optimizer(
@@ -138,6 +147,10 @@ class Learner:
         draws = any(self._noise) or (loss is None and settings.value == "implicit_quantile")
         self._generator = new_generator(device, seed) if draws else None
         self._frames = frames
+        self._candidates = candidates_for(self.policy, self.target, settings, loss, frames, self._generator)
+        self._form = self._candidates[0]
+        self.trials: list[Trial] = []  # of forms, at the first update on a GPU
+        self._chooses = len(self._candidates) > 1 and captures and not draws
         self._max_steps = len(example.action) // settings.batch_size  # in one `update`
         self._to_device = HostToDevice(example, device, names=example._fields)
         self._outputs: _UpdateOutputs | None = None
@@ -204,8 +217,8 @@ class Learner:
         """
         if self._outputs is None:
             return Statistics.nothing()
-        norm, action, weight, errors, values = self._outputs
-        norm = norm.to(self.device)
+        norm_of, action, weight, errors, values = self._outputs
+        norm = norm_of().to(self.device)
         if values is None:
             loss, norm = torch.stack([(weight * errors).mean(), norm]).tolist()
             return Statistics(loss, math.nan, math.nan, norm, {"loss_per_sample": errors.cpu().numpy().copy()})
@@ -260,6 +273,27 @@ class Learner:
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         self._learning_rate.fill_(value)
+
+    @property
+    def form(self) -> str:
+        """The name of the form of the update that is in use, see the setting `update`."""
+        return self._form.name
+
+    @property
+    def choice(self) -> str:
+        """The form, and in brackets what became of all that were tried; "" if none were."""
+        return described(self._form, self.trials) if self.trials else ""
+
+    @property
+    def form_settled(self) -> bool:
+        """Whether the form will stay what it is: otherwise the next `update` chooses."""
+        return not self._chooses
+
+    def use_form(self, name: str | None) -> None:
+        """Use a form that was chosen before, without trying others. Does nothing if there is none of that name."""
+        for candidate in self._candidates:
+            if candidate.name == name:
+                self._form, self._chooses = candidate, False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that a learner needs to go on, by name, not copies of them.
@@ -321,8 +355,11 @@ class Learner:
         if self._stream is None:
             return steps()
         try:
+            if self._chooses:
+                self._choose(self._stream)
             if not self._graphs:
-                self._warm_up(self._stream)
+                with self._rehearsal():
+                    warm_up(functools.partial(self._step, 0), self._stream)
             if (start, count) not in self._graphs:
                 self._graphs[start, count] = Graph(steps, self._stream, self._pool, self._generator)
         except CaptureError as error:
@@ -344,100 +381,36 @@ class Learner:
         size = self._settings.batch_size
         part = slice(number * size, (number + 1) * size)
         obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._to_device.tensors)
-        batch = Transitions(obs, action, reward, discount, next_obs)
-        values: Tensor | None = None
         with ExitStack() as noise:
             for one in filter(None, self._noise):
                 one.draw(self._generator)
                 noise.enter_context(one.applied())
-            if self._scalar:
-                root, gradient, errors = self._differentiate(batch, weight)
-                values = root.detach()
-                self._keep_errors(part, errors, errors)
-            elif self._custom_loss is None:
-                root, td_errors, values = self._objective(batch)
-                gradient, errors = weight / size, root.detach()
-                self._keep_errors(part, td_errors, errors)
-            else:
-                root = self._trace(self._custom_loss, batch)
-                gradient, errors = weight / size, self._errors[part].copy_(root.detach())
-        for parameter in self._compute_parameters:
-            parameter.grad = None
-        root.backward(gradient)
+            found = self._form.gradients(Transitions(obs, action, reward, discount, next_obs), weight)
+        errors = self._keep_errors(part, found)
         norm = self._optimizer.step(self._settings.max_grad_norm or torch.inf)
-        return _UpdateOutputs(norm, action, weight, errors, values)
+        return _UpdateOutputs(norm, action, weight, errors, found.values)
 
-    def _differentiate(self, batch: Transitions, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (B, A) action values, the gradient of the weighted mean of their losses, and (B,) TD errors."""
-        with self.policy.autocast():
-            batch = self._observe(batch)
-            obs, action, reward, discount, next_obs = batch
-            # With gradients first: autocast remembers its casts of the weights, and casts that were made without
-            # gradients would cut the graph (PyTorch before 2.10).
-            q_tm1 = self._compute_network(obs)
-            values = q_tm1.detach()
-            with torch.no_grad():
-                if self._settings.munchausen:
-                    goal = munchausen_target(self.target, values, batch, self._settings)
-                    errors = goal - values.gather(1, action.unsqueeze(1)).squeeze(1)
-                else:
-                    q_t = self.target(next_obs)
-                    selector_t = self._compute_network(next_obs) if self._settings.double else None
-                    errors = td_error(values, action, reward, discount, q_t, selector_t)
-        # Only the actions that were taken have a slope.
-        slope = (weight * self._loss.slope(errors)).mul_(-1 / len(action)).to(values.dtype)
-        return q_tm1, torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope.unsqueeze(1)), errors
-
-    def _objective(self, batch: Transitions) -> Objective:
-        """Return the losses of distributions of returns, for autograd to differentiate."""
-        assert isinstance(self._compute_network, QNetwork)
-        assert isinstance(self.target, QNetwork)
-        with self.policy.autocast():
-            losses = DISTRIBUTIONAL[self._settings.value]
-            return losses(self._compute_network, self.target, self._observe(batch), self._settings, self._generator)
-
-    def _keep_errors(self, part: slice, td_errors: Tensor, errors: Tensor) -> None:
-        """Keep what priorities are made of: see `td_errors` and `_UpdateOutputs.errors`."""
+    def _keep_errors(self, part: slice, found: Gradients) -> Tensor:
+        """Keep what priorities are made of, see `td_errors`; return what `_UpdateOutputs` calls errors."""
         kind = self._settings.priority_error
+        if self._custom_loss is not None:
+            return self._errors[part].copy_(found.errors)
         if kind == "td_error" or (kind == "auto" and self._scalar):
-            torch.abs(td_errors, out=self._errors[part])
+            torch.abs(found.td_errors, out=self._errors[part])
         else:
-            losses = self._loss.value(errors) if self._scalar else errors
+            losses = self._loss.value(found.errors) if self._scalar else found.errors
             self._errors[part].copy_(losses.sqrt() if kind == "root_loss" else losses)
+        return found.errors
 
-    def _trace(self, custom_loss: CustomLoss, batch: Transitions) -> Tensor:
-        """Return the (B,) losses that `custom_loss` computes, for autograd to differentiate."""
-        kind, size = self.device.type, len(batch.action)
-        # It may run a network without gradients first, so no cast may be remembered: see `_differentiate`.
-        with self.policy.autocast(), torch.autocast(kind, None, torch.is_autocast_enabled(kind), cache_enabled=False):
-            losses: object = custom_loss(self._compute_network, self.target, self._observe(batch))
-        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        if not isinstance(losses, Tensor) or losses.shape != (size,):
-            raise ValueError(f"loss: expected a tensor of shape ({size},), one value per sample, got {found}")
-        if not losses.requires_grad:
-            raise ValueError("loss: expected values with a gradient for the network's parameters, got some without")
-        return losses
-
-    def _observe(self, batch: Transitions) -> Transitions:
-        """Look up the observations, if the batch holds row numbers, and prepare them."""
-        obs, next_obs = batch.obs, batch.next_obs
-        if self._frames is None:
-            obs, next_obs = self._prepare(obs), self._prepare(next_obs)
-        else:
-            obs, next_obs = self._prepare(look_up(self._frames, torch.cat([obs, next_obs]))).chunk(2)
-        return batch._replace(obs=obs, next_obs=next_obs)
-
-    def _warm_up(self, stream: torch.cuda.Stream) -> None:
-        """Take some steps before the first capture, and undo them, so that a capture changes nothing.
-
-        Meanwhile libraries choose their kernels, and the optimizer makes its state.
-        """
+    @contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """Undo at the end what steps have changed: those before a capture, in which libraries choose their kernels."""
         existing = [tensor for tensors in self._optimizer.state() for tensor in tensors.values()]
         drawn = None if self._generator is None else self._generator.get_state()
         try:
             with preserved([*tensors_of(self.online), *tensors_of(self.target), *existing]):
                 try:
-                    warm_up(functools.partial(self._step, 0), stream)
+                    yield
                 finally:
                     # New state of the optimizer starts at zero; `preserved` restores the existing one after this.
                     for tensors in self._optimizer.state():
@@ -447,6 +420,30 @@ class Learner:
             self._optimizer.refresh()
             if self._generator is not None and drawn is not None:
                 self._generator.set_state(drawn)
+
+    def _choose(self, stream: torch.cuda.Stream) -> None:
+        """Try all forms of the update on the current batch; keep the fastest that agrees with the exact gradients."""
+        self._chooses = False
+        with self._rehearsal(), tensor_float_32(products=False, convolutions=False):
+            expected = [part.clone() for part in self._compared(self._step(0))]
+
+        def attempt(candidate: Candidate) -> float:
+            self._form, step = candidate, functools.partial(self._step, 0)
+            with self._rehearsal():
+                warm_up(step, stream)
+                graph = Graph(step, stream)
+            with self._rehearsal():
+                require_agreement(self._compared(graph()), expected)
+            with self._rehearsal():
+                return seconds_of(graph, _REPLAYS, self.device)
+
+        self._form, self.trials = choose(self._candidates, attempt)
+
+    def _compared(self, outputs: _UpdateOutputs) -> list[Tensor]:
+        """Return what forms of the update have to agree in: errors, action values, gradients."""
+        assert outputs.values is not None
+        gradients = [parameter.grad for parameter in self._compute_parameters if parameter.grad is not None]
+        return [outputs.errors, outputs.values, *gradients]
 
 
 def _require_representation(network: nn.Module, settings: LearnerSettings) -> None:

@@ -70,7 +70,7 @@ def classified(
     """
     representation = online.representation
     assert isinstance(representation, Categorical)
-    outputs = online.outputs(batch.obs)  # with gradients first, see `Learner._differentiate`
+    outputs = online.outputs(batch.obs)  # with gradients first, see `Autograd._of_scalar_values`
     values = online.means(outputs.detach(), batch.obs)
     support = representation.support
     with torch.no_grad():
@@ -109,7 +109,7 @@ def quantiles(
         # One pass: the levels that the next action is chosen by, and those of the target's samples.
         both = torch.cat([tau, drawn[:, settings.num_taus :]], dim=1)
         tau = drawn[:, : settings.num_taus]
-    outputs = online.outputs(batch.obs, tau)  # with gradients first, see `Learner._differentiate`
+    outputs = online.outputs(batch.obs, tau)  # with gradients first, see `Autograd._of_scalar_values`
     values = online.means(outputs.detach(), batch.obs)
     with torch.no_grad():
         outputs_t = target.outputs(batch.next_obs, both)

@@ -28,6 +28,7 @@ Parameters are float32. If a network computes in bfloat16, its layers have copie
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -56,10 +57,14 @@ OptimizerState = list[dict[str, Tensor]]  # of each parameter, by name
 class Optimizer(Protocol):
     """Changes the parameters of one network, and their copies."""
 
-    def step(self, max_norm: float) -> Tensor:
-        """Scale the gradient down to `max_norm` (infinity leaves it) and take a step; return the norm before scaling.
+    def step(self, max_norm: float) -> Callable[[], Tensor]:
+        """Scale the gradient down to `max_norm` (infinity leaves it) and take a step.
 
         A parameter without a gradient stays as it is.
+
+        Returns:
+            A function that returns the norm before scaling, of the latest gradient in the same tensors: where nothing
+            is scaled, the norm is computed only if somebody asks.
         """
 
     def refresh(self) -> None:
@@ -134,14 +139,16 @@ class TorchOptimizer:
                 self._parameters, learning_rate, decay, epsilon, momentum=momentum, centered=centered
             )
 
-    def step(self, max_norm: float) -> Tensor:
+    def step(self, max_norm: float) -> Callable[[], Tensor]:
         """See `Optimizer`."""
         for parameter, copy in self._copied:
             parameter.grad = None if copy.grad is None else copy.grad.to(torch.float32)
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(grads, foreach=True)
+        norm = functools.partial(nn.utils.get_total_norm, grads, foreach=True)
         if max_norm < math.inf:
-            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm, foreach=True)
+            total = norm()
+            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, total, foreach=True)
+            norm = functools.partial(torch.Tensor.detach, total)
         self._optimizer.step()
         self.refresh()
         return norm
@@ -260,7 +267,7 @@ class OnePassOptimizer:
             self._views.append((_row(parameter), rounded, *views))
             self._state.append(state)
 
-    def step(self, max_norm: float) -> Tensor:
+    def step(self, max_norm: float) -> Callable[[], Tensor]:
         """See `Optimizer`."""
         grads = [None if copy.grad is None else _row(_in_layout(copy.grad, copy)) for copy in self._copies]
         norm = math.sqrt(sum(sum_of_squares(grad) for grad in grads if grad is not None))
@@ -277,7 +284,7 @@ class OnePassOptimizer:
                 if steps not in numbers:
                     numbers[steps] = [np.float32(number) for number in self._numbers(scale, rate, steps)]
                 kernel(grad, *views, *numbers[steps])
-        return torch.tensor(norm, device="cpu")
+        return lambda: torch.tensor(norm, device="cpu")
 
     def _numbers(self, scale: float, rate: float, steps: int) -> list[float]:
         """Return the kernel's scalar arguments for step number `steps` of a parameter."""

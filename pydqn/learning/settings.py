@@ -47,6 +47,7 @@ class LearnerSettings:
     weight_decay: float = Config.weight_decay
     rmsprop_decay: float = Config.rmsprop_decay
     rmsprop_momentum: float = Config.rmsprop_momentum
+    update: str = Config.update
 
     def __post_init__(self) -> None:
         # `Config` has the checks. Its replay buffer is made large enough for any batch.

@@ -86,8 +86,8 @@ class PixelTorso(nn.Module):
                 raise ValueError(f"network: {name!r} needs larger frames than {frame_shape}")
         self.convs = nn.ModuleList(layers)
         self.norms = norms((conv.channels for conv in TORSOS[name]), layer_norm)
-        self._pools = depth * height * width > _MOST_FEATURES
-        self.features = depth * (_POOLED**2 if self._pools else height * width)
+        self.pools = depth * height * width > _MOST_FEATURES
+        self.features = depth * (_POOLED**2 if self.pools else height * width)
         self.splits = name == WITHOUT_BIASES
 
     def _settle(
@@ -120,6 +120,11 @@ class PixelTorso(nn.Module):
             return obs if obs.dtype in (torch.float32, self._dtype()) else obs.float()
         return to_channels_last(obs, self._dtype())
 
+    def scaling(self) -> tuple[float, float]:
+        """Return what pixels are multiplied by before the first convolution, and what is then added."""
+        low, high = self.input_range
+        return 1 / ((high - low) * self.pixel_std), -(self.pixel_mean + low / (high - low)) / self.pixel_std
+
     def _dtype(self) -> torch.dtype:
         """Return the dtype of the layers after the first one."""
         weight = self.convs[-1].weight
@@ -133,7 +138,7 @@ class PixelTorso(nn.Module):
             x = self._first(obs) if x is None else conv(x)
             x = F.relu_(next(normalizers, _unchanged)(x))
         assert x is not None
-        if self._pools:
+        if self.pools:
             x = F.adaptive_max_pool2d(x, _POOLED)
         return x.flatten(1)
 
@@ -141,17 +146,15 @@ class PixelTorso(nn.Module):
         """Return the scaled first convolution of `obs`, in the dtype of the layers after it."""
         first = self.convs[0]
         assert isinstance(first, nn.Conv2d)
-        low, high = self.input_range
-        weight = first.weight * (1 / ((high - low) * self.pixel_std))
-        mean = self.pixel_mean + low / (high - low)
-        bias = first.bias
+        scale, shift = self.scaling()
+        weight, bias = first.weight * scale, first.bias
         x = self.prepare(obs)
-        if mean and self._padding:  # what is padded has the value that becomes 0, which need not be an integer
-            x = F.pad(x.float(), 4 * [self._padding], value=mean * (high - low))
-        if mean:
-            shift = mean / self.pixel_std * first.weight.sum(dim=(1, 2, 3))
-            bias = -shift if bias is None else bias - shift
-        padding = 0 if mean else self._padding
+        if shift and self._padding:  # what is padded has the value that becomes 0, which need not be an integer
+            x = F.pad(x.float(), 4 * [self._padding], value=-shift / scale)
+        if shift:
+            too_much = -shift * first.weight.sum(dim=(1, 2, 3))
+            bias = -too_much if bias is None else bias - too_much
+        padding = 0 if shift else self._padding
         x = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), first.stride, padding)
         lower = self._dtype()
         return x if lower == torch.float32 else x.to(lower)  # `prepare` has converted nothing but pixels to it

@@ -71,6 +71,7 @@ class BaseRun:
 
     replay: FrameReplay | DeviceReplay | None = None  # saved in checkpoints if `checkpoint_replay`
     saving: Callable[[float], None] | None = None  # called with the share done while a replay buffer is saved
+    note: Callable[[str], None] | None = None  # called with a line for a person, of what the run has decided
 
     def __init__(
         self,
@@ -140,13 +141,17 @@ class BaseRun:
             self._best_weights.resume(self._is_of_same_env)
         for folder in (BEST_WEIGHTS.parent, CHECKPOINTS):
             (self.logdir / folder).mkdir(exist_ok=True)
-        module = registered_by(config.env_id)
-        hint = {} if module is None else {"registered_by": module}
-        versions = provenance(package_of(config.env_id))
-        write_json(self.logdir / ENVIRONMENT, {**versions, **self.arithmetic(), **self.task(), **hint})
+        self._write_environment()
         self._log = RunLog(self.logdir, self.steps, self.episodes)
         if checkpoint is None:
             self._checkpoint()  # so that there always is one to resume from
+
+    def _write_environment(self) -> None:
+        """Write environment.json: versions, machine, arithmetic, and the environment as the run uses it."""
+        module = registered_by(self.config.env_id)
+        hint = {} if module is None else {"registered_by": module}
+        versions = provenance(package_of(self.config.env_id))
+        write_json(self.logdir / ENVIRONMENT, {**versions, **self.arithmetic(), **self.task(), **hint})
 
     # --- what subclasses define ---
 

@@ -101,6 +101,7 @@ class Run(BaseRun):
             network, self._learner_settings(), self._device, self._batch, frames=frames, seed=seed.learner
         )
         example = self.replay.empty_batch(config.num_envs).obs
+        self._form_settled = self.learner.form_settled
         self._actor = Actor(self.learner.policy, example, frames, seed=seed.noise)
         self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
@@ -171,10 +172,12 @@ class Run(BaseRun):
     def arithmetic(self) -> dict[str, str | int]:
         """Return the learner's device, precision and threads, and where frames are stored."""
         workers = {"env_workers": self.envs.stepping} if self.envs.stepping else {}
+        form = self.learner.choice or self.learner.form
         return {
             "device": str(self._device),
             "precision": str(self.learner.policy.dtype).removeprefix("torch."),
             "torch_threads": torch.get_num_threads(),
+            **({"update": form} if form != "plain" else {}),
             "storage": f"{self._storage.where} ({self._storage.why})",
             **workers,
         }
@@ -238,10 +241,19 @@ class Run(BaseRun):
             batch = self._batch.part(0, count * config.batch_size)
             started = time.perf_counter()
             learner.update(batch)
+            if not self._form_settled and learner.form_settled:
+                self._keep_form()
             if self._pace is not None and (slow := self._pace.add(time.perf_counter() - started)) is not None:
                 warnings.warn(slow, RuntimeWarning, stacklevel=2)
             self._unchecked = batch.index.copy()
             self._restored_statistics = None
+
+    def _keep_form(self) -> None:
+        """Write down which form of the update was chosen, and say so."""
+        self._form_settled = True
+        self._write_environment()
+        if self.note is not None and self.learner.choice:
+            self.note(f"update {self.learner.choice}")
 
     def _take_td_errors(self) -> None:
         """Check that the TD errors of the latest updates are finite, and make them the transitions' priorities.
@@ -348,6 +360,7 @@ class Run(BaseRun):
             "statistics": {name: getattr(statistics, name) for name in NUMBERS},
             "device": self._device.type,
             "precision": self.arithmetic()["precision"],
+            "update": self.learner.form if self.learner.form_settled else None,
             "learning_since": self._learning_since,
             "updates_before": self._updates_before,
         }
@@ -363,6 +376,8 @@ class Run(BaseRun):
         tensors = {"updates": updates, **checkpoint.tensors}
         self._actor.load_state(tensors.pop(_NOISE, None))
         self.learner.load_state_dict(tensors)
+        if state.get("device") == self._device.type:
+            self.learner.use_form(state.get("update"))
         numbers = state["statistics"] if "statistics" in state else dict(zip(_METRICS, state["metrics"], strict=True))
         loss, mean_q, max_q, grad_norm = (float(numbers[name]) for name in NUMBERS)
         self._restored_statistics = Statistics(loss, mean_q, max_q, grad_norm, {})

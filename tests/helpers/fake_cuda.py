@@ -6,7 +6,8 @@ CUDA stand in the way:
 
 * Autograd asks the C++ side for the device's guard and streams. So fake tensors are made without `dispatch_device`: in
   C++ they are on "meta", which has a guard, and only Python, where operations are dispatched, sees "cuda:0".
-* `aten::_fused_adam_` and `aten::_fused_adamw_` have no meta kernels. `Watch` answers in its place.
+* `aten::_fused_adam_`, `aten::_fused_adamw_`, `aten::cudnn_convolution_relu` have no meta kernels. `Watch` answers in
+  their place.
 * A convolution on "meta" is not cuDNN's, whose results are channels-last where an argument is: that is told it.
 * `copy.deepcopy` of a fake tensor would copy the mode, too, and `Module.to` cannot move one: both are replaced.
 * Generators of random numbers cannot be made: the functions draw without one.
@@ -37,10 +38,17 @@ from pydqn.replay.device import DeviceReplay
 from tests.helpers.kernel_counts import kernels
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")  # what Python sees, and what C++ sees of the same tensors
-# These work in place, so there is nothing to return.
+# Operations without a meta kernel, and what stands for them. The optimizers work in place and return nothing.
 _WITHOUT_META_KERNEL = {
-    f"aten._fused_{name}_.{kind}" for name in ("adam", "adamw") for kind in ("default", "tensor_lr")
+    f"aten._fused_{name}_.{kind}": lambda *_, **__: None
+    for name in ("adam", "adamw")
+    for kind in ("default", "tensor_lr")
 }
+_WITHOUT_META_KERNEL["aten.cudnn_convolution_relu.default"] = (
+    lambda x, weight, bias, stride, padding, dilation, groups: torch.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+)
 _REAL_GROUPS = torch._C._group_tensors_by_device_and_dtype
 _REAL_MAKE = torch.Tensor._make_subclass
 
@@ -55,7 +63,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        out = None if str(func) in _WITHOUT_META_KERNEL else func(*args, **kwargs)
+        out = _WITHOUT_META_KERNEL.get(str(func), func)(*args, **kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         devices = {x.device for x in (*inputs, *outputs)}
         if len(devices) > 1 or any(device.type != "cuda" for device in devices):
@@ -137,6 +145,7 @@ def pretended():
     new += [(module, "new_generator", lambda device, seed: None) for module in modules]
     new += [(torch.nn.Module, "to", lambda module, device: module)]  # see `_moved`
     new += [(torch.optim, name, _later(getattr(torch.optim, name))) for name in ("Adam", "AdamW", "RMSprop")]
+    new += [(torch.cuda, "Stream", lambda device: None)]
     new += [(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)]
     new += [(torch.cuda, "is_bf16_supported", lambda: True)]
     new += [(torch._C, "_group_tensors_by_device_and_dtype", _grouped)]
@@ -209,7 +218,7 @@ def trace(network, settings, frame_shape, dtype, storage="host", *, loss=None, s
         with Watch() as target:
             learner.update_target()
         tensors = [*learner.online.parameters(), *learner.target.parameters(), values]
-        tensors += [part for part in outputs if part is not None]
+        tensors += [part for part in outputs if isinstance(part, torch.Tensor)]
         tensors += [value for state in learner._optimizer.state() for value in state.values()]
         assert {tensor.device for tensor in tensors} == {CUDA}
     return Traced(update, act, target)

@@ -129,7 +129,7 @@ def copied(state):
 class Replayed:
     """Stands for a CUDA graph on the CPU: each call runs the function again."""
 
-    def __init__(self, function, stream, pool, generator=None):
+    def __init__(self, function, stream, pool=None, generator=None):
         self._function = function
 
     def __call__(self):

@@ -278,6 +278,7 @@ def test_captured_equals_eager(monkeypatch, optimizer, storage):
     else:  # PyTorch before 2.9
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     variant = {"optimizer": optimizer, "double": True, "dueling": True, "n_step": 3, "storage": storage}
+    variant |= {"update": "plain", "pixel_mean": 0.0}
     eager, replay, _ = make(device, False, **variant)
     captured, same_replay, _ = make(device, True, at_once=4, **variant)
     for update in range(250):

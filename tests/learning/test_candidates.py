@@ -1,0 +1,195 @@
+"""Choosing a form of the update: stand-ins that are slow, wrong or raise, and what a learner does with them."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+import torch
+
+from pydqn import LearnerSettings
+from pydqn.learning import learner as learner_module
+from pydqn.learning.candidates import (
+    Candidate,
+    Disagreement,
+    Trial,
+    candidates_for,
+    choose,
+    described,
+    require_agreement,
+)
+from pydqn.learning.fused import FusedGradients
+from pydqn.learning.gradients import Autograd
+from pydqn.learning.objectives import Transitions
+from pydqn.learning.optimizers import TorchOptimizer
+from tests.helpers.learners import assert_equal_learners, make, make_custom, needs_cuda, replay_on_the_cpu
+
+
+def named(*names):
+    return [Candidate(name, None) for name in names]
+
+
+def test_the_fastest_that_works_is_taken():
+    wrong = Disagreement("gradient 2 is off")
+    seconds = {"plain": 3e-4, "wrong": wrong, "fast": 1e-4, "broken": RuntimeError("no\nno")}
+
+    def attempt(candidate):
+        found = seconds[candidate.name]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    chosen, trials = choose(named(*seconds), attempt)
+    assert chosen.name == "fast"
+    dropped = ["Disagreement: gradient 2 is off", "RuntimeError: no"]
+    assert [trial.reason for trial in trials] == ["", dropped[0], "", dropped[1]]
+    text = "fast (plain 300 us; wrong Disagreement: gradient 2 is off; fast 100 us; broken RuntimeError: no)"
+    assert described(chosen, trials) == text
+
+
+def test_if_none_works_the_first_is_taken():
+    def attempt(candidate):
+        raise RuntimeError
+
+    chosen, trials = choose(named("plain", "fused"), attempt)
+    assert (chosen.name, [trial.seconds for trial in trials]) == ("plain", [None, None])
+
+
+def test_trials_end_after_a_while():
+    now = [0.0]
+
+    def attempt(candidate):
+        now[0] += 10
+        return 1 / now[0]
+
+    chosen, trials = choose(named("plain", "fused", "third"), attempt, lambda: now[0])
+    assert chosen.name == "fused"
+    assert trials[2] == Trial("third", None, "not tried after 15 seconds")
+
+
+def test_agreement():
+    exact = [torch.ones(3), torch.zeros(2)]
+    require_agreement([torch.full((3,), 1.04), torch.zeros(2)], exact)
+    for wrong in (
+        [torch.full((3,), 1.06), exact[1]],
+        [exact[0] * torch.nan, exact[1]],
+        [exact[0], torch.ones(2)],
+    ):
+        with pytest.raises(Disagreement, match="gradient . is off"):
+            require_agreement(wrong, exact)
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        require_agreement(exact[:1], exact)
+
+
+def stand_in(gradients, change, seconds=0.0):
+    """Return a form of the update that changes the first parameter's gradient, and takes longer."""
+
+    def changed(batch, weight):
+        time.sleep(seconds)
+        found = gradients(batch, weight)
+        change(gradients._online._convs[0].weight)
+        return found
+
+    return changed
+
+
+def half(parameter):
+    parameter.grad = parameter.grad / 2
+
+
+def refuse(parameter):
+    raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop_tf"])
+@pytest.mark.parametrize("storage", ["host", "device"])
+def test_a_learner_tries_and_undoes_it(monkeypatch, optimizer, storage):
+    """All but the capture. Afterwards the learner is as if it had been made with the chosen form."""
+    monkeypatch.setattr(learner_module, "make_optimizer", TorchOptimizer)
+    monkeypatch.setattr(learner_module, "_REPLAYS", 2)
+    variant = {"double": True, "optimizer": optimizer, "storage": storage}
+    other, replay, _ = make(**variant, update="fused")
+    replay_on_the_cpu(learner_module, monkeypatch)
+    learner, same_replay, config = make(**variant)
+    learner._stream, learner._chooses = "a stream", True
+    frames = getattr(same_replay, "frames", None)
+    settings = LearnerSettings.from_config(config)
+    fused = FusedGradients(learner.online, learner.target, settings, frames)
+    slow = learner._candidates[0]._replace(gradients=lambda *given: time.sleep(0.05) or plain(*given))
+    plain = learner._candidates[0].gradients
+    learner._candidates = [
+        slow,
+        Candidate("fused", fused),
+        Candidate("wrong", stand_in(fused, half)),
+        Candidate("refused", stand_in(fused, refuse)),
+        Candidate("slower", stand_in(fused, lambda parameter: None, 0.05)),
+    ]
+    assert (learner.form, learner.choice) == ("plain", "")
+    for _ in range(20):
+        other.update(replay.sample(32))
+        learner.update(same_replay.sample(32))
+    assert learner.form == "fused", learner.choice
+    pattern = r"fused \(plain [\d,]+ us; fused [\d,]+ us; wrong Disagreement: gradient 2 is off by 0.5 of its norm; "
+    pattern += r"refused RuntimeError: CUDNN_STATUS_NOT_SUPPORTED; slower [\d,]+ us\)"
+    assert re.fullmatch(pattern, learner.choice)
+    assert_equal_learners(learner, other, rtol=0, atol=0)
+
+
+def test_a_learner_goes_on_with_a_form_that_was_chosen_before():
+    learner, *_ = make()
+    learner._candidates.append(Candidate("fused", "another form"))
+    learner._chooses = True
+    learner.use_form("fused, two streams")  # of another version: it is chosen anew
+    assert learner._chooses
+    learner.use_form("fused")
+    assert (learner.form, learner._chooses) == ("fused", False)
+
+
+def test_gradients_stay_autograds_over_a_thousand_updates():
+    """Compared at each update, since trajectories part: Adam divides small differences by small numbers."""
+    learner, replay, config = make(double=True, dueling=True, n_step=3, pixel_mean=0.0, update="fused")
+    plain = Autograd(learner.policy, learner.target, LearnerSettings.from_config(config))
+    parameters = list(learner.online.parameters())
+    worst = 0.0
+    for _ in range(1000):
+        batch = replay.sample(32)
+        tensors = [torch.from_numpy(part) for part in batch]
+        plain(Transitions(*tensors[:5]), tensors[6])
+        expected = [parameter.grad.clone() for parameter in parameters]
+        learner.update(batch)
+        errors = [(p.grad - g).norm() / g.norm() for p, g in zip(parameters, expected, strict=True)]
+        worst = max(worst, float(torch.stack(errors).max()))
+    assert worst < 5e-3
+
+
+def test_what_can_be_chosen():
+    def forms(device="cpu", loss=None, **settings):
+        learner, _, config = make(**settings)
+        learner.policy.device = torch.device(device)
+        chosen = candidates_for(learner.policy, learner.target, LearnerSettings.from_config(config), loss)
+        return [candidate.name for candidate in chosen]
+
+    assert forms() == forms(update="plain") == ["plain"]
+    assert forms(update="fused") == ["fused"]
+    assert forms("cuda", value="quantile", precision="float32") == ["plain"]
+    assert forms("cuda", value="quantile", precision="auto") == ["plain", "plain, TF32"]
+    assert forms("cuda", loss=lambda *_: None, precision="auto") == ["plain"]
+    assert forms("cuda", update="plain", precision="auto") == ["plain"]
+
+
+def test_a_form_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="^update: expected auto or plain, since values are not scalar, got 'fused'$"):
+        make(value="quantile", update="fused")
+    with pytest.raises(ValueError, match="^update: expected auto or plain, since the loss is not pydqn's"):
+        make_custom(update="fused")
+
+
+@needs_cuda
+def test_a_gpu_chooses():
+    learner, replay, _ = make(torch.device("cuda"), storage="device", precision="auto")
+    learner.update(replay.sample(32))
+    print(learner.choice)
+    assert "plain " in learner.choice
+    assert "fused " in learner.choice
+    assert "off by" not in learner.choice
