@@ -354,8 +354,8 @@ class Config:
     )
     update: str = field(
         "auto",
-        "A GPU computes updates in this form; auto tries all at the first update and keeps the fastest that agrees "
-        "with PyTorch's own, plain. On a CPU, auto is plain.",
+        "A GPU computes updates and action values in this form; auto tries all, when they are first needed, and keeps "
+        "the fastest that agrees with PyTorch's own, plain. On a CPU, auto is plain.",
         choices=("auto", "plain", "fused"),
     )
     storage: str = field(

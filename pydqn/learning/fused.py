@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pydqn.learning.fused_kernels import look_up_pixels, td_slopes
-from pydqn.learning.gradients import Gradients
+from pydqn.learning.fused_kernels import dueling, look_up_pixels, td_slopes
 from pydqn.learning.networks import QNetwork
-from pydqn.learning.objectives import Transitions
+from pydqn.learning.objectives import Gradients, Transitions
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.torsos import PixelTorso, VectorTorso
 from pydqn.replay.lookup import look_up
@@ -54,7 +53,7 @@ class FusedGradients:
     def __call__(self, batch: Transitions, weight: Tensor) -> Gradients:
         """Compute the gradients of the weighted mean loss of (B,) transitions, and what is known then."""
         size = len(batch.action)
-        x = self._inputs(batch)
+        x = _inputs(self._online.torso, torch.cat([batch.obs, batch.next_obs]), self._frames)
         with self._on_the_other_stream():
             target = self._target.forward(x[size:])
         online = self._online.forward(x if self._settings.double else x[:size])
@@ -82,27 +81,32 @@ class FusedGradients:
         self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
         return torch.cuda.stream(self._beside)
 
-    def _inputs(self, batch: Transitions) -> Tensor:
-        """Return (2B, ...) inputs of the first layer: of the observations, and then of the next ones."""
-        obs = torch.cat([batch.obs, batch.next_obs])
-        torso = self._online.torso
-        if isinstance(torso, VectorTorso):
-            rows: Tensor = torso(obs if self._frames is None else look_up(self._frames, obs))
-            return rows
-        scale, shift = torso.scaling()
-        if self._frames is not None and self._frames.dim() == 3 and self._frames.dtype == torch.uint8:
-            images: Tensor = look_up_pixels(self._frames, obs, scale, shift)
-            return images
-        pixels = torso.prepare(obs if self._frames is None else look_up(self._frames, obs))
-        return torch.add(shift, pixels, alpha=scale) if shift else pixels * scale
+
+class FusedValues:
+    """The action values of a `QNetwork` that `reason_against` has nothing against.
+
+    Args:
+        network: the network.
+        frames: see `FusedGradients`.
+    """
+
+    def __init__(self, network: QNetwork, frames: Tensor | None = None) -> None:
+        self._layers, self._frames = _Layers(network), frames
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor) -> Tensor:
+        """Return (B, A) float32 action values of (B, ...) observations, or of (B, stack) row numbers."""
+        return dueling(self._layers.forward(_inputs(self._layers.torso, obs, self._frames)).outputs)
 
 
-def reason_against(network: nn.Module, settings: LearnerSettings) -> str:
-    """Say in a few words why `FusedGradients` cannot stand for autograd; "" if it can."""
+def reason_against(network: nn.Module, settings: LearnerSettings | None = None) -> str:
+    """Say in a few words why `FusedValues`, or with settings `FusedGradients`, do not fit; "" if they do."""
     if type(network) is not QNetwork:
         return "the network is not pydqn's"
-    if settings.value != "scalar" or settings.munchausen:
-        return "values are not scalar" if settings.value != "scalar" else "Munchausen"
+    if network.representation is not None:
+        return "values are not scalar"
+    if settings is not None and settings.munchausen:
+        return "of Munchausen"
     if type(network.torso) not in (PixelTorso, VectorTorso) or network.mask is not None:
         return f"observations have parts, or the torso is {type(network.torso).__name__}"
     if getattr(network.torso, "pools", False):
@@ -115,6 +119,19 @@ def reason_against(network: nn.Module, settings: LearnerSettings) -> str:
     layers = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleList, PixelTorso, VectorTorso, QNetwork)
     other = next((type(module).__name__ for module in network.modules() if type(module) not in layers), "")
     return f"the network has layers of the kind {other}" if other else ""
+
+
+def _inputs(torso: PixelTorso | VectorTorso, obs: Tensor, frames: Tensor | None) -> Tensor:
+    """Return the inputs of the first layer for observations, or row numbers of `frames`."""
+    if isinstance(torso, VectorTorso):
+        rows: Tensor = torso(obs if frames is None else look_up(frames, obs))
+        return rows
+    scale, shift = torso.scaling()
+    if frames is not None and frames.dim() == 3 and frames.dtype == torch.uint8:
+        images: Tensor = look_up_pixels(frames, obs, scale, shift)
+        return images
+    pixels = torso.prepare(obs if frames is None else look_up(frames, obs))
+    return torch.add(shift, pixels, alpha=scale) if shift else pixels * scale
 
 
 class _Passed(NamedTuple):

@@ -82,10 +82,10 @@ def td_slopes(
         second (without dueling, of no use).
     """
     size = len(action)
-    q = _dueling(online)
+    q = dueling(online)
     selector_t = q[size:] if len(q) > size else None
     values = q[:size].clone()
-    errors = td_error(values, action, reward, discount, _dueling(target), selector_t)
+    errors = td_error(values, action, reward, discount, dueling(target), selector_t)
     slope = ((weight * LOSSES[loss].slope(errors)) / -size).unsqueeze(1)
     slopes = torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope)
     if len(online) > 1:
@@ -120,7 +120,7 @@ def _(
     return launch_td_slopes(online, target, action, reward, discount, weight, loss)
 
 
-def _dueling(outputs: list[Tensor]) -> Tensor:
+def dueling(outputs: list[Tensor]) -> Tensor:
     """Return (N, A) action values of a network's outputs (Wang et al. 2016, equation 9)."""
     advantages, *value = outputs
     return advantages if not value else value[0] + advantages - advantages.mean(dim=1, keepdim=True)

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pydqn.learning.losses import LOSSES, td_error
 from pydqn.learning.networks import QNetwork
-from pydqn.learning.objectives import DISTRIBUTIONAL, Transitions, munchausen_target
+from pydqn.learning.objectives import DISTRIBUTIONAL, Gradients, Transitions, munchausen_target
 from pydqn.learning.policy import Policy
 from pydqn.learning.settings import LearnerSettings
 from pydqn.replay.lookup import look_up
 
 CustomLoss = Callable[[nn.Module, nn.Module, Transitions], Tensor]  # online, target, batch: one loss per sample, (B,)
-
-
-class Gradients(NamedTuple):
-    """What an update knows of its batch once the gradients are in the parameters' `grad`."""
-
-    errors: Tensor  # (B,): TD errors of scalar values; else the losses
-    td_errors: Tensor  # (B,): of distributions, see `pydqn.learning.objectives`; with a custom loss, the losses
-    values: Tensor | None  # (B, A) action values of the online network before the step; None with a custom loss
 
 
 class Autograd:

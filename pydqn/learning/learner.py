@@ -26,12 +26,13 @@ from pydqn._util.cuda import (
     tensor_float_32,
     warm_up,
 )
-from pydqn.learning.candidates import Candidate, Trial, candidates_for, choose, described, require_agreement
-from pydqn.learning.gradients import CustomLoss, Gradients
+from pydqn.learning.candidates import Trial, choose, described, require_agreement
+from pydqn.learning.forms import Form, forms_of
+from pydqn.learning.gradients import CustomLoss
 from pydqn.learning.losses import LOSSES
 from pydqn.learning.networks import QNetwork, tensors_of
 from pydqn.learning.noise import Noise
-from pydqn.learning.objectives import Transitions
+from pydqn.learning.objectives import Gradients, Transitions
 from pydqn.learning.optimizers import OptimizerSettings, OptimizerState, make_optimizer
 from pydqn.learning.policy import Policy, new_generator, resolve_device
 from pydqn.learning.records import MASKED
@@ -62,6 +63,8 @@ class Learner:
     `update` takes one gradient step, or several in a row. On a CUDA device they are captured and replayed, in one graph
     for each number of steps that occurs: batches, learning rate and step counter live on the device. The host runs
     ahead and waits only until the previous batch has left the pinned memory. On a CPU the same function runs eagerly.
+    The first `update` on a CUDA device tries all forms that an update can have (`settings.update`) on its batch, and
+    stays with the fastest whose gradients agree with PyTorch's: `form` is its name, `trials` what became of each.
 
     With a custom `loss`, the network may return anything: autograd differentiates the weighted mean of the losses, and
     everything else stays the same. The target network computes no gradients; what the loss computes with the online
@@ -147,10 +150,10 @@ class Learner:
         draws = any(self._noise) or (loss is None and settings.value == "implicit_quantile")
         self._generator = new_generator(device, seed) if draws else None
         self._frames = frames
-        self._candidates = candidates_for(self.policy, self.target, settings, loss, frames, self._generator)
-        self._form = self._candidates[0]
+        self._forms = forms_of(self.policy, self.target, settings, loss, frames, self._generator)
+        self.form = next(iter(self._forms))
         self.trials: list[Trial] = []  # of forms, at the first update on a GPU
-        self._chooses = len(self._candidates) > 1 and captures and not draws
+        self._chooses = len(self._forms) > 1 and captures and not draws
         self._max_steps = len(example.action) // settings.batch_size  # in one `update`
         self._to_device = HostToDevice(example, device, names=example._fields)
         self._outputs: _UpdateOutputs | None = None
@@ -275,14 +278,9 @@ class Learner:
         self._learning_rate.fill_(value)
 
     @property
-    def form(self) -> str:
-        """The name of the form of the update that is in use, see the setting `update`."""
-        return self._form.name
-
-    @property
     def choice(self) -> str:
         """The form, and in brackets what became of all that were tried; "" if none were."""
-        return described(self._form, self.trials) if self.trials else ""
+        return described(self.form, self.trials) if self.trials else ""
 
     @property
     def form_settled(self) -> bool:
@@ -291,9 +289,8 @@ class Learner:
 
     def use_form(self, name: str | None) -> None:
         """Use a form that was chosen before, without trying others. Does nothing if there is none of that name."""
-        for candidate in self._candidates:
-            if candidate.name == name:
-                self._form, self._chooses = candidate, False
+        if name in self._forms:
+            self.form, self._chooses = name, False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that a learner needs to go on, by name, not copies of them.
@@ -385,7 +382,7 @@ class Learner:
             for one in filter(None, self._noise):
                 one.draw(self._generator)
                 noise.enter_context(one.applied())
-            found = self._form.gradients(Transitions(obs, action, reward, discount, next_obs), weight)
+            found = self._forms[self.form](Transitions(obs, action, reward, discount, next_obs), weight)
         errors = self._keep_errors(part, found)
         norm = self._optimizer.step(self._settings.max_grad_norm or torch.inf)
         return _UpdateOutputs(norm, action, weight, errors, found.values)
@@ -427,8 +424,8 @@ class Learner:
         with self._rehearsal(), tensor_float_32(products=False, convolutions=False):
             expected = [part.clone() for part in self._compared(self._step(0))]
 
-        def attempt(candidate: Candidate) -> float:
-            self._form, step = candidate, functools.partial(self._step, 0)
+        def attempt(name: str, form: Form) -> float:
+            self.form, step = name, functools.partial(self._step, 0)
             with self._rehearsal():
                 warm_up(step, stream)
                 graph = Graph(step, stream)
@@ -437,7 +434,7 @@ class Learner:
             with self._rehearsal():
                 return seconds_of(graph, _REPLAYS, self.device)
 
-        self._form, self.trials = choose(self._candidates, attempt)
+        self.form, self.trials = choose(self._forms, attempt)
 
     def _compared(self, outputs: _UpdateOutputs) -> list[Tensor]:
         """Return what forms of the update have to agree in: errors, action values, gradients."""

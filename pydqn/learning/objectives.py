@@ -40,6 +40,14 @@ class Objective(NamedTuple):
     values: Tensor  # (B, A) action values of the online network before the step, without a gradient
 
 
+class Gradients(NamedTuple):
+    """What an update knows of its batch once the gradients are in the parameters' `grad`."""
+
+    errors: Tensor  # (B,): TD errors of scalar values; else the losses
+    td_errors: Tensor  # (B,): of distributions, see `pydqn.learning.objectives`; with a custom loss, the losses
+    values: Tensor | None  # (B, A) action values of the online network before the step; None with a custom loss
+
+
 DistributionalLoss = Callable[[QNetwork, QNetwork, Transitions, LearnerSettings, torch.Generator | None], Objective]
 
 

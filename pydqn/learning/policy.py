@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,9 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pydqn._util.cuda import CaptureError, DeviceToHost, Graph, HostToDevice, on, preserved, warm_up
+from pydqn._util.cuda import (
+    CaptureError,
+    DeviceToHost,
+    Graph,
+    HostToDevice,
+    on,
+    preserved,
+    seconds_of,
+    tensor_float_32,
+    warm_up,
+)
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
+from pydqn.learning.candidates import choose, require_agreement
+from pydqn.learning.fused import FusedValues, reason_against
 from pydqn.learning.networks import QNetwork, mixed_precision_copy
 from pydqn.learning.noise import Noise
 from pydqn.learning.records import MASKED
@@ -22,6 +35,7 @@ from pydqn.learning.torsos import PixelTorso
 from pydqn.learning.values import midpoints
 from pydqn.replay.lookup import look_up
 
+_REPLAYS = 50  # that are timed
 _LEVELS = 21  # of quantiles that are shown
 
 
@@ -198,6 +212,8 @@ class Actor:
         capture: whether to use a CUDA graph. None uses one on CUDA devices, and if the policy cannot be captured, warns
             and goes on without. True makes that an error.
         seed: of the noise.
+        form: the learner's setting `update`: "auto" captures all forms that fit and keeps the fastest that agrees with
+            PyTorch's own, "plain".
     """
 
     def __init__(
@@ -208,8 +224,13 @@ class Actor:
         capture: bool | None = None,
         *,
         seed: int = 0,
+        form: str = "auto",
     ) -> None:
         self._policy, self._frames = policy, frames
+        self._forms: dict[str, Callable[[], Tensor]] = {"plain": self._forward}
+        network = policy.compute_network
+        if isinstance(network, QNetwork) and form != "plain" and not reason_against(network):
+            self._forms["fused"] = functools.partial(self._of_sent, FusedValues(network, frames))
         self._noise = Noise(policy.compute_network, len(example), policy.device)
         self._generator = new_generator(policy.device, seed) if self._noise else None
         self._to_device = HostToDevice([example], policy.device, names=["obs"])
@@ -233,14 +254,28 @@ class Actor:
         drawn = self.state()
         try:
             with preserved([*self._policy.network.buffers()]):
-                warm_up(self._forward, stream)
+                chosen = self._choose(stream) if len(self._forms) > 1 else self._forward
+                warm_up(chosen, stream)
             self.load_state(drawn)
-            self._graph = Graph(self._forward, stream, generator=self._generator)
+            self._graph = Graph(chosen, stream, generator=self._generator)
         except CaptureError as error:
             if self._must_capture:
                 raise CaptureError(f"capture: the policy cannot become a CUDA graph ({error})") from error
             warnings.warn(f"actions are chosen without a CUDA graph, and slower: {error}", RuntimeWarning, stacklevel=4)
             self._captures = False
+
+    def _choose(self, stream: torch.cuda.Stream) -> Callable[[], Tensor]:
+        """Return the fastest form that agrees with the exact values of what was sent last."""
+        with tensor_float_32(products=False, convolutions=False):
+            expected = self._forward().clone()
+
+        def attempt(name: str, form: Callable[[], Tensor]) -> float:
+            warm_up(form, stream)
+            graph = Graph(form, stream)
+            require_agreement([graph()], [expected])
+            return seconds_of(graph, _REPLAYS, self._policy.device)
+
+        return self._forms[choose(self._forms, attempt)[0]]
 
     def state(self) -> Tensor | None:
         """Return the state of the noise's random generator; None if there is no noise."""
@@ -256,3 +291,6 @@ class Actor:
         self._noise.draw(self._generator)
         with self._noise.applied():
             return self._policy.forward(obs if self._frames is None else look_up(self._frames, obs))
+
+    def _of_sent(self, values: Callable[[Tensor], Tensor]) -> Tensor:
+        return values(self._to_device.tensors[0])

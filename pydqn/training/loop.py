@@ -102,7 +102,7 @@ class Run(BaseRun):
         )
         example = self.replay.empty_batch(config.num_envs).obs
         self._form_settled = self.learner.form_settled
-        self._actor = Actor(self.learner.policy, example, frames, seed=seed.noise)
+        self._actor = Actor(self.learner.policy, example, frames, seed=seed.noise, form=config.update)
         self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
         self._unchecked: NDArray[np.int64] | None = None  # transitions of the latest updates: see `_take_td_errors`

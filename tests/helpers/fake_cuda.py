@@ -214,7 +214,7 @@ def trace(network, settings, frame_shape, dtype, storage="host", *, loss=None, s
         with Watch() as update:
             outputs = learner._step(1)
         with Watch() as act:
-            values = actor._forward()
+            values = actor._forms["fused" if settings.update == "fused" else "plain"]()
         with Watch() as target:
             learner.update_target()
         tensors = [*learner.online.parameters(), *learner.target.parameters(), values]

@@ -5,43 +5,39 @@ from __future__ import annotations
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from pydqn import LearnerSettings
 from pydqn.learning import learner as learner_module
-from pydqn.learning.candidates import (
-    Candidate,
-    Disagreement,
-    Trial,
-    candidates_for,
-    choose,
-    described,
-    require_agreement,
-)
+from pydqn.learning import policy as policy_module
+from pydqn.learning.candidates import Disagreement, Trial, choose, described, require_agreement
+from pydqn.learning.forms import forms_of
 from pydqn.learning.fused import FusedGradients
 from pydqn.learning.gradients import Autograd
 from pydqn.learning.objectives import Transitions
 from pydqn.learning.optimizers import TorchOptimizer
+from pydqn.learning.policy import Actor
 from tests.helpers.learners import assert_equal_learners, make, make_custom, needs_cuda, replay_on_the_cpu
 
 
 def named(*names):
-    return [Candidate(name, None) for name in names]
+    return dict.fromkeys(names)
 
 
 def test_the_fastest_that_works_is_taken():
     wrong = Disagreement("gradient 2 is off")
     seconds = {"plain": 3e-4, "wrong": wrong, "fast": 1e-4, "broken": RuntimeError("no\nno")}
 
-    def attempt(candidate):
-        found = seconds[candidate.name]
+    def attempt(name, form):
+        found = seconds[name]
         if isinstance(found, Exception):
             raise found
         return found
 
     chosen, trials = choose(named(*seconds), attempt)
-    assert chosen.name == "fast"
+    assert chosen == "fast"
     dropped = ["Disagreement: gradient 2 is off", "RuntimeError: no"]
     assert [trial.reason for trial in trials] == ["", dropped[0], "", dropped[1]]
     text = "fast (plain 300 us; wrong Disagreement: gradient 2 is off; fast 100 us; broken RuntimeError: no)"
@@ -49,22 +45,22 @@ def test_the_fastest_that_works_is_taken():
 
 
 def test_if_none_works_the_first_is_taken():
-    def attempt(candidate):
+    def attempt(name, form):
         raise RuntimeError
 
     chosen, trials = choose(named("plain", "fused"), attempt)
-    assert (chosen.name, [trial.seconds for trial in trials]) == ("plain", [None, None])
+    assert (chosen, [trial.seconds for trial in trials]) == ("plain", [None, None])
 
 
 def test_trials_end_after_a_while():
     now = [0.0]
 
-    def attempt(candidate):
+    def attempt(name, form):
         now[0] += 10
         return 1 / now[0]
 
     chosen, trials = choose(named("plain", "fused", "third"), attempt, lambda: now[0])
-    assert chosen.name == "fused"
+    assert chosen == "fused"
     assert trials[2] == Trial("third", None, "not tried after 15 seconds")
 
 
@@ -116,15 +112,14 @@ def test_a_learner_tries_and_undoes_it(monkeypatch, optimizer, storage):
     frames = getattr(same_replay, "frames", None)
     settings = LearnerSettings.from_config(config)
     fused = FusedGradients(learner.online, learner.target, settings, frames)
-    slow = learner._candidates[0]._replace(gradients=lambda *given: time.sleep(0.05) or plain(*given))
-    plain = learner._candidates[0].gradients
-    learner._candidates = [
-        slow,
-        Candidate("fused", fused),
-        Candidate("wrong", stand_in(fused, half)),
-        Candidate("refused", stand_in(fused, refuse)),
-        Candidate("slower", stand_in(fused, lambda parameter: None, 0.05)),
-    ]
+    plain = learner._forms["plain"]
+    learner._forms = {
+        "plain": lambda *given: time.sleep(0.05) or plain(*given),
+        "fused": fused,
+        "wrong": stand_in(fused, half),
+        "refused": stand_in(fused, refuse),
+        "slower": stand_in(fused, lambda parameter: None, 0.05),
+    }
     assert (learner.form, learner.choice) == ("plain", "")
     for _ in range(20):
         other.update(replay.sample(32))
@@ -138,7 +133,7 @@ def test_a_learner_tries_and_undoes_it(monkeypatch, optimizer, storage):
 
 def test_a_learner_goes_on_with_a_form_that_was_chosen_before():
     learner, *_ = make()
-    learner._candidates.append(Candidate("fused", "another form"))
+    learner._forms["fused"] = "another form"
     learner._chooses = True
     learner.use_form("fused, two streams")  # of another version: it is chosen anew
     assert learner._chooses
@@ -167,8 +162,7 @@ def test_what_can_be_chosen():
     def forms(device="cpu", loss=None, **settings):
         learner, _, config = make(**settings)
         learner.policy.device = torch.device(device)
-        chosen = candidates_for(learner.policy, learner.target, LearnerSettings.from_config(config), loss)
-        return [candidate.name for candidate in chosen]
+        return list(forms_of(learner.policy, learner.target, LearnerSettings.from_config(config), loss))
 
     assert forms() == forms(update="plain") == ["plain"]
     assert forms(update="fused") == ["fused"]
@@ -193,3 +187,33 @@ def test_a_gpu_chooses():
     assert "plain " in learner.choice
     assert "fused " in learner.choice
     assert "off by" not in learner.choice
+
+
+def test_an_actor_chooses_too(monkeypatch):
+    """All but the capture: a form that is wrong is dropped, the fastest of the others acts."""
+    replay_on_the_cpu(policy_module, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "a stream")
+    monkeypatch.setattr(policy_module, "_REPLAYS", 2)
+    learner, replay, _ = make()
+    obs = replay.sample(8).obs
+    expected = learner.policy.values(obs)
+    actor = Actor(learner.policy, obs)
+    assert list(actor._forms) == ["plain", "fused"]
+    fused, calls = actor._forms["fused"], []
+
+    def counted():
+        calls.append(1)
+        return fused()
+
+    plain = actor._forms["plain"]
+    actor._forms = {
+        "plain": lambda: time.sleep(0.05) or plain(),
+        "wrong": lambda: plain() + 1,
+        "fused": counted,
+    }
+    actor._captures = True
+    np.testing.assert_allclose(actor.values(obs), expected, rtol=1e-4, atol=1e-5)
+    before = len(calls)
+    actor.values(obs)
+    assert len(calls) == before + 1
+    assert list(Actor(learner.policy, obs, form="plain")._forms) == ["plain"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from pydqn import LearnerSettings
 from pydqn.envs.frames import FrameLayout, Part
-from pydqn.learning.fused import FusedGradients, reason_against
+from pydqn.learning.fused import FusedGradients, FusedValues, reason_against
 from pydqn.learning.gradients import Autograd
 from pydqn.learning.networks import make_network
 from pydqn.learning.objectives import Transitions
@@ -95,6 +95,20 @@ def test_frames_may_be_looked_up():
         ]
         torch.testing.assert_close(found[0], found[1])
         torch.testing.assert_close(*(gradients_of(policy) for policy in policies))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dueling", [False, True])
+def test_action_values_are_the_networks(name, dueling):
+    batch, _ = batch_of(name)
+    network = make(
+        name, 0, LearnerSettings(), dueling=dueling, **({} if name == "mlp" else {"pixel_mean": 0.34})
+    ).network
+    expected = network(batch.obs).detach()
+    torch.testing.assert_close(FusedValues(network)(batch.obs), expected, rtol=1e-4, atol=1e-5)
+    frames = batch.obs.flatten(0, 1)
+    rows = torch.arange(len(frames), dtype=torch.int32).view(SIZE, 2)
+    torch.testing.assert_close(FusedValues(network, frames)(rows), expected, rtol=1e-4, atol=1e-5)
 
 
 class Larger(nn.Module):

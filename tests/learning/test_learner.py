@@ -305,7 +305,7 @@ def test_buffers_reach_the_target_too():
 
 @needs_cuda
 def test_capturing_changes_nothing():
-    learner, replay, _ = make(torch.device("cuda"), True)
+    learner, replay, _ = make(torch.device("cuda"), True, update="plain")
     eager, _, _ = make(torch.device("cuda"), False)
     batch = replay.sample(32)
     learner.update(batch)

@@ -76,6 +76,8 @@ def test_an_actor_gives_the_values_of_its_policy(device):
     on_host = FrameReplay(60, num_envs=3)
     actor = Actor(learner.policy, on_host.empty_batch(3).obs)
     actor_of_rows = Actor(learner.policy, on_device.empty_batch(3).obs, on_device.frames)
+    # A GPU may round to TensorFloat-32, in one form of the values as in another.
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if device == CPU else {"rtol": 2e-2, "atol": 2e-3}
     generator = np.random.default_rng(0)
     for time_step in range(30):
         frame = generator.integers(0, 255, (3, 84, 84), dtype=np.uint8)
@@ -83,8 +85,8 @@ def test_an_actor_gives_the_values_of_its_policy(device):
             buffer.append(frame, [0] * 3, [0.0] * 3, [False] * 3, [False] * 3, [time_step == 0] * 3)
         values = learner.policy.values(on_host.latest())
         assert values.shape == (3, 6)
-        np.testing.assert_allclose(actor.values(on_host.latest()), values, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(actor_of_rows.values(on_device.latest()), values, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(actor.values(on_host.latest()), values, **tolerance)
+        np.testing.assert_allclose(actor_of_rows.values(on_device.latest()), values, **tolerance)
         learner.update(replay.sample(32))
 
 
