@@ -14,8 +14,7 @@ from torch import nn
 
 from pydqn import LearnerSettings
 from pydqn.envs.frames import FrameLayout, Part
-from pydqn.learning import learner as learner_module
-from pydqn.learning import objectives, torsos
+from pydqn.learning import gradients, objectives, torsos
 from pydqn.learning.networks import make_network
 from pydqn.learning.torsos import ImpalaSettings
 from tests.helpers.fake_cuda import trace
@@ -129,7 +128,7 @@ def test_faults_are_refused(fault):
 
 PLANTED = {
     "rows on the CPU": (
-        learner_module,
+        gradients,
         "look_up",
         lambda frames, rows: frames.index_select(0, rows.flatten().cpu()).view(*rows.shape, *frames.shape[1:]),
     ),

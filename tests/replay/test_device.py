@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from pydqn import DeviceReplay, FrameReplay
+from pydqn import DeviceReplay, FrameReplay, preset
 from pydqn.replay.device import resolve_storage
 from tests.helpers.cuda_streams import FakeCuda, launch_check, looked_up, upload_through
 from tests.helpers.replay_streams import assert_equals_reference, play, streams
@@ -257,6 +257,27 @@ def test_frames_of_any_dtype_come_back(device, dtype, tmp_path):
 
 def test_bytes_are_counted():
     assert DeviceReplay(1000, (84, 84), device="cpu").nbytes >= 1001 * 84 * 84
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name", "where"),
+    [
+        (8, "nature", "host"),
+        (12, "nature", "device"),
+        (24, "nature", "device"),
+        (8, "pong", "device"),
+        (8, "minatar-dqn", "device"),
+    ],
+)
+def test_where_frames_are_kept_on_common_cards(monkeypatch, gigabytes, name, where):
+    """A card has a twentieth less than it says for PyTorch, and half a gigabyte is taken by its context."""
+    free = int(0.95 * gigabytes * 2**30 - 5e8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    frame = 10 * 10 * 4 if name == "minatar-dqn" else 84 * 84
+    nbytes = preset(name).replay_capacity_frames * frame
+    assert resolve_storage("auto", torch.device("cuda"), nbytes)[0] == where
 
 
 def test_where_frames_are_kept(monkeypatch):
