@@ -20,6 +20,8 @@ QUICK = {"total_steps": 300, "learning_starts_steps": 100, "device": "cpu", "tor
 @pytest.fixture(autouse=True)
 def forget():
     before = dict(gymnasium.registry)
+    for env_id in [env_id for env_id in before if env_id.startswith("MinAtar/")]:
+        gymnasium.registry.pop(env_id)  # other tests in this process may have registered them
     yield
     gymnasium.registry.clear()
     gymnasium.registry.update(before)

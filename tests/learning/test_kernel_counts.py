@@ -54,6 +54,8 @@ def test_every_preset_has_a_count():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_no_preset_launches_more(name):
+    if name == "minatar-dqn":
+        pytest.importorskip("minatar", reason="needs pip install 'pydqn[minatar]'")
     config = preset(name)
     envs = make_envs(config, 1, 0)
     envs.close()

@@ -13,7 +13,7 @@ from pydqn import preset, train
 from pydqn.plotting.curves import PANELS, draw_runs, group_runs, plot_runs, rolling_mean, spread
 from pydqn.plotting.values import Grid, Surface, draw_values, plot_values, values_of
 
-PONG = sorted((Path(__file__).parents[2] / "results" / "pong").glob("seed-*"))[:4]
+PONG = [Path(__file__).parents[2] / "results" / "pong" / f"seed-{seed}" for seed in range(4)]
 SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
 
