@@ -39,7 +39,12 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = (
     *("learning/test_learner.py", "learning/test_custom_loss.py", "learning/test_optimizers.py"),
-    *("learning/test_candidates.py", "learning/test_fused_kernels.py", "learning/test_policy.py"),
+    *(
+        "learning/test_candidates.py",
+        "learning/test_fused.py",
+        "learning/test_fused_kernels.py",
+        "learning/test_policy.py",
+    ),
     *("replay/test_device.py", "replay/test_device_threads.py", "_util/test_cuda.py"),
 )
 
@@ -49,7 +54,8 @@ def row(stage, value, unit, target=None, note=""):
     held = None if target is None else bool(value <= target[1] if target[0] == "<=" else value >= target[1])
     ROWS.append({"stage": stage, "value": value, "unit": unit, "target": target, "held": held, "note": note})
     aim = "" if target is None else f"{target[0]} {target[1]:g} {'held' if held else 'missed'}"
-    print(f"{stage:58s} {value:12,.1f} {unit:10s} {aim:16s} {note}".rstrip(), flush=True)
+    shown = "-" if value is None else f"{value:,.1f}"
+    print(f"{stage:58s} {shown:>12s} {unit:10s} {aim:16s} {note}".rstrip(), flush=True)
 
 
 def wait(device):
@@ -160,7 +166,7 @@ def forms(device, quick):
         learner.update(replay.sample(config.batch_size))
         for trial in learner.trials or [Trial(learner.form, None, "the only form on this device")]:
             note = "chosen" if trial.name == learner.form else trial.reason
-            row(f"{name}: {trial.name}", 1e6 * (trial.seconds or 0), "us", note=note)
+            row(f"{name}: {trial.name}", None if trial.seconds is None else 1e6 * trial.seconds, "us", note=note)
 
 
 def act(device, quick):

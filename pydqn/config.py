@@ -348,8 +348,8 @@ class Config:
     device: str = field("auto", "PyTorch computes on this device: auto, cpu, cuda or cuda:N.")
     precision: str = field(
         "auto",
-        "The network computes in this precision; auto is float32, but bfloat16 for pydqn's own networks of pixels on "
-        "processors with instructions for it.",
+        "The network computes in this precision; auto is float32 (on a GPU, matrix products of updates may round to "
+        "TensorFloat-32), but bfloat16 for pydqn's own networks of pixels on processors with instructions for it.",
         choices=("auto", "float32", "bfloat16"),
     )
     update: str = field(

@@ -152,6 +152,7 @@ class Graph(Generic[T]):
         self._graph = torch.cuda.CUDAGraph()
         if generator is not None:
             self._graph.register_generator_state(generator)
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
         before = torch.cuda.current_stream(stream.device)
         reason: BaseException | None = None  # why the function stopped; then the end of the capture fails, too
         try:
@@ -168,6 +169,8 @@ class Graph(Generic[T]):
         except BaseException as error:
             torch.cuda.set_stream(before)
             _failed_graphs.append(self._graph)
+            with suppress(Exception):  # releases of PyTorch before 2026 do not, and refuse the next capture
+                torch._C._cuda_endAllocateToPool(stream.device.index, pool)
             _release_generators(stream.device, generator)
             reason = reason or error
             if not isinstance(reason, Exception) or isinstance(reason, torch.OutOfMemoryError):
@@ -240,6 +243,7 @@ def tensor_float_32(*, products: bool, convolutions: bool) -> Iterator[None]:
     """Let matrix products, or convolutions, of float32 round to TensorFloat-32 on a GPU within the block, or not.
 
     PyTorch's defaults are False and True. The settings hold for the whole process; a graph keeps those of its capture.
+    Within the block PyTorch's older settings (`allow_tf32`, `get_float32_matmul_precision`) cannot be read.
     """
     backends = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn))
     # Before PyTorch 2.9 they are booleans.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 F = TypeVar("F")
 
-MOST = 8  # forms
+REPLAYS = 50  # that are timed
 _MOST_SECONDS = 15.0  # for all of them together
 _TOLERANCE = 0.05  # TensorFloat-32, which PyTorch allows convolutions, has ten bits
 
@@ -34,12 +34,11 @@ def choose(
     """Try forms; return the name of the fastest of those that work, and what became of each.
 
     Args:
-        forms: at most `MOST`, by name; the first is PyTorch's own, which is taken if none works.
+        forms: by name; the first is PyTorch's own, which is taken if none works.
         attempt: returns the seconds that a form takes. Raises what it likes if it is not to be taken: `Disagreement`,
             or what a library raised.
         clock: seconds.
     """
-    assert 0 < len(forms) <= MOST
     started, trials = clock(), list[Trial]()
     for name, form in forms.items():
         if clock() - started > _MOST_SECONDS:
@@ -63,17 +62,20 @@ def described(chosen: str, trials: Sequence[Trial]) -> str:
     return f"{chosen} ({'; '.join(parts)})"
 
 
-def require_agreement(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Compare tensors, each as a whole: the norm of the difference may be a twentieth of the norm.
+def require_agreement(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> None:
+    """Compare tensors by name. The difference may be a twentieth of the norm, and its largest entry of the largest.
 
     Raises:
-        Disagreement: it is larger, or something is not finite.
+        Disagreement: it is larger, something is not finite, or a tensor is missing.
     """
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if one is None and other is None:
-            continue
+    for name, other in expected.items():
+        one = found[name]
         if one is None or other is None:
-            raise Disagreement(f"gradient {number} is missing")
-        difference, norm = torch.stack([(one - other).norm(), other.norm()]).tolist()
-        if not difference <= _TOLERANCE * norm + 1e-12:
-            raise Disagreement(f"gradient {number} is off by {difference / max(norm, 1e-30):.3g} of its norm")
+            if one is not other:
+                raise Disagreement(f"{name} is missing")
+            continue
+        difference = one - other
+        numbers = torch.stack([difference.norm(), other.norm(), difference.abs().max(), other.abs().max()]).tolist()
+        for off, size in zip(numbers[::2], numbers[1::2], strict=True):
+            if not off <= _TOLERANCE * size + 1e-12:
+                raise Disagreement(f"{name} is off by {off / max(size, 1e-30):.3g} of its size")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from pydqn._util.cuda import tensor_float_32
@@ -19,21 +18,28 @@ Form = Callable[[Transitions, Tensor], Gradients]  # of a batch and its (B,) wei
 
 
 def forms_of(
+    plain: Autograd,
     policy: Policy,
     target: nn.Module,
     settings: LearnerSettings,
     loss: CustomLoss | None = None,
     frames: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> dict[str, Form]:
-    """Return the forms that an update can have, by name, in the setting `update`; the arguments are `Autograd`'s.
+    """Return the forms that an update may have, by name; the setting `update` may narrow them down.
 
     The first is to be used unless another is chosen. On a CPU it is the only one.
+
+    Args:
+        plain: PyTorch's own form, of the other arguments.
+        policy: see `Autograd`.
+        target: see `Autograd`.
+        settings: see `Autograd`.
+        loss: see `Autograd`.
+        frames: see `Autograd`.
 
     Raises:
         ValueError: the setting asks for a form that does not fit the network or the loss.
     """
-    plain = Autograd(policy, target, settings, loss, frames, generator)
     online, on_gpu = policy.compute_network, policy.device.type == "cuda"
     reason = "the loss is not pydqn's" if loss is not None else reason_against(online, settings)
     if settings.update == "fused" and reason:

@@ -114,8 +114,18 @@ def reason_against(network: nn.Module, settings: LearnerSettings | None = None) 
     if any(parameter.dtype != torch.float32 for parameter in network.parameters()):
         return "the network does not compute in float32"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for module in network.modules() for name in hooks):
+    of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    parameters = [parameter for _, parameter in network.named_parameters(remove_duplicate=False)]
+    if any(getattr(module, name) for module in network.modules() for name in hooks) or any(
+        getattr(parameter, name) for parameter in parameters for name in of_parameters
+    ):
         return "the network has hooks"
+    if not all(parameter.requires_grad for parameter in parameters):
+        return "some parameters are frozen"
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        return "layers share parameters"
+    if parameters[0].is_cuda and (torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
+        return "deterministic algorithms are asked for"
     layers = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleList, PixelTorso, VectorTorso, QNetwork)
     other = next((type(module).__name__ for module in network.modules() if type(module) not in layers), "")
     return f"the network has layers of the kind {other}" if other else ""
@@ -150,6 +160,10 @@ class _Layers:
         assert isinstance(network.torso, (PixelTorso, VectorTorso))
         self.torso = network.torso
         self._convs = [conv for conv in getattr(self.torso, "convs", ()) if isinstance(conv, nn.Conv2d)]
+        # cuDNN's convolution with ReLU needs a bias, and PyTorch would make one at each call.
+        self._biases = [
+            conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in self._convs
+        ]
         streams = (network.advantage, network.value)
         self._streams = [
             [layer for layer in stream if isinstance(layer, nn.Linear)] for stream in streams if stream is not None
@@ -159,8 +173,8 @@ class _Layers:
     def forward(self, x: Tensor) -> _Passed:
         """Pass (N, ...) inputs through all layers."""
         maps = [x]
-        for conv in self._convs:
-            maps.append(_conv_relu(maps[-1], conv))
+        for conv, bias in zip(self._convs, self._biases, strict=True):
+            maps.append(_conv_relu(maps[-1], conv, bias))
         features = maps[-1].flatten(1)
         hidden: list[list[Tensor]] = []
         outputs = []
@@ -223,11 +237,11 @@ class _Layers:
                 conv.bias.grad = bias
 
 
-def _conv_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def _conv_relu(x: Tensor, conv: nn.Conv2d, bias: Tensor) -> Tensor:
     """Return relu(conv(x)); on a GPU that is one of cuDNN's kernels."""
     if x.device.type == "cuda":
         y: Tensor = _aten.cudnn_convolution_relu(
-            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+            x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
         )
         return y
     return F.relu_(conv(x))

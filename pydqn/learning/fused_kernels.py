@@ -1,7 +1,7 @@
 """Operations that PyTorch has only as chains of kernels: on a GPU one Triton kernel each, on a CPU what PyTorch has.
 
 They are operators of PyTorch, `torch.ops.pydqn`, so that a trace, a capture and `torch.compile` know them. Triton comes
-with PyTorch's builds for GPUs. It is imported, and compiles a kernel, when that is first launched.
+with PyTorch's builds for GPUs on Linux. It is imported, and compiles a kernel, when that is first launched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def look_up_pixels(frames: Tensor, rows: Tensor, scale: float, shift: float) -> 
 @look_up_pixels.register_fake
 def _(frames: Tensor, rows: Tensor, scale: float, shift: float) -> Tensor:
     shape = (*rows.shape, *frames.shape[1:])
-    return torch.empty(shape, device=frames.device, memory_format=torch.channels_last)
+    kind = torch.float32
+    return torch.empty(shape, dtype=kind, device=frames.device, memory_format=torch.channels_last)
 
 
 @look_up_pixels.register_kernel("cuda")
@@ -130,7 +131,7 @@ def launch_look_up_pixels(frames: Tensor, rows: Tensor, scale: float, shift: flo
     """See `look_up_pixels`; launches the Triton kernel, also where an interpreter stands in for a GPU."""
     batch, stack = rows.shape
     height, width = frames.shape[1:]
-    out = torch.empty((batch, height, width, stack), device=frames.device)
+    out = torch.empty((batch, height, width, stack), dtype=torch.float32, device=frames.device)
     grid = (batch, -(-height * width // _PIXELS))
     _kernels()["pixels"][grid](
         frames, rows, out, scale, shift, height * width, STACK=stack, WIDE=_power_of_two(stack), PIXELS=_PIXELS
@@ -149,8 +150,7 @@ def launch_td_slopes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `td_slopes`; launches the Triton kernel, also where an interpreter stands in for a GPU."""
     size, actions = target[0].shape
-    values, slopes = (torch.empty((size, actions), device=reward.device) for _ in range(2))
-    errors, slope = torch.empty(size, device=reward.device), torch.empty((size, 1), device=reward.device)
+    values, slopes, errors, slope = (reward.new_empty(shape) for shape in ((size, actions),) * 2 + ((size,), (size, 1)))
     _kernels()["slopes"][(size,)](
         *(online[0], online[-1], target[0], target[-1], action, reward, discount, weight),
         *(values, errors, slopes, slope),
@@ -159,7 +159,7 @@ def launch_td_slopes(
         WIDE=_power_of_two(actions),
         DUELING=len(online) > 1,
         DOUBLE=len(online[0]) > size,
-        HUBER=loss == "huber",
+        HUBER={"huber": True, "mse": False}[loss],
     )
     return values, errors, slopes, slope
 

@@ -26,9 +26,9 @@ from pydqn._util.cuda import (
     tensor_float_32,
     warm_up,
 )
-from pydqn.learning.candidates import Trial, choose, described, require_agreement
+from pydqn.learning.candidates import REPLAYS, Trial, choose, described, require_agreement
 from pydqn.learning.forms import Form, forms_of
-from pydqn.learning.gradients import CustomLoss
+from pydqn.learning.gradients import Autograd, CustomLoss
 from pydqn.learning.losses import LOSSES
 from pydqn.learning.networks import QNetwork, tensors_of
 from pydqn.learning.noise import Noise
@@ -43,7 +43,6 @@ from pydqn.replay.frames import Batch
 from pydqn.replay.lookup import look_up
 
 _GENERATOR = "generator"  # in a learner's state
-_REPLAYS = 50  # that are timed
 _WAY_ON = "leave the settings of network and optimizer as they were, or start a new run"
 
 
@@ -63,8 +62,10 @@ class Learner:
     `update` takes one gradient step, or several in a row. On a CUDA device they are captured and replayed, in one graph
     for each number of steps that occurs: batches, learning rate and step counter live on the device. The host runs
     ahead and waits only until the previous batch has left the pinned memory. On a CPU the same function runs eagerly.
-    The first `update` on a CUDA device tries all forms that an update can have (`settings.update`) on its batch, and
-    stays with the fastest whose gradients agree with PyTorch's: `form` is its name, `trials` what became of each.
+    Where it is captured and draws no random numbers, the first `update` on a CUDA device tries all forms that it may
+    have (`settings.update`) on its batch, and stays with the fastest whose gradients agree with PyTorch's own: `form`
+    is its name, `trials` what became of each. The precision "auto" lets forms round to TensorFloat-32 in matrix
+    products.
 
     With a custom `loss`, the network may return anything: autograd differentiates the weighted mean of the losses, and
     everything else stays the same. The target network computes no gradients; what the loss computes with the online
@@ -150,9 +151,11 @@ class Learner:
         draws = any(self._noise) or (loss is None and settings.value == "implicit_quantile")
         self._generator = new_generator(device, seed) if draws else None
         self._frames = frames
-        self._forms = forms_of(self.policy, self.target, settings, loss, frames, self._generator)
+        self._plain = Autograd(self.policy, self.target, settings, loss, frames, self._generator)
+        self._forms = forms_of(self._plain, self.policy, self.target, settings, loss, frames)
         self.form = next(iter(self._forms))
         self.trials: list[Trial] = []  # of forms, at the first update on a GPU
+        self.choice = ""  # the form that was chosen, and in brackets what became of all that were tried
         self._chooses = len(self._forms) > 1 and captures and not draws
         self._max_steps = len(example.action) // settings.batch_size  # in one `update`
         self._to_device = HostToDevice(example, device, names=example._fields)
@@ -277,20 +280,10 @@ class Learner:
     def learning_rate(self, value: float) -> None:
         self._learning_rate.fill_(value)
 
-    @property
-    def choice(self) -> str:
-        """The form, and in brackets what became of all that were tried; "" if none were."""
-        return described(self.form, self.trials) if self.trials else ""
-
-    @property
-    def form_settled(self) -> bool:
-        """Whether the form will stay what it is: otherwise the next `update` chooses."""
-        return not self._chooses
-
-    def use_form(self, name: str | None) -> None:
-        """Use a form that was chosen before, without trying others. Does nothing if there is none of that name."""
+    def use_form(self, name: str, choice: str) -> None:
+        """Use a form that was chosen before, on this card, without trying others. Unknown names change nothing."""
         if name in self._forms:
-            self.form, self._chooses = name, False
+            self.form, self.choice, self._chooses = name, choice, False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that a learner needs to go on, by name, not copies of them.
@@ -404,6 +397,8 @@ class Learner:
         """Undo at the end what steps have changed: those before a capture, in which libraries choose their kernels."""
         existing = [tensor for tensors in self._optimizer.state() for tensor in tensors.values()]
         drawn = None if self._generator is None else self._generator.get_state()
+        on_gpu = self.device.type == "cuda"
+        drawn_by_others = torch.cuda.get_rng_state(self.device) if on_gpu else None  # by networks of one's own
         try:
             with preserved([*tensors_of(self.online), *tensors_of(self.target), *existing]):
                 try:
@@ -417,30 +412,57 @@ class Learner:
             self._optimizer.refresh()
             if self._generator is not None and drawn is not None:
                 self._generator.set_state(drawn)
+            if drawn_by_others is not None:
+                torch.cuda.set_rng_state(drawn_by_others, self.device)
 
     def _choose(self, stream: torch.cuda.Stream) -> None:
-        """Try all forms of the update on the current batch; keep the fastest that agrees with the exact gradients."""
-        self._chooses = False
-        with self._rehearsal(), tensor_float_32(products=False, convolutions=False):
-            expected = [part.clone() for part in self._compared(self._step(0))]
+        """Try all forms of the update on the current batch; keep the fastest that agrees with the exact gradients.
+
+        Raises:
+            ValueError: the setting `update` asks for a form that does not work on this card.
+        """
+        forms = self._forms
+
+        def step_of(name: str, form: Form) -> Callable[[], _UpdateOutputs]:
+            self._forms, self.form = {name: form}, name
+            return functools.partial(self._step, 0)
 
         def attempt(name: str, form: Form) -> float:
-            self.form, step = name, functools.partial(self._step, 0)
+            step = step_of(name, form)
             with self._rehearsal():
                 warm_up(step, stream)
                 graph = Graph(step, stream)
             with self._rehearsal():
                 require_agreement(self._compared(graph()), expected)
             with self._rehearsal():
-                return seconds_of(graph, _REPLAYS, self.device)
+                return seconds_of(graph, REPLAYS, self.device)
 
-        self.form, self.trials = choose(self._forms, attempt)
+        first = next(iter(forms))
+        try:
+            exact = step_of("plain", self._plain)
+            with self._rehearsal(), tensor_float_32(products=False, convolutions=False):
+                found = self._compared(exact())
+                expected = {name: None if part is None else part.clone() for name, part in found.items()}
+            first, self.trials = choose(forms, attempt)
+        finally:  # also after an interruption
+            self._forms, self.form = forms, first
+        self.choice, self._chooses = described(self.form, self.trials), False
+        if "plain" not in forms and all(trial.seconds is None for trial in self.trials):
+            raise ValueError(
+                f"update: expected auto or plain, since no fused form works on {self.device}: {self.choice}"
+            )
 
-    def _compared(self, outputs: _UpdateOutputs) -> list[Tensor]:
-        """Return what forms of the update have to agree in: errors, action values, gradients."""
+    def _compared(self, outputs: _UpdateOutputs) -> dict[str, Tensor | None]:
+        """Return what forms of the update have to agree in: errors, values of allowed actions, and gradients."""
         assert outputs.values is not None
-        gradients = [parameter.grad for parameter in self._compute_parameters if parameter.grad is not None]
-        return [outputs.errors, outputs.values, *gradients]
+        values = outputs.values.masked_fill(outputs.values == MASKED, 0)
+        names = [name for name, _ in self._compute_network.named_parameters()]
+        gradients = (parameter.grad for parameter in self._compute_parameters)
+        return {
+            "errors": outputs.errors,
+            "values": values,
+            **{f"the gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)},
+        }
 
 
 def _require_representation(network: nn.Module, settings: LearnerSettings) -> None:

@@ -26,7 +26,7 @@ from pydqn._util.cuda import (
 )
 from pydqn._util.machine import default_torch_threads, instruction_sets, usable_cores
 from pydqn.config import Config
-from pydqn.learning.candidates import choose, require_agreement
+from pydqn.learning.candidates import REPLAYS, choose, require_agreement
 from pydqn.learning.fused import FusedValues, reason_against
 from pydqn.learning.networks import QNetwork, mixed_precision_copy
 from pydqn.learning.noise import Noise
@@ -35,7 +35,6 @@ from pydqn.learning.torsos import PixelTorso
 from pydqn.learning.values import midpoints
 from pydqn.replay.lookup import look_up
 
-_REPLAYS = 50  # that are timed
 _LEVELS = 21  # of quantiles that are shown
 
 
@@ -212,8 +211,8 @@ class Actor:
         capture: whether to use a CUDA graph. None uses one on CUDA devices, and if the policy cannot be captured, warns
             and goes on without. True makes that an error.
         seed: of the noise.
-        form: the learner's setting `update`: "auto" captures all forms that fit and keeps the fastest that agrees with
-            PyTorch's own, "plain".
+        form: the learner's setting `update`. Unless it is "plain", PyTorch's own form, a capture tries all forms that
+            fit, and keeps the fastest that agrees with that. Each actor chooses for itself.
     """
 
     def __init__(
@@ -272,8 +271,8 @@ class Actor:
         def attempt(name: str, form: Callable[[], Tensor]) -> float:
             warm_up(form, stream)
             graph = Graph(form, stream)
-            require_agreement([graph()], [expected])
-            return seconds_of(graph, _REPLAYS, self._policy.device)
+            require_agreement({"values": graph()}, {"values": expected})
+            return seconds_of(graph, REPLAYS, self._policy.device)
 
         return self._forms[choose(self._forms, attempt)[0]]
 

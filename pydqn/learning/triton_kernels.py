@@ -34,7 +34,8 @@ def _values(advantages, value, row, action, ACTIONS: tl.constexpr, DUELING: tl.c
     return q
 
 
-@triton.jit
+# Batches within a larger one begin anywhere: no second variant may have to be compiled during a capture.
+@triton.jit(do_not_specialize_on_alignment=["actions", "rewards", "discounts", "weights"])
 def td_slopes(
     online,
     online_value,

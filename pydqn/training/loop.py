@@ -52,6 +52,12 @@ def updates_at_once(config: Config, device: torch.device) -> int:
     return max(1, round(config.num_envs / config.train_period_steps)) if device.type == "cuda" else 1
 
 
+def _card(device: torch.device) -> str:
+    """Return what a choice among forms of the update holds for: another card, or another PyTorch, chooses anew."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, PyTorch {torch.__version__}"
+
+
 class Run(BaseRun):
     """One training run of a DQN. With `video_every_episodes`, its folder also gets videos/.
 
@@ -101,7 +107,7 @@ class Run(BaseRun):
             network, self._learner_settings(), self._device, self._batch, frames=frames, seed=seed.learner
         )
         example = self.replay.empty_batch(config.num_envs).obs
-        self._form_settled = self.learner.form_settled
+        self._choice = self.learner.choice
         self._actor = Actor(self.learner.policy, example, frames, seed=seed.noise, form=config.update)
         self._pace = Pace(torch.get_num_threads()) if self._device.type == "cpu" else None
         self._evaluated_at = 0  # steps
@@ -241,19 +247,19 @@ class Run(BaseRun):
             batch = self._batch.part(0, count * config.batch_size)
             started = time.perf_counter()
             learner.update(batch)
-            if not self._form_settled and learner.form_settled:
-                self._keep_form()
             if self._pace is not None and (slow := self._pace.add(time.perf_counter() - started)) is not None:
                 warnings.warn(slow, RuntimeWarning, stacklevel=2)
             self._unchecked = batch.index.copy()
             self._restored_statistics = None
+            if learner.choice != self._choice:
+                self._keep_choice()
 
-    def _keep_form(self) -> None:
+    def _keep_choice(self) -> None:
         """Write down which form of the update was chosen, and say so."""
-        self._form_settled = True
+        self._choice = self.learner.choice
         self._write_environment()
-        if self.note is not None and self.learner.choice:
-            self.note(f"update {self.learner.choice}")
+        if self.note is not None:
+            self.note(f"update {self._choice}")
 
     def _take_td_errors(self) -> None:
         """Check that the TD errors of the latest updates are finite, and make them the transitions' priorities.
@@ -302,9 +308,12 @@ class Run(BaseRun):
                 )
 
     def _learner_settings(self) -> LearnerSettings:
-        """Return the learner's settings. A resumed run keeps the precision that "auto" chose on this kind of device."""
+        """Return the learner's settings. A resumed run keeps the precision that "auto" chose on this kind of device.
+
+        On a GPU that is always float32, and "auto" says that its products may be rounded.
+        """
         settings, before = LearnerSettings.from_config(self.config), self._resumed or {}
-        if settings.precision != "auto" or before.get("device") != self._device.type:
+        if settings.precision != "auto" or before.get("device") != self._device.type or self._device.type == "cuda":
             return settings
         return dataclasses.replace(settings, precision=before["precision"])
 
@@ -360,7 +369,7 @@ class Run(BaseRun):
             "statistics": {name: getattr(statistics, name) for name in NUMBERS},
             "device": self._device.type,
             "precision": self.arithmetic()["precision"],
-            "update": self.learner.form if self.learner.form_settled else None,
+            "update": [self.learner.form, self.learner.choice, _card(self._device)] if self.learner.choice else None,
             "learning_since": self._learning_since,
             "updates_before": self._updates_before,
         }
@@ -376,8 +385,10 @@ class Run(BaseRun):
         tensors = {"updates": updates, **checkpoint.tensors}
         self._actor.load_state(tensors.pop(_NOISE, None))
         self.learner.load_state_dict(tensors)
-        if state.get("device") == self._device.type:
-            self.learner.use_form(state.get("update"))
+        name, choice, card = state.get("update") or ("", "", "")
+        if card == _card(self._device):
+            self.learner.use_form(name, choice)
+            self._choice = self.learner.choice
         numbers = state["statistics"] if "statistics" in state else dict(zip(_METRICS, state["metrics"], strict=True))
         loss, mean_q, max_q, grad_norm = (float(numbers[name]) for name in NUMBERS)
         self._restored_statistics = Statistics(loss, mean_q, max_q, grad_norm, {})

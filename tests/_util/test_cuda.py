@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import warnings
 
 import numpy as np
@@ -54,6 +55,13 @@ class Cuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.Graph)
+        self.allocating, handles = set(), itertools.count()  # pools of captures that have not ended
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles), raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocation, raising=False)
+
+    def end_allocation(self, index, pool):
+        assert index is not None
+        self.allocating.remove(pool)
 
     def current_stream(self, device=None):
         return self.current
@@ -72,14 +80,17 @@ class Cuda:
     @contextlib.contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
+        assert not self.allocating, "captures_underway.empty() INTERNAL ASSERT FAILED"
         before, self.current = self.current, stream
         self.capturing, self.broken = True, False
+        self.allocating.add(pool)
         try:
             yield
         finally:
             self.capturing = False
-            if self.broken:  # as in PyTorch, the stream stays
+            if self.broken:  # as in PyTorch, the stream stays, and allocations go to the capture's pool
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self.allocating.remove(pool)
         self.current = before
 
     def get_sync_debug_mode(self):
@@ -149,6 +160,16 @@ def test_a_failed_capture_changes_nothing(cuda):
     assert cuda.current is cuda.main
     assert gc.isenabled()
     assert torch.cuda.default_generators[0].state == "a copy"
+
+
+def test_a_capture_after_a_failed_one(cuda):
+    stream, pool = cuda.Stream(), "a pool"
+    for given in (None, pool):
+        with pytest.raises(CaptureError):
+            Graph(cuda.synchronize, stream, given)
+        graph = Graph(lambda: "tensors", stream, given)
+        graph._graph.function = lambda: None
+        assert graph() == "tensors"
 
 
 def test_an_interrupted_capture_raises_the_interrupt(cuda):

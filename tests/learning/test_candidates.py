@@ -65,17 +65,25 @@ def test_trials_end_after_a_while():
 
 
 def test_agreement():
-    exact = [torch.ones(3), torch.zeros(2)]
-    require_agreement([torch.full((3,), 1.04), torch.zeros(2)], exact)
-    for wrong in (
-        [torch.full((3,), 1.06), exact[1]],
-        [exact[0] * torch.nan, exact[1]],
-        [exact[0], torch.ones(2)],
-    ):
-        with pytest.raises(Disagreement, match="gradient . is off"):
-            require_agreement(wrong, exact)
-    with pytest.raises(ValueError, match="argument 2 is longer"):
-        require_agreement(exact[:1], exact)
+    exact = {"errors": torch.ones(3), "gradient": torch.zeros(2), "none": None}
+    require_agreement({**exact, "errors": torch.full((3,), 1.04)}, exact)
+    for wrong in (torch.full((3,), 1.06), torch.full((3,), torch.nan)):
+        with pytest.raises(Disagreement, match="^errors is off by"):
+            require_agreement({**exact, "errors": wrong}, exact)
+    with pytest.raises(Disagreement, match="^gradient is off by"):
+        require_agreement({**exact, "gradient": torch.ones(2)}, exact)
+    for name, other in (("gradient", None), ("none", torch.ones(1))):
+        with pytest.raises(Disagreement, match=f"^{name} is missing$"):
+            require_agreement({**exact, name: other}, exact)
+
+
+def test_one_wrong_sample_of_many_is_noticed():
+    exact = torch.ones(10_000)
+    wrong = exact.clone()
+    wrong[17] = 1.1
+    assert (wrong - exact).norm() < 0.01 * exact.norm()
+    with pytest.raises(Disagreement, match="^errors is off by 0.1 of its size$"):
+        require_agreement({"errors": wrong}, {"errors": exact})
 
 
 def stand_in(gradients, change, seconds=0.0):
@@ -103,7 +111,7 @@ def refuse(parameter):
 def test_a_learner_tries_and_undoes_it(monkeypatch, optimizer, storage):
     """All but the capture. Afterwards the learner is as if it had been made with the chosen form."""
     monkeypatch.setattr(learner_module, "make_optimizer", TorchOptimizer)
-    monkeypatch.setattr(learner_module, "_REPLAYS", 2)
+    monkeypatch.setattr(learner_module, "REPLAYS", 2)
     variant = {"double": True, "optimizer": optimizer, "storage": storage}
     other, replay, _ = make(**variant, update="fused")
     replay_on_the_cpu(learner_module, monkeypatch)
@@ -125,7 +133,8 @@ def test_a_learner_tries_and_undoes_it(monkeypatch, optimizer, storage):
         other.update(replay.sample(32))
         learner.update(same_replay.sample(32))
     assert learner.form == "fused", learner.choice
-    pattern = r"fused \(plain [\d,]+ us; fused [\d,]+ us; wrong Disagreement: gradient 2 is off by 0.5 of its norm; "
+    pattern = r"fused \(plain [\d,]+ us; fused [\d,]+ us; wrong Disagreement: the gradient of "
+    pattern += r"torso.convs.0.weight is off by 0.5 of its size; "
     pattern += r"refused RuntimeError: CUDNN_STATUS_NOT_SUPPORTED; slower [\d,]+ us\)"
     assert re.fullmatch(pattern, learner.choice)
     assert_equal_learners(learner, other, rtol=0, atol=0)
@@ -135,10 +144,10 @@ def test_a_learner_goes_on_with_a_form_that_was_chosen_before():
     learner, *_ = make()
     learner._forms["fused"] = "another form"
     learner._chooses = True
-    learner.use_form("fused, two streams")  # of another version: it is chosen anew
+    learner.use_form("fused, two streams", "text")  # of another version: it is chosen anew
     assert learner._chooses
-    learner.use_form("fused")
-    assert (learner.form, learner._chooses) == ("fused", False)
+    learner.use_form("fused", "text")
+    assert (learner.form, learner.choice, learner._chooses) == ("fused", "text", False)
 
 
 def test_gradients_stay_autograds_over_a_thousand_updates():
@@ -162,7 +171,8 @@ def test_what_can_be_chosen():
     def forms(device="cpu", loss=None, **settings):
         learner, _, config = make(**settings)
         learner.policy.device = torch.device(device)
-        return list(forms_of(learner.policy, learner.target, LearnerSettings.from_config(config), loss))
+        settings = LearnerSettings.from_config(config)
+        return list(forms_of(learner._plain, learner.policy, learner.target, settings, loss))
 
     assert forms() == forms(update="plain") == ["plain"]
     assert forms(update="fused") == ["fused"]
@@ -179,6 +189,44 @@ def test_a_form_that_does_not_fit_is_refused():
         make_custom(update="fused")
 
 
+def prepared(monkeypatch, **variant):
+    """Return a learner that will choose at its next update, with stand-ins for CUDA, and a batch."""
+    monkeypatch.setattr(learner_module, "make_optimizer", TorchOptimizer)
+    monkeypatch.setattr(learner_module, "REPLAYS", 2)
+    replay_on_the_cpu(learner_module, monkeypatch)
+    learner, replay, _ = make(**variant)
+    learner._stream, learner._chooses = "a stream", True
+    return learner, replay.sample(32)
+
+
+def test_a_fused_form_that_was_asked_for_is_compared_with_plain(monkeypatch):
+    learner, batch = prepared(monkeypatch, update="fused")
+    learner._forms = {"fused": stand_in(learner._forms["fused"], half)}
+    before = {name: value.clone() for name, value in learner.state_dict().items() if not name.startswith("optimizer")}
+    with pytest.raises(
+        ValueError, match="^update: expected auto or plain, since no fused form works on cpu: fused .fused D"
+    ):
+        learner.update(batch)
+    after = learner.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_an_interrupted_choice_leaves_the_first_form(monkeypatch):
+    learner, batch = prepared(monkeypatch)
+    plain = learner._forms["plain"]
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    learner._forms = {"plain": plain, "fused": interrupted}
+    with pytest.raises(KeyboardInterrupt):
+        learner.update(batch)
+    assert (learner.form, learner._chooses) == ("plain", True)
+    learner._forms = {"plain": plain, "refused": stand_in(plain, refuse)}
+    learner.update(batch)
+    assert (learner.form, learner._chooses) == ("plain", False)
+
+
 @needs_cuda
 def test_a_gpu_chooses():
     learner, replay, _ = make(torch.device("cuda"), storage="device", precision="auto")
@@ -193,7 +241,7 @@ def test_an_actor_chooses_too(monkeypatch):
     """All but the capture: a form that is wrong is dropped, the fastest of the others acts."""
     replay_on_the_cpu(policy_module, monkeypatch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "a stream")
-    monkeypatch.setattr(policy_module, "_REPLAYS", 2)
+    monkeypatch.setattr(policy_module, "REPLAYS", 2)
     learner, replay, _ = make()
     obs = replay.sample(8).obs
     expected = learner.policy.values(obs)

@@ -10,11 +10,12 @@ from torch import nn
 
 from pydqn import LearnerSettings
 from pydqn.envs.frames import FrameLayout, Part
-from pydqn.learning.fused import FusedGradients, FusedValues, reason_against
+from pydqn.learning.fused import FusedGradients, FusedValues, _conv_relu, _linear_relu, reason_against
 from pydqn.learning.gradients import Autograd
 from pydqn.learning.networks import make_network
 from pydqn.learning.objectives import Transitions
 from pydqn.learning.policy import Policy
+from tests.helpers.learners import needs_cuda
 
 CPU, SIZE = torch.device("cpu"), 6
 NETWORKS = {
@@ -137,6 +138,28 @@ def test_reasons_against():
     assert "pooled" in reason_against(make_network("nature", 2, (160, 160), 3), scalar)
     assert "not compute in float32" in reason_against(make_network("nature", 2, (84, 84), 3).bfloat16(), scalar)
     assert "not pydqn's" in reason_against(Larger(), scalar)
-    hooked = make_network("mlp", 1, (4,), 3)
+    frozen, tied, watched, hooked = (make_network("mlp", 1, (4,), 3, hidden_units=(8, 8)) for _ in range(4))
+    frozen.advantage[0].requires_grad_(False)
+    assert "frozen" in reason_against(frozen, scalar)
+    tied.advantage[2].bias = tied.advantage[0].bias
+    assert "share" in reason_against(tied, scalar)
+    watched.advantage[0].weight.register_hook(lambda gradient: None)
+    assert "hooks" in reason_against(watched, scalar)
     hooked.advantage[0].register_forward_hook(lambda *_: None)
     assert "hooks" in reason_against(hooked, scalar)
+
+
+@needs_cuda
+def test_what_cudnn_and_cublas_do_with_nan():
+    """Memory that holds NaN changes nothing; NaN in the input is not lost in a ReLU: a run that diverges shows it."""
+    conv, linear = nn.Conv2d(4, 16, 8, 4).cuda().to(memory_format=torch.channels_last), nn.Linear(64, 16).cuda()
+    with torch.no_grad():
+        x = torch.rand(8, 4, 84, 84, device="cuda").contiguous(memory_format=torch.channels_last)
+        for _ in range(3):
+            waste = torch.full((8, 16, 20, 20), torch.nan, device="cuda")
+            del waste
+            assert _conv_relu(x, conv, conv.bias).isfinite().all()
+        torch.testing.assert_close(_conv_relu(x, conv, conv.bias), conv(x).relu(), rtol=1e-2, atol=1e-2)
+        x[3, 0, 0, 0] = torch.nan
+        assert _conv_relu(x, conv, conv.bias)[3].isnan().any()
+        assert _linear_relu(torch.full((2, 64), torch.nan, device="cuda"), linear).isnan().all()

@@ -18,7 +18,6 @@ from pydqn._util.weights import load_weights
 from pydqn.envs.base import Episode
 from pydqn.evaluation.evaluate import evaluate, evaluate_policy
 from pydqn.evaluation.play import PolicyStep, start_episodes
-from pydqn.learning.candidates import Trial
 from pydqn.learning.policy import resolve_precision
 from pydqn.runs.layout import load_run
 from pydqn.runs.logs import GROUPS, Report, read_csv
@@ -290,23 +289,29 @@ def test_the_learning_rate_decays(tiny, tmp_path):
 
 def test_a_chosen_form_of_the_update_is_kept(tiny, tmp_path, monkeypatch):
     """A learner on a GPU chooses at its first update; the run says so, writes it down, and a resumed run uses it."""
-    notes, used = [], []
-    update = Learner.update
+    notes, update = [], Learner.update
 
     def choosing(learner, batch):
-        learner._chooses, learner.trials = False, [Trial("plain", 3e-4), Trial("fused", None, "RuntimeError: no")]
+        learner.choice = "plain (plain 300 us; fused RuntimeError: no)"
         update(learner, batch)
 
     with Run(tiny, tmp_path) as run:
-        run.learner._chooses, run._form_settled, run.note = True, False, notes.append
+        run.note = notes.append
         assert run._state()["update"] is None
         monkeypatch.setattr(Learner, "update", choosing)
         list(run.reports())
     assert notes == ["update plain (plain 300 us; fused RuntimeError: no)"]
-    assert json.loads((tmp_path / "environment.json").read_text())["update"] == notes[0].removeprefix("update ")
-    monkeypatch.setattr(Learner, "use_form", lambda learner, name: used.append(name))
-    with Run(dataclasses.replace(tiny, total_steps=2 * tiny.total_steps), tmp_path, resume=True):
-        assert used == ["plain"]
+
+    def recorded():
+        return json.loads((tmp_path / "environment.json").read_text()).get("update")
+
+    assert recorded() == notes[0].removeprefix("update ")
+    longer = dataclasses.replace(tiny, total_steps=2 * tiny.total_steps)
+    with Run(longer, tmp_path, resume=True) as run:
+        assert run.learner.choice == recorded() == notes[0].removeprefix("update ")
+    monkeypatch.setattr(training, "_card", lambda device: "another card")
+    with Run(longer, tmp_path, resume=True) as run:
+        assert run.learner.choice == ""
 
 
 def test_a_run_with_the_fused_form(tiny, tmp_path):
