@@ -25,6 +25,7 @@ from stages_learning import NATURE
 from timing import check_stages, in_turns, rates_in_turns
 
 from pydqn import FrameReplay, Learner, LearnerSettings, preset, train
+from pydqn._util.cuda import tensor_float_32
 from pydqn._util.files import write_json
 from pydqn.envs.make import make_envs
 from pydqn.learning.candidates import Trial
@@ -39,13 +40,8 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (1024, 84, 84), dtype=np.uint
 ROOT = Path(__file__).parents[1]
 GPU_TESTS = (
     *("learning/test_learner.py", "learning/test_custom_loss.py", "learning/test_optimizers.py"),
-    *(
-        "learning/test_candidates.py",
-        "learning/test_fused.py",
-        "learning/test_fused_kernels.py",
-        "learning/test_policy.py",
-    ),
-    *("replay/test_device.py", "replay/test_device_threads.py", "_util/test_cuda.py"),
+    *("learning/test_candidates.py", "learning/test_fused.py", "learning/test_fused_kernels.py"),
+    *("learning/test_policy.py", "replay/test_device.py", "replay/test_device_threads.py", "_util/test_cuda.py"),
 )
 
 
@@ -83,19 +79,6 @@ def checks(device, quick):
     text = (done.stdout + done.stderr).strip() or "no output"
     print(text[-3000:])
     row("tests of the GPU path", done.returncode, "exit code", ("<=", 0), text.splitlines()[-1])
-
-
-@contextlib.contextmanager
-def tf32_products():
-    """Matrix products of float32 may use TensorFloat-32."""
-    matmul = torch.backends.cuda.matmul
-    name, value = (
-        ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
-    )  # from 2.9 on
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
-    yield
-    setattr(matmul, name, before)
 
 
 def ceiling(device, quick):
@@ -137,7 +120,7 @@ def update(device, quick):
             wait(device)
 
         if precision == "tf32":  # a graph keeps the settings of its capture
-            with tf32_products():
+            with tensor_float_32(products=True, convolutions=True):
                 call()
         how = "graph" if capture else "eager"
         name = f"update, {precision}, {where}, {how}" + (f" of {at_once}" if at_once > 1 else "")

@@ -3,9 +3,10 @@
     python bench/value_learning.py results/value-learning       # about three hours, two runs at a time
     python bench/value_learning.py DIR --tasks CartPole-v1 --seeds 1 --values scalar
 
-Each run becomes DIR/TASK/VALUE-SEED.json with its settings, learning curve and final score: the mean return of 100
-episodes of the final network, under the preset's protocol of evaluation. What is there already is not run again.
-The run folders are kept in --runs. At the end, a table of means and standard deviations over seeds is printed.
+Each run becomes DIR/TASK/VALUE-SEED.json with its settings, learning curve, evaluations (if its preset has any) and
+final score: the mean return of 100 episodes of the final network, under the preset's protocol of evaluation. What is
+there already is not run again. The run folders are kept in --runs. At the end, a table of means and standard
+deviations over seeds is printed.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ def one(chosen):
     with open(logdir / "progress.csv") as file:
         rows = list(csv.DictReader(file))
     curve = [[int(row["steps"]), float(row["mean_return"])] for row in rows if row["mean_return"]]
+    evaluations = [[int(row["steps"]), float(row["evaluation_return"])] for row in rows if row["evaluation_return"]]
     returns = score(logdir, EPISODES, weights="last").returns
     done = {"task": task, "value": value, "seed": seed, "settings": {"preset": name, **settings}}
     done |= {"seconds": round(time.monotonic() - start, 1), "mean": statistics.mean(returns), "returns": returns}
     environment = json.loads((logdir / "environment.json").read_text())
-    print(json.dumps({**done, "curve": curve, "environment": environment}))
+    print(json.dumps({**done, "curve": curve, "evaluations": evaluations, "environment": environment}))
 
 
 def main():

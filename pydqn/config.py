@@ -354,8 +354,9 @@ class Config:
     )
     update: str = field(
         "auto",
-        "A GPU computes updates and action values in this form; auto tries all, when they are first needed, and keeps "
-        "the fastest that agrees with PyTorch's own, plain. On a CPU, auto is plain.",
+        "Updates and action values are computed in this form: plain is PyTorch's own, fused has fewer kernels. On a "
+        "GPU, auto tries all when they are first needed, and keeps the fastest that agrees with plain; on a CPU it is "
+        "plain.",
         choices=("auto", "plain", "fused"),
     )
     storage: str = field(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pydqn.learning.fused_kernels import dueling, look_up_pixels, td_slopes
+from pydqn.learning.fused_kernels import look_up_pixels, td_slopes
+from pydqn.learning.heads import dueling
 from pydqn.learning.networks import QNetwork
 from pydqn.learning.objectives import Gradients, Transitions
 from pydqn.learning.settings import LearnerSettings
@@ -96,7 +97,7 @@ class FusedValues:
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
         """Return (B, A) float32 action values of (B, ...) observations, or of (B, stack) row numbers."""
-        return dueling(self._layers.forward(_inputs(self._layers.torso, obs, self._frames)).outputs)
+        return dueling(*self._layers.forward(_inputs(self._layers.torso, obs, self._frames)).outputs)
 
 
 def reason_against(network: nn.Module, settings: LearnerSettings | None = None) -> str:
@@ -106,7 +107,7 @@ def reason_against(network: nn.Module, settings: LearnerSettings | None = None) 
     if network.representation is not None:
         return "values are not scalar"
     if settings is not None and settings.munchausen:
-        return "of Munchausen"
+        return "rewards have Munchausen's bonus"
     if type(network.torso) not in (PixelTorso, VectorTorso) or network.mask is not None:
         return f"observations have parts, or the torso is {type(network.torso).__name__}"
     if getattr(network.torso, "pools", False):
@@ -148,8 +149,7 @@ class _Passed(NamedTuple):
     """What a forward pass leaves for the backward pass."""
 
     maps: list[Tensor]  # the input, and the outputs of each convolution after its ReLU
-    features: Tensor  # (N, F)
-    hidden: list[list[Tensor]]  # of each stream, the outputs of its hidden layers after their ReLU
+    hidden: list[list[Tensor]]  # of each stream, the inputs of its layers: features, and what follows each ReLU
     outputs: list[Tensor]  # of each stream
 
 
@@ -185,7 +185,7 @@ class _Layers:
                 passed.append(_linear_relu(passed[-1], linear))
             outputs.append(F.linear(passed[-1], last.weight, last.bias))
             hidden.append(passed)
-        return _Passed(maps, features, hidden, outputs)
+        return _Passed(maps, hidden, outputs)
 
     def backward(self, passed: _Passed, slopes: Sequence[Tensor]) -> None:
         """Give each parameter its gradient, from (B, ...) slopes of the loss in each stream's outputs.
@@ -193,7 +193,7 @@ class _Layers:
         B may be less than the samples that were passed: the others have no part in the loss.
         """
         size = len(slopes[0])
-        of_features: list[Tensor | None] = []
+        of_features: list[Tensor] = []
         for stream, inputs, slope in zip(self._streams, passed.hidden, slopes, strict=False):
             for index in range(len(stream) - 1, -1, -1):
                 linear, x = stream[index], inputs[index][:size]
@@ -207,20 +207,16 @@ class _Layers:
             if self._split or not of_features:
                 of_features.append(slope @ stream[0].weight)
             else:
-                assert of_features[0] is not None
                 of_features[0] = torch.addmm(of_features[0], slope, stream[0].weight)
         if self._convs:
-            self._backward_through_convs(passed.maps, self._joined(of_features), size)
+            joined = torch.cat(of_features[::-1], dim=1) if self._split else of_features[0]
+            self._backward_through_convs(passed.maps, joined, size)
 
     def _features_of_streams(self, features: Tensor) -> Sequence[Tensor]:
         if self._split:  # the first half is the value's
             value, advantage = features.chunk(2, dim=1)
             return advantage, value
         return [features] * len(self._streams)
-
-    def _joined(self, of_features: Sequence[Tensor | None]) -> Tensor:
-        slopes = [slope for slope in of_features if slope is not None]
-        return torch.cat([slopes[1], slopes[0]], dim=1) if self._split else slopes[0]
 
     def _backward_through_convs(self, maps: Sequence[Tensor], of_features: Tensor, size: int) -> None:
         slope = of_features.view(size, *maps[-1].shape[1:]).contiguous(memory_format=torch.channels_last)

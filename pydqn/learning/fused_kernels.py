@@ -10,15 +10,16 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
+from pydqn.learning.heads import dueling
 from pydqn.learning.losses import LOSSES, td_error
 from pydqn.replay.lookup import look_up
 
 _PIXELS = 512  # of a program of the kernel; of each frame in the stack
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "pydqn::look_up_pixels",
     mutates_args=(),
     schema="(Tensor frames, Tensor rows, float scale, float shift) -> Tensor",
@@ -39,19 +40,22 @@ def look_up_pixels(frames: Tensor, rows: Tensor, scale: float, shift: float) -> 
     return pixels.mul_(scale).add_(shift)
 
 
-@look_up_pixels.register_fake
-def _(frames: Tensor, rows: Tensor, scale: float, shift: float) -> Tensor:
-    shape = (*rows.shape, *frames.shape[1:])
-    kind = torch.float32
-    return torch.empty(shape, dtype=kind, device=frames.device, memory_format=torch.channels_last)
+def launch_look_up_pixels(frames: Tensor, rows: Tensor, scale: float, shift: float) -> Tensor:
+    """See `look_up_pixels`; launches the Triton kernel, also where an interpreter stands in for a GPU."""
+    (batch, stack), pixels = rows.shape, frames.shape[1] * frames.shape[2]
+    out = _images(frames, rows)
+    sizes = {"STACK": stack, "WIDE": _power_of_two(stack), "PIXELS": _PIXELS}
+    _kernels()["pixels"][(batch, -(-pixels // _PIXELS))](frames, rows, out, scale, shift, pixels, **sizes)
+    return out
 
 
-@look_up_pixels.register_kernel("cuda")
-def _(frames: Tensor, rows: Tensor, scale: float, shift: float) -> Tensor:
-    return launch_look_up_pixels(frames, rows, scale, shift)
+def _images(frames: Tensor, rows: Tensor, *_: float) -> Tensor:
+    """Return memory for what `look_up_pixels` returns."""
+    shape, layout = (*rows.shape, *frames.shape[1:]), torch.channels_last
+    return torch.empty(shape, dtype=torch.float32, device=frames.device, memory_format=layout)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "pydqn::td_slopes",
     mutates_args=(),
     schema="(Tensor[] online, Tensor[] target, Tensor action, Tensor reward, Tensor discount, Tensor weight, str loss)"
@@ -83,10 +87,10 @@ def td_slopes(
         second (without dueling, of no use).
     """
     size = len(action)
-    q = dueling(online)
+    q = dueling(*online)
     selector_t = q[size:] if len(q) > size else None
     values = q[:size].clone()
-    errors = td_error(values, action, reward, discount, dueling(target), selector_t)
+    errors = td_error(values, action, reward, discount, dueling(*target), selector_t)
     slope = ((weight * LOSSES[loss].slope(errors)) / -size).unsqueeze(1)
     slopes = torch.zeros_like(values).scatter_(1, action.unsqueeze(1), slope)
     if len(online) > 1:
@@ -94,74 +98,35 @@ def td_slopes(
     return values, errors, slopes, slope
 
 
-@td_slopes.register_fake
-def _(
-    online: list[Tensor],
-    target: list[Tensor],
-    action: Tensor,
-    reward: Tensor,
-    discount: Tensor,
-    weight: Tensor,
-    loss: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values, errors = torch.empty_like(target[0]), torch.empty_like(reward)
-    return values, errors, torch.empty_like(values), errors.new_empty((len(action), 1))
-
-
-@td_slopes.register_kernel("cuda")
-def _(
-    online: list[Tensor],
-    target: list[Tensor],
-    action: Tensor,
-    reward: Tensor,
-    discount: Tensor,
-    weight: Tensor,
-    loss: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_td_slopes(online, target, action, reward, discount, weight, loss)
-
-
-def dueling(outputs: list[Tensor]) -> Tensor:
-    """Return (N, A) action values of a network's outputs (Wang et al. 2016, equation 9)."""
-    advantages, *value = outputs
-    return advantages if not value else value[0] + advantages - advantages.mean(dim=1, keepdim=True)
-
-
-def launch_look_up_pixels(frames: Tensor, rows: Tensor, scale: float, shift: float) -> Tensor:
-    """See `look_up_pixels`; launches the Triton kernel, also where an interpreter stands in for a GPU."""
-    batch, stack = rows.shape
-    height, width = frames.shape[1:]
-    out = torch.empty((batch, height, width, stack), dtype=torch.float32, device=frames.device)
-    grid = (batch, -(-height * width // _PIXELS))
-    _kernels()["pixels"][grid](
-        frames, rows, out, scale, shift, height * width, STACK=stack, WIDE=_power_of_two(stack), PIXELS=_PIXELS
-    )
-    return out.permute(0, 3, 1, 2)
-
-
 def launch_td_slopes(
-    online: list[Tensor],
-    target: list[Tensor],
-    action: Tensor,
-    reward: Tensor,
-    discount: Tensor,
-    weight: Tensor,
-    loss: str,
+    online: list[Tensor], target: list[Tensor], *batch_and_loss: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `td_slopes`; launches the Triton kernel, also where an interpreter stands in for a GPU."""
+    *batch, loss = batch_and_loss
     size, actions = target[0].shape
-    values, slopes, errors, slope = (reward.new_empty(shape) for shape in ((size, actions),) * 2 + ((size,), (size, 1)))
+    written = _slopes(online, target)
     _kernels()["slopes"][(size,)](
-        *(online[0], online[-1], target[0], target[-1], action, reward, discount, weight),
-        *(values, errors, slopes, slope),
-        size,
+        *(online[0], online[-1], target[0], target[-1], *batch, *written, size),
         ACTIONS=actions,
         WIDE=_power_of_two(actions),
         DUELING=len(online) > 1,
         DOUBLE=len(online[0]) > size,
         HUBER={"huber": True, "mse": False}[loss],
     )
-    return values, errors, slopes, slope
+    return written
+
+
+def _slopes(online: list[Tensor], target: list[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for what `td_slopes` returns."""
+    size, actions = target[0].shape
+    new = target[0].new_empty
+    return new((size, actions)), new(size), new((size, actions)), new((size, 1))
+
+
+look_up_pixels.register_fake(_images)
+look_up_pixels.register_kernel("cuda", launch_look_up_pixels)
+td_slopes.register_fake(_slopes)
+td_slopes.register_kernel("cuda", launch_td_slopes)
 
 
 def _power_of_two(count: int) -> int:

@@ -64,6 +64,14 @@ class SharedBias(nn.Module):
         return torch.add(each, self.bias.to(y.dtype)).flatten(1)
 
 
+def dueling(advantages: Tensor, value: Tensor | None = None) -> Tensor:
+    """Return Q = V + A - mean A over axis 1, the actions' (Wang et al. 2016, equation 9); A if there is no V.
+
+    https://arxiv.org/abs/1511.06581. V has one entry on that axis.
+    """
+    return advantages if value is None else value + advantages - advantages.mean(dim=1, keepdim=True)
+
+
 def make_head(features: int, num_actions: int, outputs: int, settings: HeadSettings) -> nn.Sequential:
     """Build hidden layers and a linear one: (B, features) to (B, num_actions * outputs)."""
     layers: list[nn.Module] = []

@@ -366,8 +366,12 @@ class Learner:
             self._step(number)
         return self._step(start + count - 1)
 
-    def _step(self, number: int) -> _UpdateOutputs:
-        """Take one gradient step on fixed tensors, without a branch on data or a wait for the device."""
+    def _step(self, number: int, form: Form | None = None) -> _UpdateOutputs:
+        """Take one gradient step on fixed tensors, without a branch on data or a wait for the device.
+
+        In the form that is in use, if none is given.
+        """
+        gradients = form or self._forms[self.form]
         size = self._settings.batch_size
         part = slice(number * size, (number + 1) * size)
         obs, action, reward, discount, next_obs, _, weight = (tensor[part] for tensor in self._to_device.tensors)
@@ -375,7 +379,7 @@ class Learner:
             for one in filter(None, self._noise):
                 one.draw(self._generator)
                 noise.enter_context(one.applied())
-            found = self._forms[self.form](Transitions(obs, action, reward, discount, next_obs), weight)
+            found = gradients(Transitions(obs, action, reward, discount, next_obs), weight)
         errors = self._keep_errors(part, found)
         norm = self._optimizer.step(self._settings.max_grad_norm or torch.inf)
         return _UpdateOutputs(norm, action, weight, errors, found.values)
@@ -421,14 +425,12 @@ class Learner:
         Raises:
             ValueError: the setting `update` asks for a form that does not work on this card.
         """
-        forms = self._forms
-
-        def step_of(name: str, form: Form) -> Callable[[], _UpdateOutputs]:
-            self._forms, self.form = {name: form}, name
-            return functools.partial(self._step, 0)
+        with self._rehearsal(), tensor_float_32(products=False, convolutions=False):
+            exact = self._compared(self._step(0, self._plain))
+            expected = {name: None if part is None else part.clone() for name, part in exact.items()}
 
         def attempt(name: str, form: Form) -> float:
-            step = step_of(name, form)
+            step = functools.partial(self._step, 0, form)
             with self._rehearsal():
                 warm_up(step, stream)
                 graph = Graph(step, stream)
@@ -437,17 +439,9 @@ class Learner:
             with self._rehearsal():
                 return seconds_of(graph, REPLAYS, self.device)
 
-        first = next(iter(forms))
-        try:
-            exact = step_of("plain", self._plain)
-            with self._rehearsal(), tensor_float_32(products=False, convolutions=False):
-                found = self._compared(exact())
-                expected = {name: None if part is None else part.clone() for name, part in found.items()}
-            first, self.trials = choose(forms, attempt)
-        finally:  # also after an interruption
-            self._forms, self.form = forms, first
+        self.form, self.trials = choose(self._forms, attempt)
         self.choice, self._chooses = described(self.form, self.trials), False
-        if "plain" not in forms and all(trial.seconds is None for trial in self.trials):
+        if "plain" not in self._forms and all(trial.seconds is None for trial in self.trials):
             raise ValueError(
                 f"update: expected auto or plain, since no fused form works on {self.device}: {self.choice}"
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pydqn.envs.frames import BYTE_RANGE, UNIT_RANGE, FrameLayout, Part
 from pydqn.envs.spaces import channels_of
-from pydqn.learning.heads import HeadSettings, make_head, split_head
+from pydqn.learning.heads import HeadSettings, dueling, make_head, split_head
 from pydqn.learning.records import ActionMask, RecordTorso
 from pydqn.learning.settings import LearnerSettings
 from pydqn.learning.torsos import (
@@ -33,9 +33,9 @@ LAYER_NORMS = ("none", "head", "torso", "both")
 class QNetwork(nn.Module):
     """A torso, hidden layers, and linear action values, or distributions of returns whose means they are.
 
-    With `head.dueling`, two streams of hidden layers compute a value and advantages: Q = V + A - mean A
-    (Wang et al. 2016, equation 9, https://arxiv.org/abs/1511.06581); of distributions, for each atom or quantile. Both
-    get all features, unless the torso `splits`: then the first half goes to the value and the second to the advantages.
+    With `head.dueling`, two streams of hidden layers compute a value and advantages (see `dueling`); of distributions,
+    for each atom or quantile. Both get all features, unless the torso `splits`: then the first half goes to the value
+    and the second to the advantages.
 
     The levels of implicit quantiles are embedded into the features. Where the torso has no layers, as for vectors, the
     first hidden layer comes before that, for both streams: products with raw numbers would say little.
@@ -122,8 +122,7 @@ class QNetwork(nn.Module):
             values = values.unflatten(1, (-1, self._outputs))
         if self.value is not None:
             value: Tensor = self.value(of_value).float()
-            value = value.unsqueeze(1) if self._outputs > 1 else value
-            values = value + values - values.mean(dim=1, keepdim=True)
+            values = dueling(values, value.unsqueeze(1) if self._outputs > 1 else value)
         return values
 
 

@@ -231,7 +231,6 @@ def test_an_interrupted_choice_leaves_the_first_form(monkeypatch):
 def test_a_gpu_chooses():
     learner, replay, _ = make(torch.device("cuda"), storage="device", precision="auto")
     learner.update(replay.sample(32))
-    print(learner.choice)
     assert "plain " in learner.choice
     assert "fused " in learner.choice
     assert "off by" not in learner.choice

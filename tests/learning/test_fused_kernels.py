@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -121,9 +123,6 @@ def test_the_kernels_on_a_gpu():
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_gpus(capability):
     """Without a GPU: ahead of time, for Ampere and for Hopper."""
-    import subprocess
-    import sys
-
     code = f"""
 import triton
 from triton.backends.compiler import GPUTarget
