@@ -113,7 +113,7 @@ def reason_against(network: nn.Module, settings: LearnerSettings | None = None) 
     if getattr(network.torso, "pools", False):
         return "the last map is pooled"
     if any(parameter.dtype != torch.float32 for parameter in network.parameters()):
-        return "the network does not compute in float32"
+        return "the network does not compute in float32 (see precision)"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")
     parameters = [parameter for _, parameter in network.named_parameters(remove_duplicate=False)]
